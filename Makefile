@@ -1,0 +1,88 @@
+# Common tasks, each from a fresh clone with only Python, pip and make. `make help` lists them.
+
+PYTHON ?= python3
+# test-oldest: Python 3.10 where there is one that runs, else the default.
+PYTHON_OLDEST ?= $(shell for p in python3.10 $(PYTHON); do if $$p -c '' 2>/dev/null; then echo $$p; break; fi; done)
+# Test processes; each computes on one thread, so that they do not fight for the cores.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PYTEST_FLAGS := -n $(WORKERS) $(PYTEST_ARGS)
+# hqq's setup.py compiles CUDA kernels into whatever `python` is on the PATH; kvq does not use them.
+PIP_INSTALL := -m pip --disable-pip-version-check install
+REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq needs Python 3.10 or newer: make PYTHON=...")'
+
+export DISABLE_CUDA := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-oldest lint types examples plugin wheel readme venv clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: venv ## compare the backends on the embedded model
+	$(BIN)/kvq demo
+
+test: venv ## run all tests (PYTEST_ARGS="-k ..." narrows)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
+
+test-fast: venv ## run the tests that take less than some seconds
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-oldest: .venv-oldest/installed ## run all tests on the oldest supported versions
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(PYTEST_FLAGS)
+
+lint: venv ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv ## mypy, strict
+	$(BIN)/mypy
+
+examples: venv ## run every example
+	@set -e; for file in examples/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+
+plugin: venv build/kvq ## build the template plugin, install it next to kvq's wheel, test it, generate with it
+	rm -rf build/plugin
+	$(BIN)/python -m build --wheel --outdir build/plugin plugins/kvq-template
+	$(PYTHON) -m venv --clear .venv-plugin
+	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt torch
+	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl build/plugin/*.whl pytest
+	cd plugins/kvq-template && OMP_NUM_THREADS=1 $(CURDIR)/.venv-plugin/bin/pytest
+	cd build/plugin && $(CURDIR)/.venv-plugin/bin/python $(CURDIR)/.ci/generate.py template
+
+wheel: venv build/kvq ## build the wheel, install it in a clean environment, run its demo outside the checkout
+	$(PYTHON) -m venv --clear .venv-wheel
+	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt torch
+	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl
+	cd "$$(mktemp -d)" && $(CURDIR)/.venv-wheel/bin/kvq demo
+
+readme: venv ## regenerate the tables of README.md
+	$(BIN)/python scripts/update_readme.py
+
+venv: .venv/installed ## make .venv, or bring it up to date
+
+clean: ## remove everything that these targets made
+	rm -rf .venv .venv-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: under its constraint pip takes the best build that is offered for exactly that version.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) $(REQUIRE_PYTHON)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt torch
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev,plot]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON_OLDEST) $(REQUIRE_PYTHON)
+	$(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt torch
+	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+.PHONY: build/kvq
+build/kvq: venv
+	rm -rf build/kvq
+	$(BIN)/python -m build --wheel --outdir build/kvq

@@ -1,0 +1,130 @@
+"""Attaching to a model: every `generate` of a model gets a fresh quantized cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from kvq.attention.attend import ATTENTION_NAME, register_attention
+from kvq.cache import KVQ, resolve_config
+from kvq.config import KVQCacheConfig
+from kvq.errors import CacheStateError, ModelError
+
+_HOOK = "_prepare_cache_for_generation"
+
+
+def attach(
+    model: PreTrainedModel,
+    config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None,
+    **overrides: Any,
+) -> Attachment:
+    """Give every `generate` of `model` a fresh `KVQ` and the attention that reads it.
+
+    Takes effect at once and until `detach()`, or the end of a `with` block. A `past_key_values` or
+    `cache_implementation` of the user's own wins.
+
+    Args:
+        model: a model of transformers that generates.
+        config: as for `KVQ`.
+        **overrides: as for `KVQ`.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        ModelError: the model does not generate, or nothing in it would be quantized.
+    """
+    return Attachment(model, resolve_config(config, **overrides))
+
+
+class Attachment:
+    """A model with a quantized cache; undone by `detach()` or by leaving a `with` block.
+
+    Attributes:
+        model: the model.
+        config: the configuration of its caches.
+        cache: the cache of the latest `generate`, or None before the first.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: KVQCacheConfig) -> None:
+        if not isinstance(model, PreTrainedModel) or not hasattr(model, _HOOK):
+            raise ModelError(f"{type(model).__name__} is not a model of transformers that generates")
+        KVQ(config, model=model)  # refuses now what could only fail at the first generate
+        self.model = model
+        self.config = config
+        self.cache: KVQ | None = None
+        self._original = getattr(model, _HOOK)
+        self._shadowed = vars(model).get(_HOOK)
+        self._attention = [(known, known._attn_implementation) for known in _configs(model)]
+        register_attention()
+        try:
+            model.set_attn_implementation(ATTENTION_NAME)
+            setattr(model, _HOOK, self._prepare_cache)
+        except BaseException:
+            self._restore_attention()
+            raise
+        self._active = True
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Give the model back as it was; a second call does nothing.
+
+        Raises:
+            CacheStateError: another attachment was made later and is still there; detach that one first.
+        """
+        if not self._active:
+            return
+        if vars(self.model).get(_HOOK) != self._prepare_cache:
+            raise CacheStateError("the model was attached again later; detach in the reverse order")
+        if self._shadowed is None:
+            delattr(self.model, _HOOK)
+        else:
+            setattr(self.model, _HOOK, self._shadowed)
+        self._restore_attention()
+        self._active = False
+
+    def _restore_attention(self) -> None:
+        for config, implementation in self._attention:
+            config._attn_implementation_internal = implementation
+
+    def _prepare_cache(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Let transformers prepare its cache and put ours in the place of a plain one that it made itself."""
+        given = model_kwargs.get("past_key_values")
+        chosen = getattr(generation_config, "cache_implementation", None)
+        result = self._original(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and chosen is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
+            self.cache = KVQ(self.config, model=self.model, padding=_left_padding(model_kwargs.get("attention_mask")))
+            model_kwargs["past_key_values"] = self.cache
+        return result
+
+
+def _left_padding(attention_mask: object) -> list[int] | None:
+    """Return the tokens of left padding in each row of a mask `[B, T]`, or None where there are none."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    padding: list[int] = (attention_mask != 0).int().cumsum(-1).eq(0).sum(-1).tolist()
+    return padding if any(padding) else None
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Return every configuration whose attention `set_attn_implementation` may change."""
+    found: dict[int, PretrainedConfig] = {}
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""How attention reads a quantized layer: the handle that `update` returns, and the "kvq" attention."""

@@ -1,0 +1,115 @@
+"""The storage-free tensors that stand for the keys and values of a layer during one forward.
+
+Models pass what `update` returns to their attention function untouched. The "kvq" attention recognizes a handle and reads
+the layer's view through it; any other operation of torch on it sees fresh full-precision states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch.utils._pytree import tree_map
+
+from kvq.errors import CacheStateError
+from kvq.store.side import SideView
+
+
+class Versioned(Protocol):
+    """What changes over time: the number tells whether it did."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class PackedPair:
+    """Keys and values of one layer at one forward.
+
+    Attributes:
+        key: view of the keys.
+        value: view of the values.
+        owner: the layer that they belong to.
+    """
+
+    key: SideView
+    value: SideView
+    owner: Versioned
+
+    def handles(self) -> tuple[PackedStates, PackedStates]:
+        """Return the two tensors that stand for the pair until the layer changes."""
+        return PackedStates(self, self.key, self.owner.version), PackedStates(self, self.value, self.owner.version)
+
+
+class PackedStates(torch.Tensor):
+    """Keys or values of a layer as a tensor without storage; see the module."""
+
+    pair: PackedPair
+    _side: SideView
+    _stamp: int
+
+    @staticmethod
+    def __new__(cls, pair: PackedPair, side: SideView, version: int) -> PackedStates:
+        """Make a handle with the shape, dtype and device of the states that `side` stands for."""
+        like = side.new if side.new is not None else side.window
+        assert like is not None  # noqa: S101  # a view is of at least one of them
+        shape = (*like.shape[:2], side.length, like.shape[3])
+        handle: PackedStates = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        handle.pair, handle._side, handle._stamp = pair, side, version
+        return handle
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        del tensor_contents
+        return f"PackedStates(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def check_fresh(self) -> None:
+        """Check that the layer has not changed since.
+
+        Raises:
+            CacheStateError: it has, so that what the handle stands for is gone.
+        """
+        if self.pair.owner.version != self._stamp:
+            raise CacheStateError(
+                "keys or values returned by KVQ.update were used after the cache changed; "
+                "use them within the forward that they were made for, or take cache.materialize(layer_idx)"
+            )
+
+    def materialize(self) -> torch.Tensor:
+        """Return the states as a plain tensor `[B, H, T, D]`."""
+        self.check_fresh()
+        return self._side.materialize()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run any operation on fresh states in place of the handles."""
+        del types
+
+        def plain(value: Any) -> Any:
+            return value.materialize() if isinstance(value, PackedStates) else value
+
+        return func(*tree_map(plain, args), **tree_map(plain, dict(kwargs or {})))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Return a plain copy of the states."""
+        copied = self.materialize().clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the plain states."""
+        return self.materialize().__reduce_ex__(protocol)
+
+    def data_ptr(self) -> NoReturn:
+        """Refuse: there is no storage to point to."""
+        raise CacheStateError("a handle of KVQ has no storage; take cache.materialize(layer_idx)")
+
+    def share_memory_(self) -> NoReturn:
+        """Refuse, for the same reason."""
+        raise CacheStateError("a handle of KVQ has no storage to share; take cache.materialize(layer_idx)")

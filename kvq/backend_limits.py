@@ -1,0 +1,82 @@
+"""What a backend accepts of bits, axes and group sizes, and the words that its integer axes stand for."""
+
+from __future__ import annotations
+
+from kvq.backend_spec import BackendSpec
+from kvq.config_errors import shown
+from kvq.granularity import TRANSFORMERS_AXIS_NAMES, Granularity
+from kvq.user_warnings import warn_user
+
+CHANNEL_GROUP_MULTIPLE = 8
+"""Per-channel groups lie along tokens, and eight tokens at the lowest width fill one byte."""
+
+_warned_axes: set[tuple[str, int]] = set()
+
+
+def check_nbits(nbits: float, backend: BackendSpec) -> None:
+    """Check that the backend has codes of that many bits.
+
+    Raises:
+        ValueError: it has not.
+    """
+    accepted = backend.capabilities.nbits
+    if nbits not in accepted:
+        choices = ", ".join(f"{bits:g}" for bits in sorted(accepted))
+        raise ValueError(f"{shown(nbits)} is not supported by backend {backend.name!r}; choose one of {choices}")
+
+
+def check_granularity(granularity: Granularity, backend: BackendSpec) -> None:
+    """Check that the backend has groups of that direction.
+
+    Raises:
+        ValueError: it has not.
+    """
+    accepted = backend.capabilities.granularities
+    if granularity not in accepted:
+        choices = ", ".join(repr(str(word)) for word in accepted)
+        given = repr(str(granularity))
+        raise ValueError(f"{given} is not supported by backend {backend.name!r}; choose one of {choices}")
+
+
+def resolve_axis(axis: Granularity | int, backend: BackendSpec, field: str) -> Granularity:
+    """Return the word for an axis, which in an integer is the meaning of the backend's own library.
+
+    Warns once where an integer means the opposite of what it means for transformers' default backend.
+
+    Args:
+        axis: a word, returned as it is, or an integer.
+        backend: whose integers they are.
+        field: the name to use in the warning.
+
+    Raises:
+        ValueError: the integer means nothing to the backend.
+    """
+    if isinstance(axis, Granularity):
+        return axis
+    meaning = backend.axis_names.get(axis)
+    if meaning is None:
+        choices = "".join(f"{number} ({word}), " for number, word in backend.axis_names.items())
+        raise ValueError(
+            f"{axis!r} is not an axis of backend {backend.name!r}; choose one of {choices}'per_token', 'per_channel'"
+        )
+    usual = TRANSFORMERS_AXIS_NAMES.get(axis, meaning)
+    if meaning is not usual and (backend.name, axis) not in _warned_axes:
+        _warned_axes.add((backend.name, axis))
+        warn_user(
+            f"{field}={axis} means {meaning} to backend {backend.name!r}, but {usual} to the default backend of "
+            f"transformers; write {str(meaning)!r}, which stays the same when the backend is switched"
+        )
+    return meaning
+
+
+def check_group_size(group_size: int, granularity: Granularity) -> None:
+    """Check that groups of that length can be stored in whole bytes.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if granularity is Granularity.PER_CHANNEL and group_size % CHANNEL_GROUP_MULTIPLE:
+        raise ValueError(
+            f"{group_size} does not fit {str(granularity)!r} groups, which lie along tokens; "
+            f"choose a multiple of {CHANNEL_GROUP_MULTIPLE}"
+        )

@@ -1,0 +1,73 @@
+"""What a backend says of itself: import-light, so that it can be read without the vendor's library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kvq.granularity import TRANSFORMERS_AXIS_NAMES, AxisNames, Granularity
+from kvq.quantizer import AffineQuantizer, Quantizer, QuantSpec
+
+API_VERSION = 1
+"""Version of the plugin contract; a backend built for another one is refused."""
+
+
+class BackendOptions(BaseModel):
+    """Base of a backend's own options: frozen, unknown keys forbidden; give every field a description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do.
+
+    Attributes:
+        nbits: every accepted number of bits per code; fractional ones are legal.
+        granularities: the accepted directions of groups.
+        device_types: accepted `torch.device` types; empty: any.
+        states_dtypes: accepted dtypes of the states by name, e.g. `bfloat16`; empty: any.
+    """
+
+    nbits: tuple[float, ...]
+    granularities: tuple[Granularity, ...] = (Granularity.PER_TOKEN, Granularity.PER_CHANNEL)
+    device_types: tuple[str, ...] = ()
+    states_dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """A backend as it offers itself to the registry.
+
+    Attributes:
+        name: the string that users write as `backend=`; equal to the entry point's name.
+        api_version: the `API_VERSION` that the backend was written for.
+        capabilities: what it accepts.
+        build: makes a quantizer for one side of one layer from a `QuantSpec` and validated options.
+        options: pydantic model of `backend_options[name]`.
+        axis_names: what integer axes mean in the backend's own library.
+        requires: requirement strings (PEP 508) of what `build` imports, checked from metadata before it is called.
+        summary: one line for `kvq backends`.
+        url: where to read more.
+    """
+
+    name: str
+    api_version: int
+    capabilities: Capabilities
+    build: Callable[[QuantSpec, Any], AffineQuantizer | Quantizer]
+    options: type[BackendOptions] = BackendOptions
+    axis_names: AxisNames = field(default_factory=lambda: TRANSFORMERS_AXIS_NAMES, hash=False)
+    requires: tuple[str, ...] = ()
+    summary: str = ""
+    url: str = ""
+
+    def build_options(self, options: Mapping[str, Any] | None = None) -> BackendOptions:
+        """Return validated options.
+
+        Raises:
+            pydantic.ValidationError: an option is unknown or has a wrong value.
+        """
+        return self.options.model_validate(dict(options or {}))

@@ -1,0 +1,184 @@
+"""`KVQ`, the quantized cache that `generate` takes as `past_key_values`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvq.attention.attend import ATTENTION_NAME, register_attention
+from kvq.config import KVQCacheConfig
+from kvq.errors import CacheStateError, ConfigError, Fault, ModelError
+from kvq.layer import KVQLayer
+from kvq.memory import MemoryReport, report_memory
+
+logger = logging.getLogger(__name__)
+
+
+class KVQ(Cache):  # type: ignore[misc]  # transformers is not typed
+    """A quantized KV cache.
+
+    Args:
+        config: a `KVQCacheConfig`, a mapping of its fields, the path of a YAML or JSON file, or None for the defaults.
+        model: the model or its configuration. It tells which layers are sliding, shared or hybrid, and is needed where
+            a layer is counted from the end.
+        padding: tokens of left padding in each row of the batch; what they hold then never shapes a group's scale.
+        **overrides: single fields, which win over `config`.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        BackendError: the backend cannot be had.
+        ModelError: nothing in this model would be quantized.
+
+    Example:
+        >>> cache = KVQ(backend="quanto", nbits_k=4, nbits_v=2)
+        >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None,
+        *,
+        model: PreTrainedModel | PretrainedConfig | None = None,
+        padding: Sequence[int] | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.config = resolve_config(config, **overrides)
+        self._model_config = _text_config(model)
+        self._padding = None if padding is None else tuple(int(count) for count in padding)
+        if self._model_config is None and self.config.needs_layer_count:
+            fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
+            raise ConfigError([fault])
+        super().__init__(layers=self._build_layers())
+        register_attention()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the states of one layer and return all its keys and values for the attention of the current forward.
+
+        Args:
+            key_states: `[B, H, T, D_k]`; copied.
+            value_states: `[B, H, T, D_v]`; copied.
+            layer_idx: index of the layer.
+            *args: passed on to layers of transformers.
+            **kwargs: likewise.
+
+        Returns:
+            Keys and values `[B, H, total, D]`: plain tensors that alias nothing in the cache, or handles where the
+            model's active attention is "kvq".
+
+        Raises:
+            StatesError: the states do not fit; the cache is then as it was before.
+        """
+        self._grow(layer_idx)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, KVQLayer):
+            return layer.update(key_states, value_states, packed=self._reads_packed())
+        states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return states
+
+    def memory(self) -> MemoryReport:
+        """Return the bytes held, counted from the storages that exist, against those of `DynamicCache`."""
+        return report_memory(self.layers)
+
+    def materialize(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of a layer as fresh full-precision tensors `[B, H, T, D]`.
+
+        Raises:
+            CacheStateError: the layer holds nothing yet.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is None or getattr(layer, "keys", None) is None:
+            raise CacheStateError(f"layer {layer_idx} holds no tokens yet; run the model first")
+        keys, values = layer.keys, layer.values
+        return (keys, values) if isinstance(layer, KVQLayer) else (keys.clone(), values.clone())
+
+    def fork(self) -> KVQ:
+        """Return an independent cache with the same tokens that shares the finished chunks.
+
+        Raises:
+            CacheStateError: the cache has layers of transformers, which cannot be shared.
+        """
+        foreign = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, KVQLayer)})
+        if foreign:
+            raise CacheStateError(f"a cache with {', '.join(foreign)} cannot be forked; use copy.deepcopy")
+        other = KVQ(self.config, model=self._model_config, padding=self._padding)
+        other.layers = [layer.fork() for layer in self.layers]
+        return other
+
+    def __repr__(self) -> str:
+        return f"KVQ({len(self.layers)} layers, {self.get_seq_length()} tokens)"
+
+    def _build_layers(self) -> list[Any]:
+        """Return transformers' own list of layers with the plain ones, and where nothing else is there all, replaced."""
+        if self._model_config is None:
+            return []
+        layers: list[Any] = DynamicCache(config=self._model_config).layers
+        replaced = {index for index, layer in enumerate(layers) if type(layer) is DynamicLayer}
+        sliding = {index for index, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer}
+        if self.config.sliding == "quantize" or not replaced:
+            replaced |= sliding
+        settings = {index: self.config.for_layer(index, len(layers)) for index in replaced}
+        quantized = {index for index in replaced if not settings[index].full_precision}
+        if not quantized:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            raise ModelError(
+                f"nothing in this model would be quantized: its layers are {kinds or 'none'}, and `layers` keeps "
+                f"{len(replaced)} of them in full precision; use DynamicCache, or choose fewer exceptions"
+            )
+        return [
+            KVQLayer(index, settings[index], self._padding) if index in quantized else layer
+            for index, layer in enumerate(layers)
+        ]
+
+    def _grow(self, layer_idx: int) -> None:
+        """Add layers up to `layer_idx`; with a model all exist from the start."""
+        if self._model_config is not None:
+            if layer_idx >= len(self.layers):
+                raise ModelError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
+            return
+        while len(self.layers) <= layer_idx:
+            settings = self.config.for_layer(len(self.layers))
+            own = KVQLayer(len(self.layers), settings, self._padding)
+            self.layers.append(DynamicLayer() if settings.full_precision else own)
+
+    def _reads_packed(self) -> bool:
+        config = self._model_config
+        return config is not None and getattr(config, "_attn_implementation", None) == ATTENTION_NAME
+
+
+def resolve_config(
+    config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any
+) -> KVQCacheConfig:
+    """Return the configuration that `config` and `overrides` describe.
+
+    Raises:
+        ConfigError: a value is wrong, or `config` is of another type.
+    """
+    if isinstance(config, PretrainedConfig):
+        problem = f"{type(config).__name__} describes a model; pass it as `model=`"
+        raise ConfigError([Fault(("config",), problem)])
+    if isinstance(config, KVQCacheConfig):
+        return config.replace(**overrides) if overrides else config
+    if isinstance(config, (str, Path)):
+        loaded = KVQCacheConfig.from_file(config)
+        return loaded.replace(**overrides) if overrides else loaded
+    if config is None or isinstance(config, Mapping):
+        return KVQCacheConfig.from_mapping({**(config or {}), **overrides})
+    problem = f"{config!r} is not accepted; pass a KVQCacheConfig, a mapping, or the path of a YAML or JSON file"
+    raise ConfigError([Fault(("config",), problem)])
+
+
+def _text_config(model: PreTrainedModel | PretrainedConfig | None) -> PretrainedConfig | None:
+    if model is None:
+        return None
+    config = model if isinstance(model, PretrainedConfig) else getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise ModelError(f"model={type(model).__name__} is neither a model of transformers nor its configuration")
+    return config.get_text_config(decoder=True)

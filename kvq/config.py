@@ -1,0 +1,258 @@
+"""The configuration of a cache: what users write, checked as a whole.
+
+Owns the fields, their defaults and how they depend on each other. It asks the registry what a backend accepts; it must
+not know how anything is quantized or stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationInfo, field_validator
+
+from kvq.backend_choice import BackendChoice, check_backends, check_writable, get_side_backend
+from kvq.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
+from kvq.backend_options import resolve_options
+from kvq.backend_spec import BackendSpec
+from kvq.config_errors import FaultCollector, not_accepted
+from kvq.config_fields import (
+    FORMAT_VERSION,
+    SIDES,
+    Axis,
+    Bits,
+    Device,
+    Dtype,
+    GroupSize,
+    KeyValue,
+    Rotation,
+    Tokens,
+    Version,
+    find_integer,
+    of_side,
+)
+from kvq.config_files import load_mapping
+from kvq.errors import ConfigError, Fault
+from kvq.frozen import FrozenDict, FrozenModel
+from kvq.granularity import Granularity
+from kvq.layer_config import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
+from kvq.layer_selection import LayerSelector, find_selector
+from kvq.resolved import ResolvedLayer, ResolvedSide
+from kvq.user_warnings import warn_user
+
+__all__ = ["DEFAULT_BACKEND", "KVQCacheConfig", "KeyValue", "LayerConfig", "ResolvedLayer", "ResolvedSide"]
+
+DEFAULT_BACKEND = "quanto"
+
+
+class KVQCacheConfig(FrozenModel):
+    """Configuration of a `KVQ` cache, from keywords, a mapping, YAML or JSON.
+
+    Frozen; unknown keys are refused. Equal configurations compare equal whatever they were written in.
+
+    Raises:
+        ConfigError: listing every fault with its path, what was given and what is accepted.
+        BackendError: where the only fault is that the backend cannot be had.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, and nothing that a set should hold
+
+    version: Version = Field(default=FORMAT_VERSION, description="version of this format")
+    backend: BackendChoice = Field(
+        default=DEFAULT_BACKEND,
+        description="name of a backend (`kvq backends` lists them), a `BackendSpec`, or `{key: ..., value: ...}`",
+    )
+    nbits_k: Bits = Field(default=4, description="bits per code of the keys; fractional where the backend says so")
+    nbits_v: Bits = Field(default=2, description="bits per code of the values")
+    axis_key: Axis = Field(
+        default=Granularity.PER_CHANNEL,
+        description="`per_channel` or `per_token`; an integer means what it means in the backend's own library",
+    )
+    axis_value: Axis = Field(default=Granularity.PER_TOKEN, description="the same for the values")
+    q_group_size: GroupSize = Field(
+        default=64, description="elements per scale; one number or `{key: ..., value: ...}`"
+    )
+    residual_length: Tokens = Field(default=128, description="tokens; the newest ones, always exact")
+    sink_length: Tokens = Field(default=4, description="tokens; the first real ones of each row, always exact")
+    rotation_k: Rotation = Field(default="none", description="`none` or `hadamard`, for affine backends")
+    rotation_v: Rotation = Field(default="none", description="the same for the values")
+    compute_dtype: Dtype | None = Field(
+        default=None, description="dtype that dequantization computes in; default: that of the states"
+    )
+    metadata_dtype: Dtype | None = Field(
+        default=None, description="dtype of scale and mid; default: float16 up to 5 bits, float32 above"
+    )
+    device: Device | None = Field(
+        default=None, description="where the store lives; default, or the states' own type: with the states"
+    )
+    sliding: Literal["keep", "quantize"] = Field(
+        default="keep", description="sliding-window layers: keep transformers' bounded layers, or quantize them"
+    )
+    layers: dict[str, LayerConfig] = Field(
+        default_factory=dict,
+        description='per-layer settings by index, `"a-b"`, `"first:N"` or `"last:N"`; see `LayerConfig`',
+    )
+    backend_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="options by backend name, checked by that backend's own model"
+    )
+
+    @field_validator("backend")
+    @classmethod
+    def _check_backend(cls, value: Any) -> Any:
+        check_backends(value)
+        return value
+
+    @field_validator("nbits_k", "nbits_v")
+    @classmethod
+    def _check_nbits(cls, value: float, info: ValidationInfo) -> float:
+        backend = _backend_of_field(info)
+        if backend is not None:
+            check_nbits(value, backend)
+        return value
+
+    @field_validator("axis_key", "axis_value")
+    @classmethod
+    def _resolve_axis(cls, value: Granularity | int, info: ValidationInfo) -> Granularity | int:
+        backend = _backend_of_field(info)
+        if backend is None:
+            return value
+        granularity = resolve_axis(value, backend, str(info.field_name))
+        check_granularity(granularity, backend)
+        return granularity
+
+    @field_validator("q_group_size")
+    @classmethod
+    def _check_group_size(cls, value: Any, info: ValidationInfo) -> Any:
+        faults = FaultCollector()
+        for side in SIDES:
+            axis = info.data.get(AXIS_FIELDS[side])
+            with faults.at(*([side] if isinstance(value, KeyValue) else [])):
+                if isinstance(axis, Granularity):
+                    check_group_size(of_side(value, side), axis)
+        faults.raise_faults()
+        return value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _name_layers(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        named: dict[Any, Any] = {}
+        for key, layer in value.items():
+            index = find_integer(key)
+            text = key if index is None else str(index)
+            if not isinstance(text, str):
+                raise not_accepted(key, "an index, 'a-b', 'first:N' or 'last:N' as the key of an entry")
+            if text in named:
+                raise ValueError(f"{text!r} is given twice, as a number and as a string; keep one of them")
+            named[text] = layer
+        return named
+
+    @field_validator("layers")
+    @classmethod
+    def _resolve_layers(cls, value: dict[str, LayerConfig], info: ValidationInfo) -> dict[str, LayerConfig]:
+        return FrozenDict(resolve_layers(value, info.data))
+
+    @field_validator("backend_options")
+    @classmethod
+    def _resolve_options(cls, value: dict[str, dict[str, Any]], info: ValidationInfo) -> Mapping[str, Any]:
+        layers = info.data.get("layers", {})
+        return resolve_options(value, [info.data.get("backend"), *(layer.backend for layer in layers.values())])
+
+    def model_post_init(self, context: Any) -> None:  # noqa: ARG002  # pydantic passes it
+        """Warn where keys get fewer bits than values, which is usually the wrong way round."""
+        places = {
+            "": LayerConfig(nbits_k=self.nbits_k),
+            **{f"layers[{text!r}].": own for text, own in self.layers.items()},
+        }
+        for place, own in places.items():
+            fields = {**dict(self), **own.given}
+            nbits_k, nbits_v = fields["nbits_k"], fields["nbits_v"]
+            if nbits_k < nbits_v and own.given.keys() & {"nbits_k", "nbits_v"}:
+                warn_user(
+                    f"{place}nbits_k={nbits_k} is below {place}nbits_v={nbits_v}: keys are usually the more sensitive "
+                    "side (arXiv 2502.15075); measure before you rely on it"
+                )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str | None = None) -> KVQCacheConfig:
+        """Build a configuration from a mapping.
+
+        Args:
+            values: the fields.
+            source: the file to name in errors.
+
+        Raises:
+            ConfigError, BackendError: as the constructor, naming `source`.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError([Fault((), f"a mapping of fields is needed, got {type(values).__name__}")], source)
+        strange = [key for key in values if not isinstance(key, str)]
+        if strange:
+            raise ConfigError([Fault((), f"the keys must be names of fields, got {strange!r}")], source)
+        config = cls.__new__(cls)
+        config._fill(values, source)
+        return config
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> KVQCacheConfig:
+        """Read a configuration from YAML (safe subset) or JSON.
+
+        Raises:
+            ConfigError: the file cannot be read or parsed, or what it says is wrong; the file is named.
+            BackendError: as the constructor; the file is named.
+        """
+        return cls.from_mapping(load_mapping(path), source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain values that YAML and JSON can hold.
+
+        Every field is written out; of `layers`, what each entry says.
+
+        Raises:
+            ConfigError: a backend was given as an object that is not registered, so that no file can name it.
+        """
+        faults = FaultCollector()
+        with faults.at("backend"):
+            check_writable(self.backend)
+        for text, layer in self.layers.items():
+            with faults.at("layers", text, "backend"):
+                check_writable(layer.backend)
+        faults.raise_faults()
+        layers = {text: layer.model_dump(mode="json", exclude_defaults=True) for text, layer in self.layers.items()}
+        return {**self.model_dump(mode="json"), "layers": layers}
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML; raises what `to_dict` raises."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def replace(self, **changes: Any) -> KVQCacheConfig:
+        """Return a configuration with some fields changed, checked anew."""
+        return type(self)(**{**dict(self), **changes})
+
+    @property
+    def needs_layer_count(self) -> bool:
+        """Whether a layer is chosen from the end, so that only a model tells which it is."""
+        return any(LayerSelector.parse(text).counts_from_end for text in self.layers)
+
+    def for_layer(self, layer_idx: int, num_layers: int | None = None) -> ResolvedLayer:
+        """Return what holds for one layer.
+
+        Args:
+            layer_idx: index of the layer, from 0.
+            num_layers: layers of the model; needed where a layer is chosen from the end.
+
+        Raises:
+            ConfigError: `layers` does not fit a model of that length; see `find_selector`.
+        """
+        text = find_selector(self.layers, layer_idx, num_layers)
+        own = self.layers[text].given if text is not None else {}
+        return ResolvedLayer.from_fields({**dict(self), **own})
+
+
+def _backend_of_field(info: ValidationInfo) -> BackendSpec | None:
+    """Return the backend of the side that a field is about, or None where the choice itself was refused."""
+    choice = info.data.get("backend")
+    return None if choice is None else get_side_backend(choice, SIDE_OF_FIELD[str(info.field_name)])

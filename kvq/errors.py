@@ -1,0 +1,123 @@
+"""The error tree of kvq; every error that kvq raises on purpose is in it.
+
+    KVQError
+    ├── ConfigError (ValueError)             a configuration is wrong; `.faults` lists every reason
+    ├── BackendError                         a backend cannot be had
+    │   ├── UnknownBackendError (LookupError)
+    │   ├── BlockedBackendError (LookupError)
+    │   ├── BackendConflictError (LookupError)
+    │   ├── BrokenBackendError (ImportError)
+    │   └── MissingRequirementError (ImportError)
+    ├── QuantizerContractError (TypeError)   a quantizer returned something outside its contract
+    ├── StatesError (ValueError)             states handed to `update` do not fit the cache
+    ├── ModelError (ValueError)              a model that this cache cannot serve
+    └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state
+
+Each class is also the built-in that a caller would expect, so that either can be caught. None is a `KeyError`, which
+prints its message quoted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+
+class KVQError(Exception):
+    """Root of all errors that kvq raises on purpose."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a configuration.
+
+    Attributes:
+        path: where, outermost first, e.g. `("layers", "0-3", "nbits_k")`.
+        problem: what was given, what is accepted and what to do, in one line.
+        cause: the backend's own error, where that is the reason.
+    """
+
+    path: tuple[str | int, ...]
+    problem: str
+    cause: BackendError | None = None
+
+    def within(self, *prefix: str | int) -> Fault:
+        """Return this fault with `prefix` put before its path."""
+        return replace(self, path=(*prefix, *self.path))
+
+    @property
+    def location(self) -> str:
+        """The path as a person writes it, e.g. `layers['0-3'].nbits_k`."""
+        text = ""
+        for step in self.path:
+            if isinstance(step, str) and step.isidentifier():
+                text += f".{step}" if text else step
+            else:
+                text += f"[{step!r}]"
+        return text or "configuration"
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.problem}"
+
+
+class ConfigError(KVQError, ValueError):
+    """A configuration is wrong.
+
+    Attributes:
+        faults: every fault found, in the order of the fields.
+        source: the file that the configuration came from, or None.
+    """
+
+    def __init__(self, faults: Iterable[Fault], source: str | None = None) -> None:
+        self.faults = tuple(faults)
+        self.source = source
+        origin = f" in {source}" if source else ""
+        if len(self.faults) == 1:
+            message = f"{self.faults[0]}{f' (from {source})' if source else ''}"
+        else:
+            lines = "".join(f"\n  - {fault}" for fault in self.faults)
+            message = f"{len(self.faults)} faults{origin}:{lines}"
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Fault, ...], str | None]]:
+        return type(self), (self.faults, self.source)
+
+
+class BackendError(KVQError):
+    """A backend cannot be had; the subclasses say why."""
+
+
+class UnknownBackendError(BackendError, LookupError):
+    """No installed distribution offers a backend of that name."""
+
+
+class BlockedBackendError(BackendError, LookupError):
+    """The backend is installed, but `KVQ_PLUGINS` or `KVQ_BLOCK_PLUGINS` keeps it out."""
+
+
+class BackendConflictError(BackendError, LookupError):
+    """More than one owner claims the name."""
+
+
+class BrokenBackendError(BackendError, ImportError):
+    """The plugin failed to import, or what it returned is not a valid `BackendSpec`."""
+
+
+class MissingRequirementError(BackendError, ImportError):
+    """A distribution that the backend requires is absent or too old."""
+
+
+class QuantizerContractError(KVQError, TypeError):
+    """A quantizer returned something outside its contract."""
+
+
+class StatesError(KVQError, ValueError):
+    """States handed to the cache do not fit what it holds."""
+
+
+class ModelError(KVQError, ValueError):
+    """A model, or its configuration, that the cache cannot serve."""
+
+
+class CacheStateError(KVQError, RuntimeError):
+    """An operation that the cache cannot do in its present state."""

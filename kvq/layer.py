@@ -1,0 +1,257 @@
+"""One quantized layer of a cache, in the shape that transformers expects of a cache layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kvq.attention.handle import PackedPair
+from kvq.config import ResolvedLayer
+from kvq.errors import CacheStateError, StatesError
+from kvq.quantizer import Quantizer, Side
+from kvq.store.codec import build_codec
+from kvq.store.side import LayerSide
+from kvq.store.sinks import SinkTokens
+
+MIN_FLUSH_LENGTH = 32
+"""Fewest tokens that are quantized at once, so that a flush does not happen at every step."""
+
+_STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class KVQLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
+    """Keys and values of one layer: quantized history, sinks and the newest tokens exact.
+
+    Args:
+        layer_idx: index of the layer in the model.
+        settings: what the configuration says of this layer.
+        padding: tokens of left padding in each row, or None where there is none.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, layer_idx: int, settings: ResolvedLayer, padding: tuple[int, ...] | None = None) -> None:
+        # CacheLayerMixin's constructor assigns `keys` and `values`, which are computed here.
+        self.layer_idx = layer_idx
+        self.settings = settings
+        self.padding = padding
+        self.is_initialized = False
+        self.version = 0
+        self._sides: dict[Side, LayerSide] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(layer_idx={self.layer_idx}, tokens={self.get_seq_length()})"
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys as fresh full-precision states `[B, H, T, D]`, or None before the first update."""
+        return self._sides["key"].view().materialize() if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values as fresh full-precision states `[B, H, T, D]`, or None before the first update."""
+        return self._sides["value"].view().materialize() if self.is_initialized else None
+
+    @property
+    def flush_length(self) -> int:
+        """Tokens that are quantized at once."""
+        return self._sides["key"].flush_length
+
+    def side(self, name: Side) -> LayerSide:
+        """Return the keys or the values; only after the first update."""
+        return self._sides[name]
+
+    def sides(self) -> Iterator[tuple[Side, LayerSide]]:
+        """Iterate over the initialized sides."""
+        yield from self._sides.items()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Build quantizers and buffers for states like these."""
+        states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
+        codecs = {side: build_codec(self.settings, side, self.layer_idx, tensor) for side, tensor in states.items()}
+        flush_length = _flush_length(codecs["key"], codecs["value"])
+        starts = self.padding or (0,) * key_states.shape[0]
+        if len(starts) != key_states.shape[0]:
+            raise StatesError(f"padding is given for {len(starts)} rows, the states have {key_states.shape[0]}")
+        self._sides = {
+            side: LayerSide(
+                codecs[side],
+                like=tensor,
+                device=_store_device(self.settings.device, tensor.device),
+                flush_length=flush_length,
+                sinks=SinkTokens(self.settings.sink_length, starts),
+            )
+            for side, tensor in states.items()
+        }
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, packed: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add states and return all keys and values for the attention of the current forward.
+
+        Args:
+            key_states: `[B, H, T, D_k]`, copied.
+            value_states: `[B, H, T, D_v]`, copied.
+            packed: return handles that the "kvq" attention reads without materializing them.
+            *args: ignored; older models pass cache arguments here.
+            **kwargs: ignored, for the same reason.
+
+        Returns:
+            Keys and values `[B, H, total, D]`. The states of this call come back exact.
+
+        Raises:
+            KVQError: the states do not fit; the layer is then as it was before.
+        """
+        del args, kwargs
+        was_initialized = self.is_initialized
+        self._check_states(key_states, value_states)
+        if not was_initialized:
+            self.lazy_initialization(key_states, value_states)
+        views = self._sides["key"].view(key_states), self._sides["value"].view(value_states)
+        checkpoint = {name: side.checkpoint() for name, side in self._sides.items()}
+        try:
+            flush_count = self._flush_count(self.get_seq_length() + key_states.shape[2])
+            self._sides["key"].append(key_states, flush_count)
+            self._sides["value"].append(value_states, flush_count)
+        except BaseException:
+            for name, side in self._sides.items():
+                side.restore(checkpoint[name])
+            self.is_initialized = was_initialized
+            raise
+        self.version += 1
+        if packed:
+            return PackedPair(*views, owner=self).handles()
+        return views[0].materialize(), views[1].materialize()
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens held."""
+        if not self.is_initialized:
+            return 0
+        side = self._sides["key"]
+        return side.store.length + side.window.length
+
+    def get_max_length(self) -> int:
+        """Return -1: the layer grows without a limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys that the next forward of `query_length` tokens sees."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens.
+
+        Args:
+            tokens_to_remove: zero or negative, as transformers counts since 5.18. Up to `residual_length` tokens come
+                from the window; a deeper crop returns the survivors of a cut group to it as dequantized states.
+
+        Raises:
+            StatesError: the number is positive.
+        """
+        if tokens_to_remove > 0:
+            raise StatesError(f"crop({tokens_to_remove}) is not supported; pass a negative number of tokens to remove")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        length = max(0, self.get_seq_length() + tokens_to_remove)
+        for side in self._sides.values():
+            side.truncate(length)
+        self.version += 1
+
+    def reset(self) -> None:
+        """Forget everything; the next update may bring states of another shape."""
+        self._sides = {}
+        self.is_initialized = False
+        self.version += 1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row `i` of the batch what was row `beam_idx[i]`."""
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
+        self._select_rows(self._row_numbers().repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices` of the batch, integers or a mask."""
+        self._select_rows(self._row_numbers()[indices.cpu()])
+
+    def offload(self) -> None:
+        """Do nothing: where the store lives is decided by `device`."""
+
+    def prefetch(self) -> None:
+        """Do nothing, like `offload`."""
+
+    def fork(self) -> KVQLayer:
+        """Return an independent layer that shares the present chunks."""
+        other = KVQLayer(self.layer_idx, self.settings, self.padding)
+        other.is_initialized = self.is_initialized
+        if self.is_initialized:
+            other.dtype, other.device = self.dtype, self.device
+            other._sides = {name: side.fork() for name, side in self._sides.items()}
+        return other
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        for side in self._sides.values():
+            side.select_rows(rows)
+        self.version += 1
+
+    def _row_numbers(self) -> torch.Tensor:
+        return torch.arange(self._sides["key"].store.batch_size if self.is_initialized else 0)
+
+    def _flush_count(self, total: int) -> int:
+        """Return how many tokens leave the window when the layer holds `total` tokens."""
+        target = (total - self.settings.residual_length) // self.flush_length * self.flush_length
+        return max(0, target - self._sides["key"].store.length)
+
+    def _check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        for name, states in (("key", key_states), ("value", value_states)):
+            if states.dim() != 4:
+                raise StatesError(f"layer {self.layer_idx}: {name} states have shape {list(states.shape)}; 4 needed")
+            if states.dtype not in _STATES_DTYPES:
+                raise StatesError(
+                    f"layer {self.layer_idx}: {name} states of {states.dtype} cannot be quantized; "
+                    f"the cache takes {', '.join(map(str, _STATES_DTYPES))}"
+                )
+            if self.is_initialized:
+                self._check_continuity(name, states)
+        if key_states.shape[0] != value_states.shape[0] or key_states.shape[2] != value_states.shape[2]:
+            raise StatesError(
+                f"layer {self.layer_idx}: keys {list(key_states.shape)} and values {list(value_states.shape)} differ "
+                "in batch or tokens"
+            )
+
+    def _check_continuity(self, name: Side, states: torch.Tensor) -> None:
+        held = self._sides[name].window.view()
+        if held is None:
+            raise CacheStateError(f"layer {self.layer_idx} has lost its window")
+        found = (states.shape[0], states.shape[1], states.shape[3], states.dtype, states.device)
+        wanted = (held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
+        for what, new, old in zip(("batch size", "heads", "head_dim", "dtype", "device"), found, wanted, strict=True):
+            if new != old:
+                raise StatesError(
+                    f"layer {self.layer_idx}: {name} states have {what} {new}, but the cache holds {what} {old}; "
+                    "use a new cache, or reset this one"
+                )
+
+
+def _flush_length(key: Quantizer, value: Quantizer) -> int:
+    common = math.lcm(key.block_length, value.block_length)
+    return common * math.ceil(MIN_FLUSH_LENGTH / common)
+
+
+def _store_device(wanted: torch.device | None, states: torch.device) -> torch.device:
+    # A device of the states' own type means "with the states": under a device_map the layers live on several devices,
+    # and one `device=model.device` must not gather them all on the first.
+    return states if wanted is None or wanted.type == states.type else wanted
+
+

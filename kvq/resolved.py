@@ -1,0 +1,94 @@
+"""What holds for one layer, after names are looked up and per-layer settings applied: all that a layer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvq.backend_choice import get_side_backend
+from kvq.backend_spec import BackendOptions, BackendSpec
+from kvq.config_fields import Rotation, of_side
+from kvq.granularity import Granularity
+from kvq.layer_config import AXIS_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
+from kvq.quantizer import Side
+
+
+@dataclass(frozen=True)
+class ResolvedSide:
+    """Everything that holds for one side of one layer.
+
+    Attributes:
+        backend: what quantizes it.
+        options: the backend's own options, validated.
+        nbits: bits per code.
+        granularity: direction of the groups.
+        group_size: elements per scale, as configured.
+        rotation: what the states are rotated by before they are quantized.
+        metadata_dtype: dtype of scale and mid, or None: for the core to choose.
+    """
+
+    backend: BackendSpec
+    options: BackendOptions
+    nbits: float
+    granularity: Granularity
+    group_size: int
+    rotation: Rotation
+    metadata_dtype: torch.dtype | None
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], side: Side) -> ResolvedSide:
+        """Take what concerns one side from the fields of a configuration."""
+        backend = get_side_backend(fields["backend"], side)
+        return cls(
+            backend=backend,
+            options=backend.build_options(fields["backend_options"].get(backend.name)),
+            nbits=fields[NBITS_FIELDS[side]],
+            granularity=fields[AXIS_FIELDS[side]],
+            group_size=of_side(fields["q_group_size"], side),
+            rotation=fields[ROTATION_FIELDS[side]],
+            metadata_dtype=fields["metadata_dtype"],
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedSide:
+        return self
+
+
+@dataclass(frozen=True)
+class ResolvedLayer:
+    """Everything that holds for one layer.
+
+    Attributes:
+        key, value: what holds for one side.
+        residual_length: newest tokens that are always exact.
+        sink_length: first real tokens of each row that are always exact.
+        compute_dtype: what dequantization computes in, or None: the dtype of the states.
+        device: where the store lives, or None: with the states.
+        full_precision: whether nothing of the layer is quantized.
+    """
+
+    key: ResolvedSide
+    value: ResolvedSide
+    residual_length: int
+    sink_length: int
+    compute_dtype: torch.dtype | None
+    device: torch.device | None
+    full_precision: bool
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ResolvedLayer:
+        """Split the fields of a configuration, those of the layer over those of the cache, by side."""
+        return cls(
+            key=ResolvedSide.from_fields(fields, "key"),
+            value=ResolvedSide.from_fields(fields, "value"),
+            residual_length=fields["residual_length"],
+            sink_length=fields["sink_length"],
+            compute_dtype=fields["compute_dtype"],
+            device=fields["device"],
+            full_precision=fields.get("full_precision", False),
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedLayer:
+        return self

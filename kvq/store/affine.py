@@ -1,0 +1,184 @@
+"""The storage of affine quantizers: grouping, packing and metadata around a backend that decides numbers.
+
+`AffineCodec` gives any `AffineQuantizer` the shape of a `Quantizer`, so that the rest of the store knows one kind only.
+A stored group is `scale * (code - 2 ** (bits - 1)) + mid`: centred codes, with the value of the middle code in place of
+the value of code 0, because scale and mid are what survives a narrow dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional
+
+from kvq.errors import QuantizerContractError
+from kvq.granularity import Granularity
+from kvq.quantizer import AffineQuantizer, Part, QuantSpec
+from kvq.store.packing import join_planes, pack, plane_widths, split_planes, unpack
+from kvq.store.rotation import HadamardRotation
+
+PER_TOKEN_BLOCK_LENGTH = 32
+"""Tokens that per-token groups are packed by: a whole number of bytes at every width."""
+ENCODE_ELEMENTS = 1 << 20
+"""Elements quantized in one go, which bounds the temporaries to some MiB whatever is flushed."""
+EXPONENT_TARGET = 14
+"""Metadata in float16 is scaled by a power of two per block so that its largest magnitude is about 2 ** 14."""
+
+
+def balanced_group_length(head_dim: int, group_size: int) -> int:
+    """Return the length of per-token groups: `ceil(D / G)` groups of nearly equal length."""
+    return math.ceil(head_dim / math.ceil(head_dim / group_size))
+
+
+class AffineCodec:
+    """Stores what an `AffineQuantizer` decides; satisfies `Quantizer`.
+
+    Args:
+        quantizer: the backend's quantizer.
+        spec: what it was built from.
+        rotation: applied to the states before quantizing and undone after, or None.
+        compute_dtype: dtype that decoding computes in.
+    """
+
+    def __init__(
+        self,
+        quantizer: AffineQuantizer,
+        spec: QuantSpec,
+        rotation: HadamardRotation | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.quantizer = quantizer
+        self.spec = spec
+        self.rotation = rotation
+        self.compute_dtype = compute_dtype
+        self.bits = math.ceil(spec.nbits)
+        self.per_channel = spec.granularity is Granularity.PER_CHANNEL
+        self.block_length = spec.group_length if self.per_channel else PER_TOKEN_BLOCK_LENGTH
+        self.group_local = quantizer.group_local
+        self.has_exponent = spec.metadata_dtype is torch.float16
+        # Keys lie channel-major, values token-major: what their dot products with queries and probabilities run along.
+        self._token_dim = -1 if spec.side == "key" else -2
+
+    @property
+    def groups_per_token(self) -> int:
+        """Per-token groups in one token of one head."""
+        return math.ceil(self.spec.head_dim / self.spec.group_length)
+
+    def layout(self) -> Mapping[str, Part]:
+        """Return code planes, scale, mid and, for float16 metadata, the exponent of the block."""
+        head_dim, length = self.spec.head_dim, self.block_length
+        parts: dict[str, Part] = {}
+        for width in plane_widths(self.bits):
+            packed = length * width // 8
+            shape = (head_dim, packed) if self.spec.side == "key" else (packed, head_dim)
+            parts[f"codes_{width}"] = Part(shape, torch.uint8)
+        groups = (head_dim,) if self.per_channel else (length, self.groups_per_token)
+        parts["scale"] = parts["mid"] = Part(groups, self.spec.metadata_dtype)
+        if self.has_exponent:
+            parts["exponent"] = Part((), torch.int8)
+        return parts
+
+    def constants(self) -> Mapping[str, torch.Tensor]:
+        """Return the signs of the rotation, if there is one."""
+        return {} if self.rotation is None else {"rotation_signs": self.rotation.signs}
+
+    def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Quantize whole blocks of `[B, H, T, D]`; the parts never alias the input."""
+        blocks = states.unflatten(2, (-1, self.block_length))
+        if self.group_local:
+            per_call = max(1, ENCODE_ELEMENTS // max(1, blocks[:, :, 0].numel()))
+            pieces = [self._encode_blocks(piece) for piece in blocks.split(per_call, dim=2)]
+            return {name: torch.cat([piece[name] for piece in pieces], dim=2) for name in pieces[0]}
+        rows = []
+        for row in blocks.split(1, dim=0):
+            pieces = [self._encode_blocks(piece) for piece in row.split(1, dim=2)]
+            rows.append({name: torch.cat([piece[name] for piece in pieces], dim=2) for name in pieces[0]})
+        return {name: torch.cat([row[name] for row in rows], dim=0) for name in rows[0]}
+
+    def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype."""
+        planes = {w: unpack(parts[f"codes_{w}"], w, self._token_dim) for w in plane_widths(self.bits)}
+        codes = join_planes(planes).to(self.compute_dtype)
+        if self._token_dim == -1:
+            codes = codes.transpose(-1, -2)
+        codes = codes - 2 ** (self.bits - 1)
+        scale, mid = self._read_metadata(parts)
+        states = codes.mul_(scale).add_(mid)
+        if self.rotation is not None:
+            states = self.rotation.undo(states)
+        out.unflatten(2, (-1, self.block_length)).copy_(states)
+
+    def _read_metadata(self, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and mid in the compute dtype, ready to broadcast over `[B, H, blocks, L, D]`."""
+        scale, mid = parts["scale"].float(), parts["mid"].float()
+        if self.has_exponent:
+            exponent = parts["exponent"].to(torch.int32).reshape(*scale.shape[:3], *[1] * (scale.dim() - 3))
+            scale, mid = torch.ldexp(scale, exponent), torch.ldexp(mid, exponent)
+        return self._spread(scale.to(self.compute_dtype)), self._spread(mid.to(self.compute_dtype))
+
+    def _spread(self, metadata: torch.Tensor) -> torch.Tensor:
+        if self.per_channel:
+            return metadata.unsqueeze(-2)
+        return metadata.repeat_interleave(self.spec.group_length, dim=-1)[..., : self.spec.head_dim]
+
+    def _encode_blocks(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantize `[B, H, blocks, L, D]` in one call of the backend."""
+        states = blocks.float()
+        if self.rotation is not None:
+            states = self.rotation.apply(states)
+        groups = self._group(states)
+        codes, scale, offset = self.quantizer.encode(groups)
+        self._check_result(groups, codes, scale, offset)
+        parts = {}
+        for width, plane in split_planes(self._ungroup(codes), self.bits).items():
+            parts[f"codes_{width}"] = pack(plane, width, self._token_dim)
+        return {**parts, **self._round_metadata(scale, offset + scale * 2 ** (self.bits - 1))}
+
+    def _group(self, states: torch.Tensor) -> torch.Tensor:
+        """Return `[B, H, blocks, D, L]` per channel, `[B, H, blocks, L, groups, G]` per token."""
+        if self.per_channel:
+            return states.transpose(-1, -2).contiguous()
+        missing = self.groups_per_token * self.spec.group_length - self.spec.head_dim
+        if missing:
+            # The last group is filled up with its own last element, which leaves its range as it is.
+            states = functional.pad(states.flatten(0, 2), (0, missing), mode="replicate").unflatten(
+                0, states.shape[:3]
+            )
+        return states.unflatten(-1, (self.groups_per_token, self.spec.group_length)).contiguous()
+
+    def _ungroup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return codes with tokens along the dimension that is packed."""
+        if self.per_channel:
+            return codes if self._token_dim == -1 else codes.transpose(-1, -2)
+        codes = codes.flatten(-2)[..., : self.spec.head_dim]
+        return codes.transpose(-1, -2) if self._token_dim == -1 else codes
+
+    def _round_metadata(self, scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tensor]:
+        dtype = self.spec.metadata_dtype
+        if not self.has_exponent:
+            return {"scale": scale.to(dtype), "mid": mid.to(dtype)}
+        # float16 spans 30 binary orders of magnitude, states of bfloat16 and float32 far more: one power of two per
+        # block and head, decided by that block alone, moves them into range without losing a bit.
+        largest = torch.maximum(mid.abs(), scale * 2**self.bits).flatten(3).amax(-1)
+        exponent = torch.frexp(largest)[1].sub(EXPONENT_TARGET).clamp(-120, 120)
+        shift = -exponent.reshape(*exponent.shape, *[1] * (scale.dim() - 3))
+        return {
+            "scale": torch.ldexp(scale, shift).to(dtype),
+            "mid": torch.ldexp(mid, shift).to(dtype),
+            "exponent": exponent.to(torch.int8),
+        }
+
+    def _check_result(
+        self, groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
+    ) -> None:
+        expected = {"codes": (groups.shape, torch.uint8)}
+        expected["scale"] = expected["offset"] = (groups.shape[:-1], torch.float32)
+        for name, tensor in (("codes", codes), ("scale", scale), ("offset", offset)):
+            shape, dtype = expected[name]
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise QuantizerContractError(
+                    f"{type(self.quantizer).__name__}.encode returned {name} as {tensor.dtype} {list(tensor.shape)} "
+                    f"for groups {list(groups.shape)}; the contract is {dtype} {list(shape)}"
+                )

@@ -1,0 +1,235 @@
+"""Packed tokens of one side of one layer, in chunks that are never moved once they are full.
+
+Owns growth, sharing between forks, batch order and truncation, for any `Quantizer`. It must not know what the parts
+mean: it asks the quantizer for their layout and hands them back to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvq.errors import QuantizerContractError
+from kvq.quantizer import Quantizer
+
+MAX_CHUNK_LENGTH = 2048
+"""Tokens in the largest chunk."""
+GROWTH_DIVISOR = 4
+"""A chunk opened for future tokens holds at most this fraction of what is stored, which bounds the slack."""
+
+
+def chunk_capacity(stored: int, wanted: int, block_length: int) -> int:
+    """Return the capacity, in blocks, of the next chunk: a power of two.
+
+    Args:
+        stored: blocks already stored.
+        wanted: blocks about to be appended; a chunk that they fill at once has no slack.
+        block_length: tokens of a block.
+    """
+    largest = max(1, MAX_CHUNK_LENGTH // block_length)
+    size = min(largest, max(1, stored // GROWTH_DIVISOR, wanted))
+    return 1 << (size.bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The used blocks of one chunk, as one store sees them.
+
+    Attributes:
+        parts: the chunk, `[B, H, capacity, *part.shape]` for each part.
+        used: blocks that belong to this store.
+        capacity: blocks that the chunk has room for.
+        rows: int64 `[B']`, the chunk's row for each row of the batch; None: as they are.
+    """
+
+    parts: Mapping[str, torch.Tensor]
+    used: int
+    capacity: int
+    rows: torch.Tensor | None = None
+
+    def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Return blocks in batch order; views unless the batch was reordered."""
+        parts = {name: part[:, :, start:stop] for name, part in self.parts.items()}
+        if self.rows is None:
+            return parts
+        return {name: part.index_select(0, self.rows) for name, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class StoreView:
+    """What a store held at one moment; later changes of the store do not reach it.
+
+    Attributes:
+        quantizer: decodes the segments.
+        segments: the chunks in order of their tokens.
+    """
+
+    quantizer: Quantizer
+    segments: tuple[Segment, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the view."""
+        return sum(segment.used for segment in self.segments) * self.quantizer.block_length
+
+    def decode_into(self, out: torch.Tensor, start: int = 0) -> None:
+        """Write the states of the tokens from `start`, a multiple of the block length, into `out` `[B, H, T, D]`."""
+        block_length = self.quantizer.block_length
+        first, wanted, done = start // block_length, out.shape[2] // block_length, 0
+        for segment in self.segments:
+            if first < segment.used and done < wanted:
+                stop = min(segment.used, first + wanted - done)
+                parts = {name: part.to(out.device) for name, part in segment.read(first, stop).items()}
+                done += stop - first
+                target = out[:, :, (done - (stop - first)) * block_length : done * block_length]
+                self.quantizer.decode_into(parts, target)
+            first = max(0, first - segment.used)
+
+
+class ChunkedStore:
+    """Quantized tokens of one side of one layer.
+
+    Args:
+        quantizer: encodes and decodes; its layout decides what is allocated.
+        batch_size: rows (B).
+        num_heads: key-value heads (H).
+        device: where the chunks live; parts are moved there, and back to the states' device to be decoded.
+    """
+
+    def __init__(self, quantizer: Quantizer, batch_size: int, num_heads: int, device: torch.device) -> None:
+        self.quantizer = quantizer
+        self.batch_size = batch_size
+        self.num_heads = num_heads
+        self.device = device
+        self.block_length = quantizer.block_length
+        self.layout = dict(quantizer.layout())
+        self.segments: tuple[Segment, ...] = ()
+        self._owns_last = True
+
+    @property
+    def blocks(self) -> int:
+        """Stored blocks."""
+        return sum(segment.used for segment in self.segments)
+
+    @property
+    def length(self) -> int:
+        """Stored tokens."""
+        return self.blocks * self.block_length
+
+    def view(self) -> StoreView:
+        """Return what is stored now, without copying."""
+        return StoreView(self.quantizer, self.segments)
+
+    def append(self, states: torch.Tensor) -> None:
+        """Quantize and store whole blocks.
+
+        Args:
+            states: `[B, H, T, D]`, T a multiple of the block length; read chunk by chunk, never copied as a whole.
+        """
+        wanted = states.shape[2] // self.block_length
+        done = 0
+        while done < wanted:
+            segment = self._open_segment(wanted - done)
+            count = min(segment.capacity - segment.used, wanted - done)
+            piece = states[:, :, done * self.block_length : (done + count) * self.block_length]
+            encoded = self.quantizer.encode(piece)
+            self._check_encoded(encoded, count)
+            for name, part in segment.parts.items():
+                part[:, :, segment.used : segment.used + count].copy_(encoded[name])
+            self._replace_last(replace(segment, used=segment.used + count))
+            done += count
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on, a multiple of the block length."""
+        keep = length // self.block_length
+        kept: list[Segment] = []
+        for segment in self.segments:
+            if keep <= 0:
+                break
+            kept.append(replace(segment, used=min(segment.used, keep)))
+            keep -= kept[-1].used
+        # A full chunk that loses blocks may be shared, and views of it may still be read: it is copied before writing.
+        self._owns_last = self._owns_last and len(kept) == len(self.segments)
+        self.segments = tuple(kept)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row `i` of the batch what was row `rows[i]`, int64 `[B']`.
+
+        The packed bytes stay where they are and an index is kept, unless fewer rows remain, which frees the others.
+        """
+        rows = rows.to(self.device)
+        shrinks = len(rows) < self.batch_size
+        self.batch_size = len(rows)
+        chosen = [replace(s, rows=rows if s.rows is None else s.rows[rows]) for s in self.segments]
+        self.segments = tuple(self._copied(segment) for segment in chosen) if shrinks else tuple(chosen)
+        self._owns_last = shrinks
+
+    def fork(self) -> ChunkedStore:
+        """Return an independent store that shares the present chunks; neither side writes to them again."""
+        self._owns_last = False
+        other = ChunkedStore(self.quantizer, self.batch_size, self.num_heads, self.device)
+        other.segments, other._owns_last = self.segments, False
+        return other
+
+    def checkpoint(self) -> tuple[tuple[Segment, ...], bool]:
+        """Return what `restore` needs to undo appends made from now on."""
+        return self.segments, self._owns_last
+
+    def restore(self, checkpoint: tuple[tuple[Segment, ...], bool]) -> None:
+        """Forget all that was appended since the checkpoint."""
+        self.segments, self._owns_last = checkpoint
+
+    def tensors(self) -> Iterator[tuple[torch.Tensor, float]]:
+        """Yield each tensor of the chunks with the share of it that is in use."""
+        for segment in self.segments:
+            for part in segment.parts.values():
+                yield part, segment.used / segment.capacity
+            if segment.rows is not None:
+                yield segment.rows, 1.0
+
+    def _open_segment(self, wanted: int) -> Segment:
+        """Return the last segment with room to write, opening or copying a chunk where need be."""
+        if self.segments and self.segments[-1].used < self.segments[-1].capacity:
+            if not self._owns_last:
+                self._replace_last(self._copied(self.segments[-1]))
+        else:
+            capacity = chunk_capacity(self.blocks, wanted, self.block_length)
+            self.segments = (*self.segments, self._allocate(capacity))
+        self._owns_last = True
+        return self.segments[-1]
+
+    def _replace_last(self, segment: Segment) -> None:
+        self.segments = (*self.segments[:-1], segment)
+
+    def _copied(self, segment: Segment) -> Segment:
+        copy = self._allocate(segment.capacity)
+        for name, part in segment.read(0, segment.used).items():
+            copy.parts[name][:, :, : segment.used].copy_(part)
+        return replace(copy, used=segment.used)
+
+    def _allocate(self, capacity: int) -> Segment:
+        # A tensor made under inference_mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            parts = {
+                name: torch.empty(
+                    (self.batch_size, self.num_heads, capacity, *part.shape), dtype=part.dtype, device=self.device
+                )
+                for name, part in self.layout.items()
+            }
+        return Segment(parts, used=0, capacity=capacity)
+
+    def _check_encoded(self, encoded: object, blocks: int) -> None:
+        name = type(self.quantizer).__name__
+        if not isinstance(encoded, Mapping) or encoded.keys() != self.layout.keys():
+            found = sorted(encoded) if isinstance(encoded, Mapping) else type(encoded).__name__
+            raise QuantizerContractError(f"{name}.encode returned {found}; its layout has {sorted(self.layout)}")
+        for part_name, part in self.layout.items():
+            shape = (self.batch_size, self.num_heads, blocks, *part.shape)
+            tensor = encoded[part_name]
+            if tuple(tensor.shape) != shape or tensor.dtype != part.dtype:
+                raise QuantizerContractError(
+                    f"{name}.encode returned {part_name!r} as {tensor.dtype} {list(tensor.shape)}; "
+                    f"its layout says {part.dtype} {list(shape)}"
+                )

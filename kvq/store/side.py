@@ -1,0 +1,162 @@
+"""One side of one layer: sinks, store and window together, and the view that attention reads.
+
+Owns the rule of what is quantized when: flushes happen at fixed token positions, so that what is stored depends on the
+states and not on how the updates that brought them were split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvq.quantizer import Quantizer
+from kvq.store.chunks import ChunkedStore, StoreView
+from kvq.store.sinks import SinkTokens
+from kvq.store.window import TokenBuffer
+
+
+@dataclass(frozen=True)
+class SideView:
+    """The tokens of one side at one moment: what was held, then the states of the current forward, exact.
+
+    Attributes:
+        sinks: laid over the stored tokens.
+        store: the quantized tokens.
+        window: the newest tokens, `[B, H, W, D]`, or None.
+        new: the states that the current update brought, `[B, H, T, D]`, or None.
+    """
+
+    sinks: SinkTokens
+    store: StoreView
+    window: torch.Tensor | None
+    new: torch.Tensor | None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the view."""
+        return self.store.length + sum(part.shape[2] for part in (self.window, self.new) if part is not None)
+
+    def materialize(self) -> torch.Tensor:
+        """Return `[B, H, length, D]` in the dtype of the states; never aliases what the cache holds."""
+        exact = [part for part in (self.window, self.new) if part is not None]
+        stored = self.store.length
+        if not stored:
+            # A lone `new` is the caller's own tensor, which needs no copy.
+            return exact[0] if len(exact) == 1 and exact[0] is self.new else torch.cat(exact, dim=2)
+        batch, heads, _, dim = exact[0].shape
+        history = torch.empty((batch, heads, self.length, dim), dtype=exact[0].dtype, device=exact[0].device)
+        self._decode(history[:, :, :stored], 0)
+        return _fill(history, stored, exact)
+
+    def decode_stored(self, start: int) -> torch.Tensor:
+        """Return the stored tokens from `start`, a multiple of the block length, as states."""
+        assert self.window is not None  # noqa: S101  # a store comes with a window
+        batch, heads, _, dim = self.window.shape
+        shape = (batch, heads, self.store.length - start, dim)
+        out = torch.empty(shape, dtype=self.window.dtype, device=self.window.device)
+        self._decode(out, start)
+        return out
+
+    def _decode(self, out: torch.Tensor, start: int) -> None:
+        self.store.decode_into(out, start)
+        self.sinks.lay_over(out, start, self.store.length)
+
+
+def _fill(out: torch.Tensor, start: int, parts: list[torch.Tensor]) -> torch.Tensor:
+    if any(part.requires_grad for part in parts):
+        return torch.cat([out[:, :, :start], *parts], dim=2)
+    for part in parts:
+        out[:, :, start : start + part.shape[2]].copy_(part)
+        start += part.shape[2]
+    return out
+
+
+class LayerSide:
+    """Keys or values of one layer.
+
+    Args:
+        quantizer: of the stored tokens.
+        like: states `[B, H, T, D]` that give batch, heads, dtype and device.
+        device: where the store lives.
+        flush_length: tokens that are flushed together, a multiple of the block length.
+        sinks: which tokens are never quantized.
+    """
+
+    def __init__(
+        self, quantizer: Quantizer, like: torch.Tensor, device: torch.device, flush_length: int, sinks: SinkTokens
+    ) -> None:
+        self.quantizer = quantizer
+        self.flush_length = flush_length
+        self.sinks = sinks
+        self.store = ChunkedStore(quantizer, like.shape[0], like.shape[1], device)
+        self.window = TokenBuffer(flush_length)
+        self.window.set(like[:, :, :0].detach())
+
+    def view(self, new: torch.Tensor | None = None) -> SideView:
+        """Return what is held now, followed by `new`."""
+        window = self.window.view() if self.window.length or new is None else None
+        return SideView(self.sinks, self.store.view(), window, new)
+
+    def append(self, new: torch.Tensor, flush_count: int) -> None:
+        """Add tokens at the end and quantize the oldest `flush_count` of window and new ones.
+
+        Args:
+            new: `[B, H, T, D]`, copied; the caller keeps its tensor.
+            flush_count: a multiple of the flush length.
+        """
+        new = new.detach()
+        held = self.window.length + new.shape[2]
+        for piece in self._flushed_pieces(new, flush_count):
+            self.store.append(self.sinks.withhold(piece, self.store.length, self.quantizer.block_length))
+        self.window.keep_last(held - flush_count, new)
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position `length` on; survivors of a cut group return to the window as states."""
+        stored = self.store.length
+        if length >= stored:
+            self.window.truncate(length - stored)
+            return
+        kept = length // self.flush_length * self.flush_length
+        survivors = self.view().decode_stored(kept)[:, :, : length - kept]
+        self.store.truncate(kept)
+        self.window.set(survivors)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Make row `i` of the batch what was row `rows[i]`."""
+        self.store.select_rows(rows)
+        self.window.select_rows(rows)
+        self.sinks = self.sinks.select_rows(rows)
+
+    def fork(self) -> LayerSide:
+        """Return an independent side that shares the present chunks."""
+        other = LayerSide.__new__(LayerSide)
+        other.quantizer, other.flush_length = self.quantizer, self.flush_length
+        other.store, other.window, other.sinks = self.store.fork(), self.window.copy(), self.sinks.copy()
+        return other
+
+    def checkpoint(self) -> tuple[Any, Any]:
+        """Return what `restore` needs to undo an append."""
+        return self.store.checkpoint(), self.window.checkpoint()
+
+    def restore(self, checkpoint: tuple[Any, Any]) -> None:
+        """Hold what was held at the checkpoint."""
+        self.store.restore(checkpoint[0])
+        self.window.restore(checkpoint[1])
+
+    def _flushed_pieces(self, new: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+        """Yield the oldest `count` tokens of window and new ones in whole flush lengths, copying only a straddling one."""
+        window = self.window.view()
+        assert window is not None  # noqa: S101  # made by the constructor
+        from_window = min(self.window.length, count)
+        aligned = from_window // self.flush_length * self.flush_length
+        if aligned:
+            yield window[:, :, :aligned]
+        start = 0
+        if aligned < from_window:
+            start = self.flush_length - (from_window - aligned)
+            yield torch.cat([window[:, :, aligned:from_window], new[:, :, :start]], dim=2)
+        if count > from_window + start:
+            yield new[:, :, start : count - from_window]

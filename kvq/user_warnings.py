@@ -1,0 +1,19 @@
+"""Warnings that point at the caller's own line, however deep in the package their reason is found."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+_PASSED_PACKAGES = frozenset({"kvq", "pydantic"})
+"""Frames of these lie between the user's call and the check that warns."""
+
+
+def warn_user(message: str) -> None:
+    """Warn at the innermost calling line outside kvq and pydantic."""
+    level = 1
+    frame = inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in _PASSED_PACKAGES:
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, UserWarning, stacklevel=level)

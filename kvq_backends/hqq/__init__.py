@@ -1,0 +1,1 @@
+"""hqq as a backend: half-quadratic quantization, calibration-free."""

@@ -1,0 +1,24 @@
+"""What a user may set under `backend_options["quanto"]`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from kvq.plugin_api import BackendOptions
+
+
+class QuantoOptions(BackendOptions):
+    """Options of the quanto backend.
+
+    There is no choice of optimizer. quanto's `HqqOptimizer` unpacks on its way, which compiles a C++ extension into
+    quanto's own package at first use (0.2.7), and its early stop looks at all groups of a call; the hqq backend runs
+    the original of that algorithm.
+    """
+
+    symmetric_8bit: bool = Field(
+        default=True,
+        description=(
+            "True or False; 8 bits only. True: the library's own qint8, symmetric around zero. False: between the "
+            "extremes of the group, as at 2 and 4 bits; much better where a channel has a bias, as keys often do"
+        ),
+    )
