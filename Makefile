@@ -49,14 +49,14 @@ plugin: venv build/kvq ## build the template plugin, install it next to kvq's wh
 	$(PYTHON) -m venv --clear .venv-plugin
 	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt torch
 	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl build/plugin/*.whl pytest
-	cd plugins/kvq-template && OMP_NUM_THREADS=1 $(CURDIR)/.venv-plugin/bin/pytest
-	cd build/plugin && $(CURDIR)/.venv-plugin/bin/python $(CURDIR)/.ci/generate.py template
+	cd plugins/kvq-template && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest"
+	.venv-plugin/bin/python scripts/generate_with.py template
 
 wheel: venv build/kvq ## build the wheel, install it in a clean environment, run its demo outside the checkout
 	$(PYTHON) -m venv --clear .venv-wheel
 	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt torch
 	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl
-	cd "$$(mktemp -d)" && $(CURDIR)/.venv-wheel/bin/kvq demo
+	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-wheel/bin/kvq" demo
 
 readme: venv ## regenerate the tables of README.md
 	$(BIN)/python scripts/update_readme.py
@@ -82,6 +82,7 @@ clean: ## remove everything that these targets made
 	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[dev]'
 	touch $@
 
+# A target of its own name, made anew each time, so that a wheel never lags behind the tree.
 .PHONY: build/kvq
 build/kvq: venv
 	rm -rf build/kvq

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import PlainSerializer, PlainValidator
 
 from kvq.backend_spec import BackendSpec
 from kvq.config_errors import FaultCollector, not_accepted
-from kvq.config_fields import SIDES, KeyValue, of_side, parse_sides
+from kvq.config_fields import SIDES, KeyValue, of_side, parse_sides, sides_schema
 from kvq.errors import BackendError, ConfigError, Fault
 from kvq.quantizer import Side
 from kvq.registry import get_registry
 from kvq.spec_validation import check_spec
-
-_NAME_SCHEMA = {"type": "string"}
 
 
 def get_side_backend(choice: Any, side: Side) -> BackendSpec:
@@ -102,7 +100,5 @@ BackendChoice = Annotated[
     str | BackendSpec | KeyValue,
     PlainValidator(_parse_choice),
     PlainSerializer(_dump_choice),
-    WithJsonSchema(
-        {"anyOf": [_NAME_SCHEMA, {"type": "object", "properties": {"key": _NAME_SCHEMA, "value": _NAME_SCHEMA}}]}
-    ),
+    sides_schema({"type": "string"}),
 ]

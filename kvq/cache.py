@@ -20,7 +20,7 @@ from kvq.memory import MemoryReport, report_memory
 logger = logging.getLogger(__name__)
 
 
-class KVQ(Cache):  # type: ignore[misc]  # transformers is not typed
+class KVQ(Cache):
     """A quantized KV cache.
 
     Args:

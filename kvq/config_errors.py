@@ -120,7 +120,8 @@ def _written_path(loc: tuple[str | int, ...], values: object, *, is_missing: boo
 
 def _find_item(values: object, step: str | int) -> object:
     if isinstance(values, Mapping):
-        return values.get(step, _ABSENT)
+        # A validator may have turned a key into text, as `layers` does with an index.
+        return next((item for key, item in values.items() if str(key) == str(step)), _ABSENT)
     is_index = isinstance(values, (list, tuple)) and isinstance(step, int) and step < len(values)
     return values[step] if is_index else _ABSENT  # type: ignore[index]  # checked in the line above
 

@@ -63,6 +63,11 @@ def parse_sides(value: object, parse: Callable[[object, str], T], accepted: str)
     return parsed["key"] if parsed["key"] == parsed["value"] else KeyValue(**parsed)
 
 
+def dump_sides(setting: Any) -> Any:
+    """Return what `parse_sides` reads back."""
+    return {side: of_side(setting, side) for side in SIDES} if isinstance(setting, KeyValue) else setting
+
+
 def find_integer(value: object) -> int | None:
     """Return an integer of any library as int; None for everything else, also for a bool, a float or a string."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
@@ -148,7 +153,8 @@ def _dump_axis(value: Granularity | int | None) -> str | int | None:
     return str(value) if isinstance(value, Granularity) else value
 
 
-def _both_sides_schema(one: dict[str, Any]) -> WithJsonSchema:
+def sides_schema(one: dict[str, Any]) -> WithJsonSchema:
+    """Return the JSON schema of a setting for both sides or one each."""
     pair = {"type": "object", "properties": {"key": one, "value": one}, "required": list(SIDES)}
     return WithJsonSchema({"anyOf": [one, pair]})
 
@@ -156,7 +162,10 @@ def _both_sides_schema(one: dict[str, Any]) -> WithJsonSchema:
 Version = Annotated[int, PlainValidator(_parse_version), WithJsonSchema({"const": FORMAT_VERSION})]
 Tokens = Annotated[int, PlainValidator(_parse_tokens), WithJsonSchema({"type": "integer", "minimum": 0})]
 GroupSize = Annotated[
-    int | KeyValue, PlainValidator(_parse_group_size), _both_sides_schema({"type": "integer", "minimum": 2})
+    int | KeyValue,
+    PlainValidator(_parse_group_size),
+    PlainSerializer(dump_sides),
+    sides_schema({"type": "integer", "minimum": 2}),
 ]
 Bits = Annotated[int | float, PlainValidator(_parse_nbits), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
 Axis = Annotated[

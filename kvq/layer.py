@@ -23,7 +23,7 @@ MIN_FLUSH_LENGTH = 32
 _STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class KVQLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
+class KVQLayer(CacheLayerMixin):
     """Keys and values of one layer: quantized history, sinks and the newest tokens exact.
 
     Args:
@@ -214,7 +214,8 @@ class KVQLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not ty
         return max(0, target - self._sides["key"].store.length)
 
     def _check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        for name, states in (("key", key_states), ("value", value_states)):
+        given: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
+        for name, states in given.items():
             if states.dim() != 4:
                 raise StatesError(f"layer {self.layer_idx}: {name} states have shape {list(states.shape)}; 4 needed")
             if states.dtype not in _STATES_DTYPES:

@@ -134,9 +134,9 @@ class MemoryReport:
         return self._effective_bits("value")
 
     def __str__(self) -> str:
-        console = Console(file=StringIO(), width=110, color_system=None)
-        console.print(self.to_table())
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]  # a StringIO, see above
+        text = StringIO()
+        Console(file=text, width=120, color_system=None).print(self.to_table())
+        return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"

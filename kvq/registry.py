@@ -246,7 +246,7 @@ class _PluginLoader:
     def _call_hook(self, claim: Claim, plugin_name: str) -> object:
         plugin = claim.entry_point.load()
         self._manager.register(plugin, name=plugin_name)
-        if not self._manager.get_hookcallers(plugin):
+        if not any(caller.name == "kvq_backend" for caller in self._manager.get_hookcallers(plugin) or ()):
             raise TypeError(f"{claim.entry_point.value} has no function kvq_backend marked with @hookimpl")
         others = [other for other in self._manager.get_plugins() if other is not plugin]
         results = self._manager.subset_hook_caller("kvq_backend", remove_plugins=others)()

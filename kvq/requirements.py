@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion
 
-from kvq.backend_spec import BackendSpec
 from kvq.errors import MissingRequirementError
+
+if TYPE_CHECKING:  # it imports torch, and this file should also serve where that cannot be imported
+    from kvq.backend_spec import BackendSpec
 
 
 def check_requirements(spec: BackendSpec) -> None:
@@ -21,8 +25,8 @@ def check_requirements(spec: BackendSpec) -> None:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate():
             continue
-        installed = _find_version(requirement.name)
-        if installed is not None and _is_accepted(installed, requirement):
+        installed = find_version(requirement.name)
+        if installed is not None and is_accepted(installed, requirement.specifier):
             continue
         found = "it is not installed" if installed is None else f"version {installed} is installed"
         raise MissingRequirementError(
@@ -31,7 +35,8 @@ def check_requirements(spec: BackendSpec) -> None:
         )
 
 
-def _find_version(distribution: str) -> str | None:
+def find_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
     try:
         # None, or a KeyError in newer Pythons, where an installation is damaged and its metadata lacks the version.
         return metadata.version(distribution) or None
@@ -39,8 +44,12 @@ def _find_version(distribution: str) -> str | None:
         return None
 
 
-def _is_accepted(version: str, requirement: Requirement) -> bool:
+def is_accepted(version: str, specifier: SpecifierSet) -> bool:
+    """Return whether a version is in a range.
+
+    A pre-release counts; what is not even a version is only in a range that takes everything.
+    """
     try:
-        return requirement.specifier.contains(version, prereleases=True)
+        return specifier.contains(version, prereleases=True)
     except InvalidVersion:
-        return False
+        return not specifier

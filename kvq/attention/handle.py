@@ -59,7 +59,7 @@ class PackedStates(torch.Tensor):
         handle.pair, handle._side, handle._stamp = pair, side, version
         return handle
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch declares Any
         del tensor_contents
         return f"PackedStates(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
@@ -81,7 +81,7 @@ class PackedStates(torch.Tensor):
         return self._side.materialize()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without cls
         cls,
         func: Callable[..., Any],
         types: Any,
@@ -104,7 +104,7 @@ class PackedStates(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the plain states."""
-        return self.materialize().__reduce_ex__(protocol)
+        return torch.Tensor.__reduce_ex__(self.materialize(), protocol)  # type: ignore[no-untyped-call]
 
     def data_ptr(self) -> NoReturn:
         """Refuse: there is no storage to point to."""

@@ -23,7 +23,7 @@ QUESTION_LENGTH = ANSWER_LENGTH + 3
 
 PAD, BOS, QUESTION, STOP = range(4)
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "?", ".")
-_NAME_COUNT = 480
+_NAME_COUNT = 240
 
 _WORDS = """
 acorn amber anchor apple apron arrow aspen autumn badge bagel baker bamboo banjo barn basil basin basket beach
@@ -39,10 +39,10 @@ jade jar jelly jewel jungle kernel kettle key kite knot ladder lake lamp lantern
 linen lion locket loom lotus lynx magnet mango maple marble market mask meadow melon mill mint mirror mist moon moss
 mountain mug needle nest nickel night oak oasis oat ocean olive onion orbit orchid otter owl paddle palm panda paper
 parrot pasture path peach pearl pebble pencil pepper piano pigeon pillow pine pirate planet plum pocket pond
-""".split()
+""".split()  # noqa: SIM905 - a list of quoted words is harder to read
 
-_ONSETS = "b d f g h j k l m n p r s t v z".split()
-_VOWELS = "a e i o u".split()
+_ONSETS = "bdfghjklmnprstvz"
+_VOWELS = "aeiou"
 
 
 def _build_names() -> list[str]:
@@ -50,7 +50,7 @@ def _build_names() -> list[str]:
     first = [onset + vowel for onset in _ONSETS for vowel in _VOWELS]
     second = [onset + vowel for onset in "dklmnr" for vowel in "aeo"]
     pairs = [(a + b).capitalize() for b in second for a in first]
-    return pairs[:_NAME_COUNT]
+    return pairs[:: len(pairs) // _NAME_COUNT][:_NAME_COUNT]
 
 
 VOCABULARY: tuple[str, ...] = (*_SPECIAL_TOKENS, *_build_names(), *_WORDS)
@@ -77,9 +77,7 @@ class RecallBatch:
         return self.questions[..., 2 : 2 + ANSWER_LENGTH]
 
 
-def sample_recall_batch(
-    batch_size: int, records: int, questions: int, *, generator: torch.Generator
-) -> RecallBatch:
+def sample_recall_batch(batch_size: int, records: int, questions: int, *, generator: torch.Generator) -> RecallBatch:
     """Draw contexts of `records` records and `questions` questions about different records of each.
 
     Raises:
@@ -89,9 +87,7 @@ def sample_recall_batch(
         raise ValueError(f"need 0 < questions <= records <= {_NAME_COUNT}, got {questions=} and {records=}")
     order = torch.rand(batch_size, _NAME_COUNT, generator=generator).argsort(dim=1)
     names = _FIRST_NAME + order[:, :records, None]
-    words = torch.randint(
-        _FIRST_WORD, len(VOCABULARY), (batch_size, records, ANSWER_LENGTH), generator=generator
-    )
+    words = torch.randint(_FIRST_WORD, len(VOCABULARY), (batch_size, records, ANSWER_LENGTH), generator=generator)
     lines = torch.cat([names, words, torch.full_like(names, STOP)], dim=-1)
     asked = torch.rand(batch_size, records, generator=generator).argsort(dim=1)[:, :questions]
     repeated = lines.gather(1, asked[..., None].expand(-1, -1, RECORD_LENGTH))
@@ -101,5 +97,5 @@ def sample_recall_batch(
 
 
 def decode_tokens(token_ids: Sequence[int]) -> str:
-    """Return the text of `token_ids` as a person would type it, e.g. `Bado otter lamp fig oak.`"""
+    """Return the text of `token_ids` as a person would type it, e.g. `Bado otter lamp fig oak.`."""
     return " ".join(VOCABULARY[token] for token in token_ids).replace(" .", ".")

@@ -21,8 +21,6 @@ from kvq.store.rotation import HadamardRotation
 
 PER_TOKEN_BLOCK_LENGTH = 32
 """Tokens that per-token groups are packed by: a whole number of bytes at every width."""
-ENCODE_ELEMENTS = 1 << 20
-"""Elements quantized in one go, which bounds the temporaries to some MiB whatever is flushed."""
 EXPONENT_TARGET = 14
 """Metadata in float16 is scaled by a power of two per block so that its largest magnitude is about 2 ** 14."""
 
@@ -85,17 +83,15 @@ class AffineCodec:
         return {} if self.rotation is None else {"rotation_signs": self.rotation.signs}
 
     def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Quantize whole blocks of `[B, H, T, D]`; the parts never alias the input."""
-        blocks = states.unflatten(2, (-1, self.block_length))
-        if self.group_local:
-            per_call = max(1, ENCODE_ELEMENTS // max(1, blocks[:, :, 0].numel()))
-            pieces = [self._encode_blocks(piece) for piece in blocks.split(per_call, dim=2)]
-            return {name: torch.cat([piece[name] for piece in pieces], dim=2) for name in pieces[0]}
-        rows = []
-        for row in blocks.split(1, dim=0):
-            pieces = [self._encode_blocks(piece) for piece in row.split(1, dim=2)]
-            rows.append({name: torch.cat([piece[name] for piece in pieces], dim=2) for name in pieces[0]})
-        return {name: torch.cat([row[name] for row in rows], dim=0) for name in rows[0]}
+        """Quantize whole blocks of `[B, H, T, D]` in one call of the backend; the parts never alias the input."""
+        rotated = states.float() if self.rotation is None else self.rotation.apply(states.float())
+        groups = self._group(rotated.unflatten(2, (-1, self.block_length)))
+        codes, scale, offset = self.quantizer.encode(groups)
+        self._check_result(groups, codes, scale, offset)
+        parts = {}
+        for width, plane in split_planes(self._ungroup(codes), self.bits).items():
+            parts[f"codes_{width}"] = pack(plane, width, self._token_dim)
+        return {**parts, **self._round_metadata(scale, offset + scale * 2 ** (self.bits - 1))}
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype."""
@@ -123,19 +119,6 @@ class AffineCodec:
             return metadata.unsqueeze(-2)
         return metadata.repeat_interleave(self.spec.group_length, dim=-1)[..., : self.spec.head_dim]
 
-    def _encode_blocks(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Quantize `[B, H, blocks, L, D]` in one call of the backend."""
-        states = blocks.float()
-        if self.rotation is not None:
-            states = self.rotation.apply(states)
-        groups = self._group(states)
-        codes, scale, offset = self.quantizer.encode(groups)
-        self._check_result(groups, codes, scale, offset)
-        parts = {}
-        for width, plane in split_planes(self._ungroup(codes), self.bits).items():
-            parts[f"codes_{width}"] = pack(plane, width, self._token_dim)
-        return {**parts, **self._round_metadata(scale, offset + scale * 2 ** (self.bits - 1))}
-
     def _group(self, states: torch.Tensor) -> torch.Tensor:
         """Return `[B, H, blocks, D, L]` per channel, `[B, H, blocks, L, groups, G]` per token."""
         if self.per_channel:
@@ -146,7 +129,8 @@ class AffineCodec:
             states = functional.pad(states.flatten(0, 2), (0, missing), mode="replicate").unflatten(
                 0, states.shape[:3]
             )
-        return states.unflatten(-1, (self.groups_per_token, self.spec.group_length)).contiguous()
+        groups: torch.Tensor = states.unflatten(-1, (self.groups_per_token, self.spec.group_length))
+        return groups.contiguous()
 
     def _ungroup(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes with tokens along the dimension that is packed."""

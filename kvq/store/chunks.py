@@ -16,6 +16,8 @@ from kvq.quantizer import Quantizer
 
 MAX_CHUNK_LENGTH = 2048
 """Tokens in the largest chunk."""
+ENCODE_ELEMENTS = 1 << 20
+"""Elements quantized in one call, which bounds the temporaries to some MiB whatever is flushed."""
 GROWTH_DIVISOR = 4
 """A chunk opened for future tokens holds at most this fraction of what is stored, which bounds the slack."""
 
@@ -134,10 +136,8 @@ class ChunkedStore:
             segment = self._open_segment(wanted - done)
             count = min(segment.capacity - segment.used, wanted - done)
             piece = states[:, :, done * self.block_length : (done + count) * self.block_length]
-            encoded = self.quantizer.encode(piece)
-            self._check_encoded(encoded, count)
-            for name, part in segment.parts.items():
-                part[:, :, segment.used : segment.used + count].copy_(encoded[name])
+            for rows, first, block_states in self._calls(piece):
+                self._write(segment, rows, segment.used + first, block_states)
             self._replace_last(replace(segment, used=segment.used + count))
             done += count
 
@@ -189,6 +189,23 @@ class ChunkedStore:
             if segment.rows is not None:
                 yield segment.rows, 1.0
 
+    def _calls(self, states: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+        """Yield what is quantized together: rows of the batch, index of the first block, and their states."""
+        per_block = states[:, :, : self.block_length].numel()
+        blocks = max(1, ENCODE_ELEMENTS // per_block) if self.quantizer.group_local else 1
+        rows = states.shape[0] if self.quantizer.group_local else 1
+        for row in range(0, states.shape[0], rows):
+            chosen = slice(row, row + rows)
+            for index, piece in enumerate(states[chosen].split(blocks * self.block_length, dim=2)):
+                yield chosen, index * blocks, piece
+
+    def _write(self, segment: Segment, rows: slice, first: int, states: torch.Tensor) -> None:
+        encoded = self.quantizer.encode(states)
+        count = states.shape[2] // self.block_length
+        self._check_encoded(encoded, states.shape[0], count)
+        for name, part in segment.parts.items():
+            part[rows, :, first : first + count].copy_(encoded[name])
+
     def _open_segment(self, wanted: int) -> Segment:
         """Return the last segment with room to write, opening or copying a chunk where need be."""
         if self.segments and self.segments[-1].used < self.segments[-1].capacity:
@@ -220,13 +237,13 @@ class ChunkedStore:
             }
         return Segment(parts, used=0, capacity=capacity)
 
-    def _check_encoded(self, encoded: object, blocks: int) -> None:
+    def _check_encoded(self, encoded: object, rows: int, blocks: int) -> None:
         name = type(self.quantizer).__name__
         if not isinstance(encoded, Mapping) or encoded.keys() != self.layout.keys():
             found = sorted(encoded) if isinstance(encoded, Mapping) else type(encoded).__name__
             raise QuantizerContractError(f"{name}.encode returned {found}; its layout has {sorted(self.layout)}")
         for part_name, part in self.layout.items():
-            shape = (self.batch_size, self.num_heads, blocks, *part.shape)
+            shape = (rows, self.num_heads, blocks, *part.shape)
             tensor = encoded[part_name]
             if tuple(tensor.shape) != shape or tensor.dtype != part.dtype:
                 raise QuantizerContractError(

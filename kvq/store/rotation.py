@@ -31,7 +31,7 @@ class HadamardRotation:
         return self._transform(states) * self.signs
 
     def _transform(self, states: torch.Tensor) -> torch.Tensor:
-        blocks = states.unflatten(-1, (-1, self.block_size))
+        blocks: torch.Tensor = states.unflatten(-1, (-1, self.block_size))
         span = 1
         while span < self.block_size:
             pairs = blocks.unflatten(-1, (-1, 2, span))

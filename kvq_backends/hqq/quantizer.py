@@ -63,9 +63,9 @@ class HQQQuantizer(AffineQuantizer):
         offset = _clamp_finite(frame.anchor - zero * scale)
         leading = groups.shape[:-1]
         return (
-            codes.masked_fill(frame.constant, 0).to(torch.uint8).reshape(groups.shape),
+            codes.to(torch.uint8).reshape(groups.shape),
             scale.masked_fill(frame.constant, 0).reshape(leading),
-            torch.where(frame.constant, rows[:, :1], offset).reshape(leading),
+            offset.reshape(leading),
         )
 
     def _get_working_dtype(self, device: torch.device) -> torch.dtype:
@@ -94,7 +94,8 @@ class Frame:
     """How groups are shown to hqq: as `(x - anchor) / unit`, which is exact. Ordinary groups are shown as they are.
 
     Attributes:
-        anchor: fp32 `[N, 1]`; 0, or an element of a group whose values are nearly equal.
+        anchor: fp32 `[N, 1]`; 0, or an element of a group whose values are nearly equal. A constant group is thus shown
+            as zeros, for which hqq's codes and zero point are 0.
         unit: fp32 `[N, 1]`; 1, or the power of two that brings the range of a group into [0.5, 1).
         constant: bool `[N, 1]`; whether all values of the group are equal.
     """
@@ -135,7 +136,7 @@ def _find_unit(low: torch.Tensor, high: torch.Tensor, largest_code: int) -> torc
     # Bounded so that the unit and its inverse are normal numbers, also where the range is not finite.
     bounded = extent.clamp(2.0**-120, 2.0**120)
     power = bounded / torch.frexp(bounded).mantissa
-    return power.masked_fill((is_wide_enough & is_small_enough) | (extent == 0), 1.0)
+    return power.masked_fill(is_wide_enough & is_small_enough, 1.0)
 
 
 def _clamp_finite(values: torch.Tensor) -> torch.Tensor:

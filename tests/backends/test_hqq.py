@@ -117,6 +117,26 @@ def test_nearly_constant_groups_far_from_zero_keep_the_bound(
     assert not is_within_half_step(groups, values, step_of(groups, nbits))
 
 
+def test_narrow_groups_keep_the_bound_where_hqq_clamps_its_scale(
+    make_groups, build_quantizer, decode, is_within_half_step
+):
+    groups = 1e-3 * make_groups("random", 64)
+    encoded = build_quantizer(BACKEND, 8, optimize=False).encode(groups)
+    assert is_within_half_step(groups, decode(*encoded), step_of(groups, 8))
+    _, values = vendor(groups, 8, optimize=False)
+    assert not is_within_half_step(groups, values, step_of(groups, 8))
+
+
+@pytest.mark.parametrize("nbits", [2, 4, 8])
+def test_levels_far_from_zero_come_back_exactly(build_quantizer, decode, nbits):
+    groups = (9 + 3 * 2.0**-20 * torch.arange(2**nbits, dtype=torch.float64)).float()[None]
+    codes, scale, offset = build_quantizer(BACKEND, nbits, optimize=False).encode(groups)
+    assert torch.equal(codes[0].int(), torch.arange(2**nbits, dtype=torch.int32))
+    assert torch.equal(decode(codes, scale, offset), groups)
+    _, values = vendor(groups * 2.0**20, nbits, optimize=False)
+    assert not torch.equal(values, groups * 2.0**20)
+
+
 @pytest.mark.parametrize("kind", VARIED)
 @pytest.mark.parametrize("nbits", NBITS)
 def test_optimizer_lowers_the_mean_error(make_groups, build_quantizer, decode, check_encoded, kind, nbits):

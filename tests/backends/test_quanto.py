@@ -172,6 +172,22 @@ def test_zeros_have_scale_zero_at_8_bits(build_quantizer, decode):
     assert torch.equal(decode(codes, scale, offset), groups)
 
 
+@pytest.mark.parametrize(("nbits", "operator"), [(2, "quantize_affine"), (8, "quantize_symmetric")])
+def test_vendor_is_never_asked_to_divide_by_zero(monkeypatch, build_quantizer, nbits, operator):
+    # What a nan becomes as an integer is up to the processor.
+    scales = []
+    original = getattr(torch.ops.quanto, operator)
+
+    def record(base, **kwargs):
+        scales.append(kwargs["scale"])
+        return original(base, **kwargs)
+
+    monkeypatch.setattr(torch.ops.quanto, operator, record)
+    build_quantizer(BACKEND, nbits).encode(torch.zeros(3, 48))
+    assert len(scales) == 1
+    assert (scales[0] > 0).all()
+
+
 @pytest.mark.parametrize("nbits", [2, 4])
 def test_range_past_the_largest_fp32_stays_finite(make_groups, build_quantizer, check_encoded, nbits):
     groups = make_groups("random", 64).clamp(-4, 4) * 8e37

@@ -1,0 +1,63 @@
+"""The command line: which commands there are, and how an error leaves them.
+
+A command's module is imported here, so that `kvq --help` knows it; what is heavy, torch above all, it imports inside.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from kvq import __version__
+from kvq.cli.backends import backends
+from kvq.cli.check import check
+from kvq.cli.console import print_error
+from kvq.cli.doctor import doctor
+from kvq.errors import KVQError
+
+app = typer.Typer(
+    name="kvq",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # an unexpected error keeps Python's own traceback
+    rich_markup_mode=None,  # plain help, the same in a terminal and in a file
+)
+
+# One line a command, in the order of the help.
+app.command()(backends)
+app.command()(check)
+app.command()(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvq(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize the KV cache of Hugging Face transformers.
+
+    Exit codes: 0 fine; 1 what was looked at is wrong or cannot be used; 2 wrong usage.
+    """
+    del version
+
+
+def main() -> None:
+    """Run the command line; an error of kvq ends as one line on stderr and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a plugin's summary may not fit the terminal's encoding
+    try:
+        app(prog_name="kvq")
+    except KVQError as error:
+        print_error(str(error))
+        sys.exit(1)

@@ -1,0 +1,115 @@
+"""What is known of backends, as plain values that both the tables and the JSON are made of.
+
+Heavy: it imports torch, and for a backend that is asked for by name its vendor's library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from kvq.backend_spec import BackendSpec
+from kvq.cli.codec_trial import GROUP_SIZE, HEAD_DIM, measure_effective_bits, plain_settings
+from kvq.cli.console import one_line
+from kvq.cli.requirement_state import applies, describe_requirement
+from kvq.errors import BackendError, UnknownBackendError
+from kvq.granularity import Granularity
+from kvq.registry import BackendInfo, available_backends, get_registry
+
+
+def collect_backends() -> list[dict[str, Any]]:
+    """Return what is known of every backend, each plugin imported, no vendor's library."""
+    with contextlib.redirect_stdout(sys.stderr):  # a plugin that prints must not end up in the JSON
+        return [summarize(info) for info in available_backends(load=True)]
+
+
+def collect_backend(name: str) -> dict[str, Any]:
+    """Return all that is known of one backend.
+
+    Raises:
+        UnknownBackendError: there is none of that name.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        info = find_info(name)
+        facts = summarize(info)
+        if info.spec is not None:
+            facts |= describe_spec(info.spec)
+            facts["effective_bits"] = _effective_bits(info.spec) if info.state == "ready" else []
+        return facts
+
+
+def find_info(name: str) -> BackendInfo:
+    """Return the state of one backend after an attempt to load it, and it alone.
+
+    Raises:
+        UnknownBackendError: there is none of that name.
+    """
+    try:
+        get_registry().get_backend(name)
+    except UnknownBackendError:
+        raise
+    except BackendError:
+        pass  # its state tells
+    return next(info for info in available_backends() if info.name == name)
+
+
+def summarize(info: BackendInfo) -> dict[str, Any]:
+    """Return the short form; what only the spec says is None or empty where there is no spec."""
+    spec = info.spec
+    return {
+        "name": info.name,
+        "state": info.state,
+        "reason": info.reason,
+        "origin": info.origin,
+        "version": info.version,
+        "summary": spec.summary if spec else "",
+        "url": spec.url if spec else "",
+        "nbits": list(spec.capabilities.nbits) if spec else None,
+        "granularities": [str(word) for word in spec.capabilities.granularities] if spec else None,
+    }
+
+
+def describe_spec(spec: BackendSpec) -> dict[str, Any]:
+    """Return what the long form adds."""
+    return {
+        "device_types": list(spec.capabilities.device_types),
+        "states_dtypes": list(spec.capabilities.states_dtypes),
+        "axis_names": {str(axis): str(word) for axis, word in spec.axis_names.items()},
+        "requirements": [describe_requirement(text) for text in spec.requires if applies(text)],
+        "options": [_describe_option(name, field) for name, field in spec.options.model_fields.items()],
+        "head_dim": HEAD_DIM,
+        "group_size": GROUP_SIZE,
+    }
+
+
+def _describe_option(name: str, field: FieldInfo) -> dict[str, Any]:
+    kind = field.annotation
+    return {
+        "name": name,
+        "type": kind.__name__ if type(kind) is type else str(kind).replace("typing.", ""),
+        "required": field.is_required(),
+        "default": None
+        if field.is_required()
+        else to_jsonable_python(field.get_default(call_default_factory=True), fallback=str),
+        "description": field.description or "",
+    }
+
+
+def _effective_bits(spec: BackendSpec) -> list[dict[str, Any]]:
+    accepted = spec.capabilities
+    return [_measure(spec, nbits, word) for nbits in accepted.nbits for word in accepted.granularities]
+
+
+def _measure(spec: BackendSpec, nbits: float, granularity: Granularity) -> dict[str, Any]:
+    row: dict[str, Any] = {"nbits": nbits, "granularity": str(granularity), "key": None, "value": None, "reason": ""}
+    try:
+        settings = plain_settings(spec, nbits, granularity)
+        row["key"] = measure_effective_bits(settings, "key")
+        row["value"] = measure_effective_bits(settings, "value")
+    except Exception as error:  # noqa: BLE001  # foreign code; what it raises is the answer for this row
+        row["reason"] = one_line(f"{type(error).__name__}: {error}")
+    return row

@@ -1,0 +1,97 @@
+"""Building the codec that a cache would build, to tell what it stores and whether it works at all.
+
+Heavy: it imports torch and, through the backend, the vendor's library.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvq.backend_spec import BackendSpec
+from kvq.config import KVQCacheConfig, ResolvedLayer
+from kvq.errors import KVQError
+from kvq.granularity import Granularity
+from kvq.quantizer import Side
+from kvq.store.codec import build_codec, effective_bits
+
+HEAD_DIM = 128
+GROUP_SIZE = 64
+
+
+def plain_settings(backend: BackendSpec, nbits: float, granularity: Granularity) -> ResolvedLayer:
+    """Return what holds for a layer whose keys and values are quantized alike, everything else by default."""
+    config = KVQCacheConfig(
+        backend=backend,
+        nbits_k=nbits,
+        nbits_v=nbits,
+        axis_key=granularity,
+        axis_value=granularity,
+        q_group_size=GROUP_SIZE,
+    )
+    return config.for_layer(0)
+
+
+def measure_effective_bits(settings: ResolvedLayer, side: Side, head_dim: int = HEAD_DIM) -> float:
+    """Return the bits per element that one side of a layer takes in the store, codes and metadata.
+
+    Args:
+        settings: of the layer.
+        side: keys or values.
+        head_dim: elements of one head.
+
+    Raises:
+        KVQError: the codec cannot be built.
+    """
+    states = make_states(_backend(settings, side), length=0, head_dim=head_dim)
+    return effective_bits(build_codec(settings, side, 0, states), head_dim)
+
+
+def try_backend(backend: BackendSpec) -> None:
+    """Quantize one block with a backend and read it back.
+
+    Raises:
+        KVQError: the result is not finite, or kvq refuses what the backend does.
+        Exception: whatever the backend or its library raises.
+    """
+    settings = plain_settings(backend, backend.capabilities.nbits[0], backend.capabilities.granularities[0])
+    codec = build_codec(settings, "key", 0, make_states(backend, length=0))
+    states = make_states(backend, length=codec.block_length)
+    restored = torch.empty_like(states)
+    codec.decode_into(codec.encode(states), restored)
+    if not restored.isfinite().all():
+        raise KVQError(f"backend {backend.name!r} turns a block of random numbers into some that are not finite")
+
+
+def make_states(backend: BackendSpec, *, length: int, head_dim: int = HEAD_DIM) -> torch.Tensor:
+    """Return random states `[1, 1, length, head_dim]` of a dtype and on a device that the backend takes.
+
+    Raises:
+        KVQError: no device that it takes is here.
+    """
+    if not runs_here(backend):
+        choices = ", ".join(backend.capabilities.device_types)
+        raise KVQError(f"backend {backend.name!r} takes states on {choices}, and this machine has no such device")
+    accepted = backend.capabilities
+    dtype = getattr(torch, accepted.states_dtypes[0]) if accepted.states_dtypes else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 1, length, head_dim, generator=generator).to(_find_devices(backend)[0], dtype)
+
+
+def runs_here(backend: BackendSpec) -> bool:
+    """Return whether this machine has a device that the backend takes states on."""
+    return bool(_find_devices(backend))
+
+
+def _backend(settings: ResolvedLayer, side: Side) -> BackendSpec:
+    return (settings.key if side == "key" else settings.value).backend
+
+
+def _find_devices(backend: BackendSpec) -> list[str]:
+    """Return the types of device that the backend takes and that are here, the CPU first."""
+    accepted = backend.capabilities.device_types or ("cpu",)
+    return [device for device in sorted(accepted, key=lambda device: device != "cpu") if _is_here(device)]
+
+
+def _is_here(device_type: str) -> bool:
+    module = getattr(torch, device_type, None)
+    return device_type == "cpu" or (module is not None and bool(module.is_available()))

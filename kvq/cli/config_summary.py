@@ -1,0 +1,90 @@
+"""What a configuration comes to: every side of every kind of layer, built as a cache would build it.
+
+Heavy: it imports torch, and the library of every backend that the configuration chooses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvq.cli.codec_trial import measure_effective_bits, runs_here
+from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
+from kvq.config_errors import FaultCollector
+from kvq.errors import ConfigError
+from kvq.quantizer import Side
+
+
+@dataclass(frozen=True)
+class SideSummary:
+    """One side of the layers that one entry is about.
+
+    Attributes:
+        layers: the key of the entry in `layers`, or an empty string for the rest.
+        side: keys or values.
+        settings: what holds for it; None for layers in full precision.
+        effective_bits: stored bits per element; None in full precision, or where no device is here that the backend
+            takes.
+    """
+
+    layers: str
+    side: Side
+    settings: ResolvedSide | None
+    effective_bits: float | None
+
+
+@dataclass(frozen=True)
+class ConfigSummary:
+    """A configuration without faults.
+
+    Attributes:
+        config: as read.
+        sides: the rest of the layers first, then the entries of `layers` in the order of the file.
+        warnings: what kvq warned of while it read the file.
+    """
+
+    config: KVQCacheConfig
+    sides: tuple[SideSummary, ...]
+    warnings: tuple[str, ...]
+
+
+def summarize_file(path: Path, head_dim: int) -> ConfigSummary:
+    """Read a configuration and build the codec of every side.
+
+    Args:
+        path: a YAML or JSON file.
+        head_dim: elements of one head.
+
+    Raises:
+        ConfigError: the file cannot be read, or what it says is wrong; with every fault.
+        BackendError: where the only fault is that a backend cannot be had.
+    """
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        config = KVQCacheConfig.from_file(path)
+        told = tuple(str(one.message) for one in caught if one.category is UserWarning)
+        return ConfigSummary(config, _build_sides(config, head_dim, str(path)), told)
+
+
+def _build_sides(config: KVQCacheConfig, head_dim: int, source: str) -> tuple[SideSummary, ...]:
+    faults = FaultCollector()
+    sides: list[SideSummary] = []
+    for layers, own in [("", {}), *((text, layer.given) for text, layer in config.layers.items())]:
+        resolved = ResolvedLayer.from_fields({**dict(config), **own})
+        for side in ("key", "value"):
+            with faults.at(*(["layers", layers] if layers else [])):
+                sides.append(_build_side(layers, side, resolved, head_dim))
+    if faults.faults:
+        raise ConfigError(dict.fromkeys(faults.faults), source)
+    return tuple(sides)
+
+
+def _build_side(layers: str, side: Side, resolved: ResolvedLayer, head_dim: int) -> SideSummary:
+    if resolved.full_precision:
+        return SideSummary(layers, side, None, None)
+    settings = resolved.key if side == "key" else resolved.value
+    bits = measure_effective_bits(resolved, side, head_dim) if runs_here(settings.backend) else None
+    return SideSummary(layers, side, settings, bits)

@@ -1,0 +1,73 @@
+"""`kvq doctor`: whether everything is in order, and what to do where it is not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvq.cli.console import print_fields, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from kvq.cli.diagnosis import Diagnosis
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+) -> None:
+    """Look for problems: versions, devices, backends.
+
+    Every backend that is ready quantizes one block and reads it back, so that its library is imported.
+
+    Exit codes: 0 everything can be used; 1 a problem stops a backend or the package.
+
+    Keys of --json: "kvq" ("version", "installed", "location"), "platform", "distributions" (a list with "name",
+    "required", "installed", "met"), "devices" (a list with "device", "name" and, where known, "threads" or
+    "memory_bytes"), "backends" (a list with "name", "state", "reason", "origin", "version", "works"), "environment"
+    (the variables KVQ_PLUGINS and KVQ_BLOCK_PLUGINS where set), "problems" (a list with "severity", "error" or
+    "warning", "problem", "remedy") and "usable".
+    """
+    from kvq.cli.diagnosis import diagnose
+
+    found = diagnose()
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _print_diagnosis(found)
+    if not found.is_usable:
+        raise typer.Exit(1)
+
+
+def _print_diagnosis(found: Diagnosis) -> None:
+    own = [("kvq", found.kvq["version"]), ("at", found.kvq["location"]), ("platform", found.platform)]
+    print_fields([*own, *found.environment.items()])
+    print_line()
+    columns = ("distribution", "installed", "needed", "")
+    print_table(columns, [_distribution_row(one) for one in found.distributions])
+    print_line()
+    print_table(("device", "name", ""), [_device_row(one) for one in found.devices])
+    print_line()
+    print_table(("backend", "state", "origin", ""), [_backend_row(one) for one in found.backends])
+    print_line()
+    for problem in found.problems:
+        print_line(f"{problem.severity}: {problem.problem}")
+        print_line(f"  {problem.remedy}")
+    if not found.problems:
+        print_line("no problems found")
+
+
+def _distribution_row(one: dict[str, Any]) -> tuple[str, ...]:
+    return one["name"], one["installed"] or "-", one["required"] or "-", "ok" if one["met"] else "not met"
+
+
+def _device_row(one: dict[str, Any]) -> tuple[str, ...]:
+    threads = f"{one['threads']} threads" if "threads" in one else ""
+    memory = f"{one['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in one else ""
+    return one["device"], one["name"], threads or memory
+
+
+def _backend_row(one: dict[str, Any]) -> tuple[str, ...]:
+    note = "works" if one["works"] else one["reason"]
+    if one["state"] == "ready" and not one["works"]:
+        note = "see below"
+    return one["name"], one["state"], f"{one['origin']} {one['version']}", note
