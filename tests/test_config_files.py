@@ -222,7 +222,7 @@ class TestRefusals:
             ("kvq.yaml", "--- {}\n--- {}\n"),
             ("kvq.yaml", "{[1]: 2}"),
             ("kvq.yaml", "when: 2025-02-31"),
-            ("kvq.yaml", "[" * 20_000),
+            ("kvq.yaml", "[" * 2_000),
             ("kvq.json", "backend: testing"),
             ("kvq.json", "[" * 200_000),
         ],

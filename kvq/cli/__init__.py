@@ -39,7 +39,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def kvq(
+def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,

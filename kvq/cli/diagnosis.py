@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.specifiers import SpecifierSet
 
@@ -23,6 +23,9 @@ import kvq
 from kvq.cli.console import one_line
 from kvq.cli.requirement_state import applies, describe_requirement, find_version, is_accepted
 from kvq.errors import KVQError
+
+if TYPE_CHECKING:
+    from kvq.registry import BackendInfo
 
 LISTED_WITHOUT_METADATA = ("torch", "transformers", "pydantic", "pluggy", "optimum-quanto", "hqq")
 """What is listed where kvq's own requirements cannot be read."""
@@ -152,7 +155,7 @@ def _examine_devices(found: Diagnosis) -> None:
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         found.add_warning(
             f"this machine has nvidia-smi, but torch {torch.__version__} finds no CUDA device",
-            "install a build of torch for your driver's CUDA version (https://pytorch.org), if a GPU is meant to be used",
+            "to use a GPU, install a build of torch for the CUDA version of your driver (https://pytorch.org)",
         )
 
 
@@ -164,7 +167,7 @@ def _examine_backends(found: Diagnosis) -> None:
     infos = available_backends(load=True)
     for info in infos:
         facts = {key: summarize(info)[key] for key in ("name", "state", "reason", "origin", "version")}
-        found.backends.append({**facts, "works": info.state == "ready" and _works(info, found)})
+        found.backends.append({**facts, "works": _works(info, found)})
         if info.state not in ("ready", "blocked"):
             found.add_error(f"{info.state}: {info.reason}", f"`kvq backends {info.name}` shows what is known of it")
         elif info.state == "ready" and info.reason:
@@ -176,10 +179,12 @@ def _examine_backends(found: Diagnosis) -> None:
     _examine_lists(found)
 
 
-def _works(info: Any, found: Diagnosis) -> bool:
-    """Return whether a backend quantizes one block and reads it back."""
+def _works(info: BackendInfo, found: Diagnosis) -> bool:
+    """Return whether a backend that is ready quantizes one block and reads it back."""
     from kvq.cli.codec_trial import runs_here, try_backend
 
+    if info.spec is None or info.state != "ready":
+        return False
     if not runs_here(info.spec):
         choices = ", ".join(info.spec.capabilities.device_types)
         found.add_warning(f"backend {info.name!r} takes states on {choices} only", "use it on such a machine")
@@ -198,4 +203,4 @@ def _examine_lists(found: Diagnosis) -> None:
     known = {one["name"] for one in found.backends}
     for variable, text in found.environment.items():
         for name in sorted({part.strip() for part in text.split(",")} - known - {""}):
-            found.add_warning(f"{variable} names {name!r}, which no installed plugin offers", "correct or drop the name")
+            found.add_warning(f"{variable} names {name!r}, which no plugin offers", "correct the name or drop it")

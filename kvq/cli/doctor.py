@@ -61,7 +61,7 @@ def _distribution_row(one: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _device_row(one: dict[str, Any]) -> tuple[str, ...]:
-    threads = f"{one['threads']} threads" if "threads" in one else ""
+    threads = f"threads: {one['threads']}" if "threads" in one else ""
     memory = f"{one['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in one else ""
     return one["device"], one["name"], threads or memory
 

@@ -35,7 +35,7 @@ def chunk_capacity(stored: int, wanted: int, block_length: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """The used blocks of one chunk, as one store sees them.
 
@@ -148,10 +148,10 @@ class ChunkedStore:
         for segment in self.segments:
             if keep <= 0:
                 break
-            kept.append(replace(segment, used=min(segment.used, keep)))
+            kept.append(segment if segment.used <= keep else replace(segment, used=keep))
             keep -= kept[-1].used
-        # A full chunk that loses blocks may be shared, and views of it may still be read: it is copied before writing.
-        self._owns_last = self._owns_last and len(kept) == len(self.segments)
+        # Views of what is cut off may still be read: the chunk is copied before it is written to again.
+        self._owns_last = self._owns_last and tuple(kept) == self.segments
         self.segments = tuple(kept)
 
     def select_rows(self, rows: torch.Tensor) -> None:

@@ -19,6 +19,8 @@ FULL_PRECISION_BITS = 16
 """Effective bits at which quantizing has lost its point."""
 HALF_METADATA_MAX_BITS = 5
 """Widest codes whose half step is larger than the rounding of a float16 mid, at |mean| / std = 100."""
+HALF_METADATA_MAX_LENGTH = 16
+"""Groups shorter than this take float16 whatever the bits: float32 would cost them four bits an element and more."""
 
 
 def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: torch.Tensor) -> Quantizer:
@@ -55,13 +57,14 @@ def effective_bits(quantizer: Quantizer, head_dim: int) -> float:
 def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.Tensor) -> QuantSpec:
     head_dim = states.shape[-1]
     per_token = chosen.granularity is Granularity.PER_TOKEN
-    half_suffices = math.ceil(chosen.nbits) <= HALF_METADATA_MAX_BITS
+    group_length = balanced_group_length(head_dim, chosen.group_size) if per_token else chosen.group_size
+    half_suffices = math.ceil(chosen.nbits) <= HALF_METADATA_MAX_BITS or group_length < HALF_METADATA_MAX_LENGTH
     return QuantSpec(
         side=side,
         layer_idx=layer_idx,
         nbits=chosen.nbits,
         granularity=chosen.granularity,
-        group_length=balanced_group_length(head_dim, chosen.group_size) if per_token else chosen.group_size,
+        group_length=group_length,
         num_heads=states.shape[1],
         head_dim=head_dim,
         states_dtype=states.dtype,

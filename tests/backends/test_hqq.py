@@ -129,7 +129,7 @@ def test_narrow_groups_keep_the_bound_where_hqq_clamps_its_scale(
 
 @pytest.mark.parametrize("nbits", [2, 4, 8])
 def test_levels_far_from_zero_come_back_exactly(build_quantizer, decode, nbits):
-    groups = (9 + 3 * 2.0**-20 * torch.arange(2**nbits, dtype=torch.float64)).float()[None]
+    groups = (11 + 3 * 2.0**-20 * torch.arange(2**nbits, dtype=torch.float64)).float()[None]
     codes, scale, offset = build_quantizer(BACKEND, nbits, optimize=False).encode(groups)
     assert torch.equal(codes[0].int(), torch.arange(2**nbits, dtype=torch.int32))
     assert torch.equal(decode(codes, scale, offset), groups)

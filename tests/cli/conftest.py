@@ -1,0 +1,99 @@
+"""The command line as a user meets it: another process, and a plugin that is not ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+TOY_PLUGIN = """
+from pydantic import Field
+import torch
+from kvq.plugin_api import API_VERSION, BackendOptions, BackendSpec, Capabilities, hookimpl
+
+print("noise of a plugin on stdout")
+
+class Options(BackendOptions):
+    strength: int = Field(default=3, description="how strong [bold]it[/bold] is")
+
+class Quantizer:
+    group_local = True
+
+    def encode(self, groups):
+        scale = groups.amax(-1).sub(groups.amin(-1)) / 15
+        offset = groups.amin(-1)
+        codes = (groups - offset[..., None]) / scale.clamp(min=1e-30)[..., None]
+        return codes.round().to(torch.uint8), scale, offset
+
+@hookimpl
+def kvq_backend():
+    return BackendSpec(
+        name="toy", api_version=API_VERSION, capabilities=Capabilities(nbits=(4,)), build=lambda spec, options: Quantizer(),
+        options=Options, summary="a toy " + "whose summary is long " * 20 + "and ends here", url="https://toy.example",
+    )
+"""
+NEEDY_PLUGIN = """
+from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities, hookimpl
+
+@hookimpl
+def kvq_backend():
+    return BackendSpec(
+        name="needy", api_version=API_VERSION, capabilities=Capabilities(nbits=(2,)), build=lambda spec, options: None,
+        requires=("no-such-distribution>=3",),
+    )
+"""
+
+
+def install(folder: Path, name: str, version: str, entry_points: str = "") -> None:
+    """Make a distribution that consists of its metadata."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """Return a function that runs Python in a fresh folder; keywords are environment variables."""
+
+    def call(*args: str, **variables: object) -> subprocess.CompletedProcess[str]:
+        kept = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "KVQ_PLUGINS", "KVQ_BLOCK_PLUGINS")}
+        environment = {**kept, **{name: str(value) for name, value in variables.items()}}
+        command = [sys.executable, *args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+
+    return call
+
+
+@pytest.fixture
+def run_kvq(run) -> Run:
+    """Return a function that runs a command of kvq."""
+    return lambda *args, **variables: run("-m", "kvq", *args, **variables)
+
+
+@pytest.fixture
+def toy_path(tmp_path) -> Path:
+    """Return a folder with a foreign distribution of three backends: one works, one needs more, one is broken."""
+    folder = tmp_path / "foreign"
+    install(folder, "toybox", "1.2", "[kvq.backends]\ntoy = toy_plugin\nneedy = needy_plugin\nfaulty = faulty_plugin\n")
+    (folder / "toy_plugin.py").write_text(TOY_PLUGIN)
+    (folder / "needy_plugin.py").write_text(NEEDY_PLUGIN)
+    (folder / "faulty_plugin.py").write_text("raise RuntimeError('the plugin is ill')\n")
+    return folder
+
+
+@pytest.fixture
+def make_distribution(tmp_path) -> Callable[[str, str], Path]:
+    """Return a function that makes a distribution without code, and returns the folder to find it in."""
+
+    def make(name: str, version: str) -> Path:
+        install(tmp_path / "shadow", name, version)
+        return tmp_path / "shadow"
+
+    return make

@@ -1,0 +1,73 @@
+"""The command line as a whole: help, version, wrong usage, and how errors leave it."""
+
+from __future__ import annotations
+
+import pytest
+
+REPORT_MODULES = """
+import sys
+from kvq.cli import main
+sys.argv = ["kvq", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+"""
+RAISE = """
+import sys
+from kvq.cli import app, main
+from kvq.errors import KVQError
+sys.argv = ["kvq", "fail"]
+@app.command()
+def fail():
+    raise {error}
+main()
+"""
+
+
+def test_help_is_light_and_tells_the_exit_codes(run):
+    done = run("-c", REPORT_MODULES, "--help")
+    assert done.returncode == 0
+    for word in ("backends", "check", "doctor", "--version", "Exit codes: 0 fine", "2 wrong"):
+        assert word in done.stdout
+    imported = done.stderr.split("imported:")[1].split()
+    assert "kvq" in imported
+    assert not {"torch", "transformers", "optimum", "hqq"} & set(imported)
+
+
+def test_version_is_light_and_plain(run):
+    done = run("-c", REPORT_MODULES, "--version")
+    assert (done.returncode, done.stdout) == (0, "kvq 1.0.0.dev0\n")
+    assert not {"torch", "transformers", "optimum", "hqq"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["bakends"], "bakends"),
+        (["backends", "--jason"], "--jason"),
+        (["check"], "FILE"),
+        (["check", "missing.yaml"], "'missing.yaml' does not exist"),
+        (["check", "quanto"], "'quanto' is no file; give the path of a configuration file (.yaml, .yml, .json)"),
+        (["check", "."], "'.' is a directory"),
+        (["check", "missing.yaml", "--head-dim", "0"], "--head-dim"),
+    ],
+)
+def test_wrong_usage_exits_with_2(run_kvq, args, message):
+    done = run_kvq(*args)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_kvq_is_one_line(run):
+    done = run("-c", RAISE.format(error='KVQError("a sentence\\n  in \\u00d7 two lines")'), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: a sentence in \\xd7 two lines\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback(run):
+    done = run("-c", RAISE.format(error='RuntimeError("a bug")'))
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("RuntimeError: a bug\n")

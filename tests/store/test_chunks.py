@@ -1,0 +1,166 @@
+import pytest
+import torch
+
+from kvq.errors import QuantizerContractError
+from kvq.plugin_api import Part
+from kvq.store.chunks import ChunkedStore, chunk_capacity
+
+
+class Verbatim:
+    """Stores states as they are and records how it was called."""
+
+    group_local = True
+
+    def __init__(self, block_length=64, group_local=True):
+        self.block_length = block_length
+        self.group_local = group_local
+        self.calls = []
+
+    def layout(self):
+        return {"states": Part((self.block_length, 4), torch.float32)}
+
+    def encode(self, states):
+        self.calls.append(tuple(states.shape))
+        return {"states": states.unflatten(2, (-1, self.block_length)).clone()}
+
+    def decode_into(self, parts, out):
+        out.copy_(parts["states"].flatten(2, 3))
+
+    def constants(self):
+        return {}
+
+
+def make_store(batch=2, **options):
+    return ChunkedStore(Verbatim(**options), batch, 3, torch.device("cpu"))
+
+
+def states(tokens, batch=2, start=0):
+    count = torch.arange(start, start + tokens, dtype=torch.float32)[None, None, :, None]
+    return count + torch.arange(batch)[:, None, None, None] * 10_000 + torch.zeros(batch, 3, tokens, 4)
+
+
+def read(view, batch=2, start=0):
+    out = torch.full((batch, 3, view.length - start, 4), -1.0)
+    view.decode_into(out, start)
+    return out
+
+
+def test_capacity_is_bounded_by_what_is_stored_or_wanted():
+    assert chunk_capacity(0, 1, 64) == 1
+    assert chunk_capacity(3, 1, 64) == 1
+    assert chunk_capacity(8, 1, 64) == 2
+    assert chunk_capacity(1000, 1, 64) == 32, "2,048 tokens at the most"
+    assert chunk_capacity(0, 100, 64) == 32
+    assert chunk_capacity(0, 13, 64) == 8, "what is wanted fills it at once"
+    assert chunk_capacity(0, 1, 4096) == 1
+
+
+@pytest.mark.parametrize("split", [[64] * 40, [2560], [640, 1280, 64 * 10]])
+def test_what_goes_in_comes_out_whatever_the_split(split):
+    store, start = make_store(), 0
+    for tokens in split:
+        store.append(states(tokens, start=start))
+        start += tokens
+    assert store.length == 2560
+    assert torch.equal(read(store.view()), states(2560))
+    assert torch.equal(read(store.view(), start=1088), states(2560)[:, :, 1088:])
+
+
+def test_full_chunks_are_never_moved_and_slack_stays_small():
+    store, seen = make_store(), {}
+    for block in range(94):
+        store.append(states(64, start=block * 64))
+        for index, segment in enumerate(store.segments):
+            assert seen.setdefault(index, segment.parts["states"].data_ptr()) == segment.parts["states"].data_ptr()
+        allocated = sum(segment.capacity for segment in store.segments)
+        if store.length > 1000:
+            assert allocated - store.blocks <= 0.25 * store.blocks
+    assert len(store.segments) < 25
+
+
+def test_a_view_does_not_see_later_changes():
+    store = make_store()
+    store.append(states(128))
+    view = store.view()
+    store.append(states(128, start=128))
+    store.truncate(64)
+    store.append(states(64, start=999))
+    assert torch.equal(read(view)[:, :, :64], states(128)[:, :, :64])
+    assert view.length == 128
+
+
+def test_a_view_survives_a_truncation_that_is_written_over():
+    store = make_store(block_length=8)
+    store.append(states(8 * 64))
+    view = store.view()
+    store.truncate(8 * 3)
+    store.append(states(8 * 30, start=5000))
+    assert torch.equal(read(view), states(8 * 64))
+    assert torch.equal(read(store.view())[:, :, 24:], states(8 * 30, start=5000))
+
+
+def test_forks_share_chunks_and_part_on_writing():
+    store = make_store(block_length=8)
+    store.append(states(8 * 37))
+    before = {segment.parts["states"].data_ptr() for segment in store.segments}
+    fork = store.fork()
+    assert {segment.parts["states"].data_ptr() for segment in fork.segments} == before
+    store.append(states(8 * 5, start=1000))
+    fork.append(states(8 * 5, start=7000))
+    assert torch.equal(read(store.view())[:, :, 8 * 37 :], states(8 * 5, start=1000))
+    assert torch.equal(read(fork.view())[:, :, 8 * 37 :], states(8 * 5, start=7000))
+    assert torch.equal(read(fork.view())[:, :, : 8 * 37], states(8 * 37))
+
+
+def test_rows_are_reordered_by_index_and_dropped_for_good():
+    store = make_store(block_length=8)
+    store.append(states(8 * 20))
+    pointers = [segment.parts["states"].data_ptr() for segment in store.segments]
+    store.select_rows(torch.tensor([1, 0]))
+    store.select_rows(torch.tensor([1, 1]))
+    assert [segment.parts["states"].data_ptr() for segment in store.segments] == pointers
+    assert torch.equal(read(store.view()), states(8 * 20)[[0, 0]])
+    store.append(states(8 * 3, start=500))
+    assert torch.equal(read(store.view())[:, :, 160:], states(8 * 3, start=500))
+    held = sum(tensor.nbytes for tensor, _ in store.tensors())
+    store.select_rows(torch.tensor([1]))
+    assert torch.equal(read(store.view(), batch=1)[:, :, :160], states(8 * 20)[:1])
+    assert sum(tensor.nbytes for tensor, _ in store.tensors()) == pytest.approx(held / 2, rel=0.01)
+
+
+def test_checkpoint_undoes_appends():
+    store = make_store(block_length=8)
+    store.append(states(8 * 3))
+    checkpoint = store.checkpoint()
+    store.append(states(8 * 30))
+    store.restore(checkpoint)
+    assert torch.equal(read(store.view()), states(8 * 3))
+
+
+def test_a_quantizer_that_is_not_group_local_sees_one_block_of_one_row():
+    store = make_store(group_local=False)
+    store.append(states(256))
+    assert set(store.quantizer.calls) == {(1, 3, 64, 4)}
+    assert len(store.quantizer.calls) == 8
+    assert torch.equal(read(store.view()), states(256))
+
+
+@pytest.mark.parametrize("fault", ["names", "shape", "dtype"])
+def test_an_encoding_outside_the_layout_is_refused(fault):
+    store = make_store()
+    good = store.quantizer.encode
+    store.quantizer.encode = {
+        "names": lambda s: {"other": good(s)["states"]},
+        "shape": lambda s: {"states": good(s)["states"][..., :2]},
+        "dtype": lambda s: {"states": good(s)["states"].double()},
+    }[fault]
+    with pytest.raises(QuantizerContractError, match="Verbatim.encode returned"):
+        store.append(states(64))
+
+
+def test_chunks_made_under_inference_mode_can_be_written_outside():
+    store = make_store(block_length=8)
+    with torch.inference_mode():
+        store.append(states(8 * 33))
+    store.append(states(8 * 7, start=8 * 33))
+    assert torch.equal(read(store.view()), states(8 * 40))
