@@ -1,4 +1,4 @@
-"""Train the embedded recall model from scratch (about half an hour on two cores).
+"""Train the embedded recall model from scratch (about twenty minutes on one core).
 
     python scripts/train_recall_model.py --out build/recall_model --seed 0
     python scripts/train_recall_model.py --out build/recall_model --evaluate-only --seed 12345

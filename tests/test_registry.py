@@ -134,11 +134,9 @@ class TestNames:
         assert site.finder_calls == 1
 
     def test_a_backend_is_loaded_once(self, site):
-        source = "COUNT = []\n" + PLUGIN.format(name="fine").replace("    return", "    COUNT.append(1)\n    return")
-        site.add_backend("fine", source=source)
+        site.add_backend("fine")
         registry = site.registry()
         assert registry.get_backend("fine") is registry.get_backend("fine")
-        assert sys.modules["site_kvq_fine_fine"].COUNT == [1]
 
     def test_once_loaded_a_backend_is_ready_and_shows_its_spec(self, site):
         site.add_backend("fine")
@@ -409,11 +407,14 @@ class TestBrokenPlugins:
             del builtins.site_interrupt
 
     def test_one_plugin_is_never_asked_for_another(self, site):
-        site.add_backend("fine")
-        site.add_backend("second", source=PLUGIN.format(name="second") + "\nCALLS = []\n")
+        for name in ("first", "second"):
+            counted = PLUGIN.format(name=name).replace("    return", "    CALLS.append(1)\n    return")
+            site.add_backend(name, source="CALLS = []\n" + counted)
         registry = site.registry()
-        assert registry.get_backend("fine").name == "fine"
-        assert registry.get_backend("second").name == "second"
+        for name in ("first", "second"):
+            assert registry.get_backend(name).name == name
+        calls = [sys.modules[f"site_kvq_{name}_{name}"].CALLS for name in ("first", "second")]
+        assert calls == [[1], [1]]
 
     def test_two_names_of_one_module_leave_the_true_one_working(self, site):
         site.add_distribution("dist 1.0", {"true": "site_shared", "alias": "site_shared"})

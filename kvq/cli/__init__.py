@@ -15,6 +15,7 @@ from kvq import __version__
 from kvq.cli.backends import backends
 from kvq.cli.check import check
 from kvq.cli.console import print_error
+from kvq.cli.demo import demo
 from kvq.cli.doctor import doctor
 from kvq.errors import KVQError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 
 # One line a command, in the order of the help.
+app.command()(demo)
 app.command()(backends)
 app.command()(check)
 app.command()(doctor)

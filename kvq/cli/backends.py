@@ -11,7 +11,9 @@ from kvq.errors import UnknownBackendError
 
 
 def backends(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show everything about this backend.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Show everything about it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
     """List the backends, or show everything about one.

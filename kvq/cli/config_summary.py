@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from kvq.cli.codec_trial import measure_effective_bits, runs_here
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
@@ -51,22 +52,23 @@ class ConfigSummary:
     warnings: tuple[str, ...]
 
 
-def summarize_file(path: Path, head_dim: int) -> ConfigSummary:
-    """Read a configuration and build the codec of every side.
+def summarize_mapping(values: Mapping[str, Any], source: str, head_dim: int) -> ConfigSummary:
+    """Build a configuration, and the codec of every side.
 
     Args:
-        path: a YAML or JSON file.
+        values: the fields.
+        source: the file that they come from.
         head_dim: elements of one head.
 
     Raises:
-        ConfigError: the file cannot be read, or what it says is wrong; with every fault.
+        ConfigError: something is wrong; with every fault.
         BackendError: where the only fault is that a backend cannot be had.
     """
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        config = KVQCacheConfig.from_file(path)
+        config = KVQCacheConfig.from_mapping(values, source=source)
         told = tuple(str(one.message) for one in caught if one.category is UserWarning)
-        return ConfigSummary(config, _build_sides(config, head_dim, str(path)), told)
+        return ConfigSummary(config, _build_sides(config, head_dim, source), told)
 
 
 def _build_sides(config: KVQCacheConfig, head_dim: int, source: str) -> tuple[SideSummary, ...]:

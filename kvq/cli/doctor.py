@@ -41,19 +41,21 @@ def doctor(
 def _print_diagnosis(found: Diagnosis) -> None:
     own = [("kvq", found.kvq["version"]), ("at", found.kvq["location"]), ("platform", found.platform)]
     print_fields([*own, *found.environment.items()])
-    print_line()
-    columns = ("distribution", "installed", "needed", "")
-    print_table(columns, [_distribution_row(one) for one in found.distributions])
-    print_line()
-    print_table(("device", "name", ""), [_device_row(one) for one in found.devices])
-    print_line()
-    print_table(("backend", "state", "origin", ""), [_backend_row(one) for one in found.backends])
+    _print_section(("distribution", "installed", "needed", ""), [_distribution_row(one) for one in found.distributions])
+    _print_section(("device", "name", ""), [_device_row(one) for one in found.devices])
+    _print_section(("backend", "state", "origin", ""), [_backend_row(one) for one in found.backends])
     print_line()
     for problem in found.problems:
         print_line(f"{problem.severity}: {problem.problem}")
         print_line(f"  {problem.remedy}")
     if not found.problems:
         print_line("no problems found")
+
+
+def _print_section(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    if rows:
+        print_line()
+        print_table(columns, rows)
 
 
 def _distribution_row(one: dict[str, Any]) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""What quantizing the cache costs in answers, measured against full precision."""

@@ -23,7 +23,7 @@ _LARGEST_MAGNITUDE = 2.0**13
 """Up to here neither a state nor its inverse scale leaves the normal range of float16."""
 
 _LARGEST_ZERO = {torch.float32: 2.0**16, torch.float16: 2.0**8}
-"""Zero points up to these cost a small part of a step in the rounding of `x / scale + zero`."""
+"""Up to these zero points, rounding `x / scale + zero` in that dtype costs only a small part of a step."""
 
 _LARGEST_FP32 = torch.finfo(torch.float32).max
 

@@ -15,9 +15,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 TOY_PLUGIN = """
 from pydantic import Field
 import torch
-from kvq.plugin_api import API_VERSION, BackendOptions, BackendSpec, Capabilities, hookimpl
-
-print("noise of a plugin on stdout")
+from kvq.plugin_api import API_VERSION, BackendOptions, BackendSpec, Capabilities, Granularity, hookimpl
 
 class Options(BackendOptions):
     strength: int = Field(default=3, description="how strong [bold]it[/bold] is")
@@ -34,8 +32,15 @@ class Quantizer:
 @hookimpl
 def kvq_backend():
     return BackendSpec(
-        name="toy", api_version=API_VERSION, capabilities=Capabilities(nbits=(4,)), build=lambda spec, options: Quantizer(),
-        options=Options, summary="a toy " + "whose summary is long " * 20 + "and ends here", url="https://toy.example",
+        name="toy",
+        api_version=API_VERSION,
+        capabilities=Capabilities(nbits=(4, 8)),
+        build=lambda spec, options: Quantizer(),
+        options=Options,
+        axis_names={7: Granularity.PER_TOKEN},
+        requires=("packaging>=20",),
+        summary="a toy " + "whose summary is long " * 20 + "and ends here",
+        url="https://toy.example",
     )
 """
 NEEDY_PLUGIN = """
@@ -44,9 +49,16 @@ from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities, hookimpl
 @hookimpl
 def kvq_backend():
     return BackendSpec(
-        name="needy", api_version=API_VERSION, capabilities=Capabilities(nbits=(2,)), build=lambda spec, options: None,
+        name="needy",
+        api_version=API_VERSION,
+        capabilities=Capabilities(nbits=(2,)),
+        build=lambda spec, options: None,
         requires=("no-such-distribution>=3",),
     )
+"""
+FAULTY_PLUGIN = """
+print("noise of a plugin on stdout")
+raise RuntimeError("the plugin is ill")
 """
 
 
@@ -84,7 +96,7 @@ def toy_path(tmp_path) -> Path:
     install(folder, "toybox", "1.2", "[kvq.backends]\ntoy = toy_plugin\nneedy = needy_plugin\nfaulty = faulty_plugin\n")
     (folder / "toy_plugin.py").write_text(TOY_PLUGIN)
     (folder / "needy_plugin.py").write_text(NEEDY_PLUGIN)
-    (folder / "faulty_plugin.py").write_text("raise RuntimeError('the plugin is ill')\n")
+    (folder / "faulty_plugin.py").write_text(FAULTY_PLUGIN)
     return folder
 
 

@@ -20,7 +20,7 @@ residual_length: -1
 TIGHT = """
 nbits_v: 4
 backend: toy
-layers: {"3": {axis_key: per_token, q_group_size: 8}}
+layers: {"3": {axis_key: per_token, q_group_size: 2}}
 """
 
 
@@ -30,10 +30,10 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
     assert done.returncode == 0
     assert "newest 96 and the first 4 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert "all others keys toy 4 per_channel 64 none 4.502".split() in rows
-    assert "0-1 values full precision - - - - -".split() in rows
+    assert ["all", "others", "keys", "toy", "4", "per_channel", "64", "none", "4.502"] in rows
+    assert ["0-1", "values", "full", "precision", *"-----"] in rows
     # 32 codes of 4 bits, scale and mid of 16 bits, and a byte for a block of 32 tokens of 64 elements.
-    assert f"last:2 values toy 4 per_token 32 none {4 + 1 + 8 / (32 * 64):.3f}".split() in rows
+    assert ["last:2", "values", "toy", "4", "per_token", "32", "none", f"{4 + 2 * 16 / 32 + 8 / (32 * 64):.3f}"] in rows
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,14 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
             FAULTY,
             ["  nbits_k: 5 is not", "  residual_length: -1 is not", "  nbits: is unknown; did you"],
         ),
-        ("tight.yml", TIGHT.replace("8}", "2}"), ["  layers['3'].q_group_size: 2 gives 20.0 effective bits"]),
+        (
+            "tight.yml",
+            TIGHT,
+            [
+                f"  layers['3'].q_group_size: 2 gives {4 + 2 * 16 / 2:.1f} effective bits for the {side}s"
+                for side in ("key", "value")
+            ],
+        ),
         ("unknown.yaml", "backend: qanto", ["  backend 'qanto' is unknown; did you mean"]),
         (
             "unsafe.yaml",

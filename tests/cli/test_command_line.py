@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvq import __version__
+
 REPORT_MODULES = """
 import sys
 from kvq.cli import main
@@ -37,7 +39,7 @@ def test_help_is_light_and_tells_the_exit_codes(run):
 
 def test_version_is_light_and_plain(run):
     done = run("-c", REPORT_MODULES, "--version")
-    assert (done.returncode, done.stdout) == (0, "kvq 1.0.0.dev0\n")
+    assert (done.returncode, done.stdout) == (0, f"kvq {__version__}\n")
     assert not {"torch", "transformers", "optimum", "hqq"} & set(done.stderr.split())
 
 

@@ -1,0 +1,79 @@
+"""The handles that `update` returns under the "kvq" attention."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from kvq.attention.handle import PackedStates
+from kvq.config import KVQCacheConfig
+from kvq.errors import CacheStateError
+from kvq.layer import KVQLayer
+
+
+@pytest.fixture
+def layer():
+    layer = KVQLayer(0, KVQCacheConfig().for_layer(0))
+    layer.update(torch.randn(2, 2, 300, 64), torch.randn(2, 2, 300, 64))
+    return layer
+
+
+@pytest.fixture
+def handles(layer):
+    return layer.update(torch.randn(2, 2, 3, 64), torch.randn(2, 2, 3, 64), packed=True)
+
+
+def test_a_handle_has_the_shape_of_the_states_and_no_storage(layer, handles):
+    for handle in handles:
+        assert isinstance(handle, PackedStates)
+        assert handle.shape == (2, 2, 303, 64)
+        assert handle.dtype == torch.float32
+        with pytest.raises(CacheStateError, match="no storage"):
+            handle.data_ptr()
+        with pytest.raises(CacheStateError, match="no storage"):
+            handle.share_memory_()
+
+
+def test_any_operation_sees_what_the_layer_holds(layer, handles):
+    keys, values = handles
+    assert torch.equal(keys + 0, layer.keys)
+    assert torch.equal(values[:, :, 5:9], layer.values[:, :, 5:9])
+    query = torch.randn(2, 2, 1, 64)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, layer.keys, layer.values)
+    assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, keys, values), expected)
+    assert torch.equal(torch.cat([keys, keys]), torch.cat([layer.keys, layer.keys]))
+    assert torch.equal(keys.repeat_interleave(2, dim=1), layer.keys.repeat_interleave(2, dim=1))
+
+
+def test_writing_to_what_a_handle_gives_does_not_reach_the_layer(layer, handles):
+    before = layer.keys
+    handles[0].materialize().zero_()
+    (handles[0] * 1).zero_()
+    assert torch.equal(layer.keys, before)
+
+
+def test_copies_are_plain(layer, handles):
+    for copied in (copy.deepcopy(handles[0]), pickle.loads(pickle.dumps(handles[0]))):  # noqa: S301  # our own bytes
+        assert type(copied) is torch.Tensor
+        assert torch.equal(copied, layer.keys)
+
+
+@pytest.mark.parametrize("change", ["update", "crop", "reorder", "reset"])
+def test_a_stale_handle_is_refused(layer, handles, change):
+    {
+        "update": lambda: layer.update(torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64)),
+        "crop": lambda: layer.crop(-1),
+        "reorder": lambda: layer.reorder_cache(torch.tensor([1, 0])),
+        "reset": layer.reset,
+    }[change]()
+    with pytest.raises(CacheStateError, match="after the cache changed"):
+        handles[0] + 0
+
+
+def test_handles_of_two_layers_are_not_taken_for_a_pair(layer):
+    other = KVQLayer(1, KVQCacheConfig().for_layer(1))
+    one = layer.update(torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64), packed=True)
+    two = other.update(torch.randn(2, 2, 301, 64), torch.randn(2, 2, 301, 64), packed=True)
+    assert one[0].pair is one[1].pair
+    assert one[0].pair is not two[1].pair

@@ -1,0 +1,126 @@
+"""Held bytes: at every length, against DynamicCache, and against a census of the process from outside."""
+
+import gc
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvq import KVQ
+
+SHAPE = dict(heads=2, dim=64, dtype=torch.float16)
+
+
+def feed(cache, tokens, layers=1, batch=1, heads=2, dim=64, dtype=torch.float16):
+    for layer in range(layers):
+        states = torch.randn(batch, heads, tokens, dim, dtype=dtype)
+        cache.update(states, states.clone(), layer)
+    return cache
+
+
+def census(allocated_before):
+    """Bytes of all tensor storages that are alive and were not before."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and id(thing) not in allocated_before:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, dict(nbits_k=8, nbits_v=8), dict(nbits_k=2, nbits_v=2, axis_key="per_token"), dict(sink_length=0, residual_length=0)],
+    ids=["defaults", "8 bit", "2 bit", "no window"],
+)
+def test_at_every_length_at_most_one_group_more_than_dynamic_cache(fields, capsys):
+    cache = KVQ(**fields)
+    token_bytes = 2 * 2 * 64 * 2
+    shown = {}
+    keys, values = torch.randn(2, 1, 2, 1, 64, dtype=torch.float16)
+    for length in range(1, 6001):
+        cache.update(keys, values, 0)
+        if length < 700 or length % 7 == 0 or length in (1000, 2400, 6000):
+            memory = cache.memory()
+            assert memory.total_bytes <= (length + 64) * token_bytes, length
+            if length > 1000:
+                side = memory.layers[0].key
+                chunk_slack = side.chunk_bytes - side.packed_bytes
+                assert chunk_slack <= 0.25 * side.packed_bytes, length
+            if length in (100, 300, 1000, 2400, 4004, 6000):
+                shown[length] = memory.compression
+    with capsys.disabled():
+        print(f"\n{fields or 'defaults'}: " + ", ".join(f"{n} tokens {ratio:.2f}x" for n, ratio in shown.items()))
+    assert shown[6000] > shown[300]
+
+
+def test_the_report_agrees_with_a_census_from_outside():
+    gc.collect()
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)}
+    keep_alive = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    cache = KVQ(rotation_k="hadamard")
+    for tokens in (700, 1, 1, 130):
+        feed(cache, tokens, layers=2, batch=2)
+    assert cache.memory().total_bytes == census(before)
+    del keep_alive
+
+
+def test_a_hidden_copy_would_be_seen_by_the_census():
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)}
+    cache = feed(KVQ(), 500)
+    cache.layers[0].hidden = cache.layers[0].keys
+    assert census(before) > cache.memory().total_bytes
+
+
+def test_the_parts_add_up():
+    memory = feed(KVQ(rotation_v="hadamard"), 777, layers=3).memory()
+    parts = (
+        memory.packed_bytes + memory.window_bytes + memory.sink_bytes + memory.slack_bytes + memory.constant_bytes
+    )
+    assert parts == memory.total_bytes == sum(layer.total_bytes for layer in memory.layers)
+    assert memory.constant_bytes == 3 * 64
+    assert memory.sink_bytes == 3 * 2 * 4 * 2 * 64 * 2
+    assert memory.window_bytes == 3 * 2 * (777 - 640) * 2 * 64 * 2
+
+
+def test_full_precision_bytes_are_those_of_dynamic_cache():
+    cache, plain = KVQ(), DynamicCache()
+    for tokens in (300, 45):
+        feed(cache, tokens, layers=2, batch=3)
+        feed(plain, tokens, layers=2, batch=3)
+    expected = sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers)
+    assert cache.memory().full_precision_bytes == expected
+    assert cache.memory().compression == expected / cache.memory().total_bytes
+
+
+def test_effective_bits_count_codes_metadata_and_slack():
+    memory = feed(KVQ(nbits_k=4, nbits_v=2), 128 + 64 * 16).memory()
+    # 64 codes of 4 bit, scale and mid of 16 bit a group, and one exponent byte for the 64 x 64 elements of a block.
+    assert memory.effective_bits_key == pytest.approx(4 + 32 / 64 + 8 / 4096)
+    assert memory.effective_bits_value == pytest.approx(2 + 32 / 64 + 8 / (32 * 64))
+    grown = feed(KVQ(nbits_k=4, nbits_v=2), 128)
+    for _ in range(64 * 9):
+        feed(grown, 1)
+    assert grown.memory().effective_bits_key > memory.effective_bits_key, "an open chunk is not free"
+
+
+def test_shared_chunks_are_counted_by_each_cache_and_once_in_the_process():
+    cache = feed(KVQ(), 900)
+    fork = cache.fork()
+    pointers = [
+        {tensor.untyped_storage().data_ptr() for tensor, _ in one.layers[0].side("key").store.tensors()}
+        for one in (cache, fork)
+    ]
+    assert pointers[0] == pointers[1]
+
+
+def test_the_report_prints_as_a_table_and_in_notebooks():
+    memory = feed(KVQ(backend={"key": "quanto", "value": "hqq"}), 500, layers=4).memory()
+    text = str(memory)
+    assert "0-3" in text
+    assert "quanto 4 bit" in text
+    assert "hqq 2 bit" in text
+    assert f"{memory.compression:.2f}x smaller" in text
+    assert memory._repr_html_().startswith("<pre>")
+    assert str(KVQ().memory())
