@@ -56,8 +56,10 @@ class Attachment:
         self.model = model
         self.config = config
         self.cache: KVQ | None = None
-        self._original = getattr(model, _HOOK)
         self._shadowed = vars(model).get(_HOOK)
+        outer = getattr(self._shadowed, "__self__", None)
+        # The innermost attachment wins: it goes past the others to what the model does by itself.
+        self._original = outer._original if isinstance(outer, Attachment) else getattr(model, _HOOK)
         self._attention = [(known, known._attn_implementation) for known in _configs(model)]
         register_attention()
         try:

@@ -8,8 +8,6 @@ from transformers import DynamicCache
 
 from kvq import KVQ
 
-SHAPE = dict(heads=2, dim=64, dtype=torch.float16)
-
 
 def feed(cache, tokens, layers=1, batch=1, heads=2, dim=64, dtype=torch.float16):
     for layer in range(layers):
@@ -18,15 +16,17 @@ def feed(cache, tokens, layers=1, batch=1, heads=2, dim=64, dtype=torch.float16)
     return cache
 
 
-def census(allocated_before):
-    """Bytes of all tensor storages that are alive and were not before."""
+def live_storages():
+    """Bytes of every tensor storage that is alive, by address, found without asking the cache."""
     gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and id(thing) not in allocated_before:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    # `type`, since isinstance would wake up lazy module attributes of libraries.
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def census(before):
+    """Bytes of the storages that are alive and were not before."""
+    return sum(nbytes for address, nbytes in live_storages().items() if address not in before)
 
 
 @pytest.mark.parametrize(
@@ -39,35 +39,37 @@ def test_at_every_length_at_most_one_group_more_than_dynamic_cache(fields, capsy
     token_bytes = 2 * 2 * 64 * 2
     shown = {}
     keys, values = torch.randn(2, 1, 2, 1, 64, dtype=torch.float16)
-    for length in range(1, 6001):
-        cache.update(keys, values, 0)
-        if length < 700 or length % 7 == 0 or length in (1000, 2400, 6000):
+    cache.update(keys, values, 0)
+    layer = cache.layers[0]
+    for length in range(2, 6001):
+        layer.update(keys, values, packed=True)  # a handle: nothing is materialized
+        chunks = [(tensor.nbytes, share) for _, side in layer.sides() for tensor, share in side.store.tensors()]
+        exact = [side.window.buffer for _, side in layer.sides()]
+        exact += [side.sinks.states for _, side in layer.sides() if side.sinks.states is not None]
+        held = sum(nbytes for nbytes, _ in chunks) + sum(tensor.nbytes for tensor in exact)
+        assert held <= (length + 64) * token_bytes, length
+        if length > 1000:
+            packed = sum(nbytes * share for nbytes, share in chunks)
+            assert sum(nbytes for nbytes, _ in chunks) - packed <= 0.25 * packed, length
+        if length in (100, 300, 1000, 2400, 4000, 6000):
             memory = cache.memory()
-            assert memory.total_bytes <= (length + 64) * token_bytes, length
-            if length > 1000:
-                side = memory.layers[0].key
-                chunk_slack = side.chunk_bytes - side.packed_bytes
-                assert chunk_slack <= 0.25 * side.packed_bytes, length
-            if length in (100, 300, 1000, 2400, 4004, 6000):
-                shown[length] = memory.compression
+            assert memory.total_bytes == held
+            shown[length] = memory.compression
     with capsys.disabled():
         print(f"\n{fields or 'defaults'}: " + ", ".join(f"{n} tokens {ratio:.2f}x" for n, ratio in shown.items()))
     assert shown[6000] > shown[300]
 
 
 def test_the_report_agrees_with_a_census_from_outside():
-    gc.collect()
-    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)}
-    keep_alive = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    before = live_storages()
     cache = KVQ(rotation_k="hadamard")
     for tokens in (700, 1, 1, 130):
         feed(cache, tokens, layers=2, batch=2)
     assert cache.memory().total_bytes == census(before)
-    del keep_alive
 
 
 def test_a_hidden_copy_would_be_seen_by_the_census():
-    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)}
+    before = live_storages()
     cache = feed(KVQ(), 500)
     cache.layers[0].hidden = cache.layers[0].keys
     assert census(before) > cache.memory().total_bytes

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvq.backend_spec import BackendSpec
@@ -73,11 +72,3 @@ def run_cases(model: PreTrainedModel, batch: RecallBatch, cases: Sequence[DemoCa
         else:
             yield DemoRow(case, score_config(model, batch, case.config, reference))
 
-
-def count_plain_bytes(model: PreTrainedModel, tokens: int, batch_size: int) -> int:
-    """Return the bytes of `DynamicCache` for `tokens` tokens of `batch_size` rows."""
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
-    per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return per_token * tokens * batch_size

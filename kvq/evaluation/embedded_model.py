@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 EMBEDDED_MODEL_PATH = Path(str(files("kvq.evaluation"))) / "recall_model"
 """Folder with weights, configuration, tokenizer and model card; a path that `from_pretrained` takes."""
@@ -18,5 +21,18 @@ def load_embedded_model(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrained
     Args:
         dtype: of weights and states.
     """
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL_PATH, dtype=dtype).eval()
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL_PATH, dtype=dtype).eval()
     return model, AutoTokenizer.from_pretrained(EMBEDDED_MODEL_PATH)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep the bar of `from_pretrained`, over before it is seen, off the terminal."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
