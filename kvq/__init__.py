@@ -1,9 +1,9 @@
 """KV-cache quantization for Hugging Face transformers, with pluggable quantizers.
 
-    from kvq import attach
+from kvq import attach
 
-    with attach(model, nbits_k=4, nbits_v=2):
-        model.generate(**inputs)
+with attach(model, nbits_k=4, nbits_v=2):
+    model.generate(**inputs)
 """
 
 from __future__ import annotations

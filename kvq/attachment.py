@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,6 +57,7 @@ class Attachment:
         self.config = config
         self.cache: KVQ | None = None
         self._shadowed = vars(model).get(_HOOK)
+        self._original: Callable[..., Any]
         outer = getattr(self._shadowed, "__self__", None)
         # The innermost attachment wins: it goes past the others to what the model does by itself.
         self._original = outer._original if isinstance(outer, Attachment) else getattr(model, _HOOK)
@@ -99,9 +100,7 @@ class Attachment:
         for config, implementation in self._attention:
             config._attn_implementation_internal = implementation
 
-    def _prepare_cache(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Let transformers prepare its cache and put ours in the place of a plain one that it made itself."""
         given = model_kwargs.get("past_key_values")
         chosen = getattr(generation_config, "cache_implementation", None)

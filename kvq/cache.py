@@ -116,7 +116,7 @@ class KVQ(Cache):
         return f"KVQ({len(self.layers)} layers, {self.get_seq_length()} tokens)"
 
     def _build_layers(self) -> list[Any]:
-        """Return transformers' own list of layers with the plain ones, and where nothing else is there all, replaced."""
+        """Return transformers' own list of layers with the plain ones replaced; all, where nothing else is there."""
         if self._model_config is None:
             return []
         layers: list[Any] = DynamicCache(config=self._model_config).layers

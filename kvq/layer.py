@@ -254,5 +254,3 @@ def _store_device(wanted: torch.device | None, states: torch.device) -> torch.de
     # A device of the states' own type means "with the states": under a device_map the layers live on several devices,
     # and one `device=model.device` must not gather them all on the first.
     return states if wanted is None or wanted.type == states.type else wanted
-
-

@@ -82,12 +82,12 @@ def build_model(seed: int, layers: int) -> LlamaForCausalLM:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer of the task: one token a word or mark, full stops split off."""
     vocabulary = {token: index for index, token in enumerate(recall.VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))  # noqa: S106 - a token, no password
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",  # noqa: S106 - a token, no password
-        bos_token="<bos>",  # noqa: S106 - a token, no password
+        pad_token="<pad>",
+        bos_token="<bos>",
         padding_side="left",
     )
 

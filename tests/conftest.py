@@ -8,6 +8,9 @@ import torch
 from kvq.plugin_api import API_VERSION, BackendOptions, BackendSpec, Capabilities, QuantSpec
 from kvq.registry import register_backend
 
+# The models are tiny and the tests run side by side: more threads than one each only get into each other's way.
+torch.set_num_threads(1)
+
 
 class RangeQuantizer:
     """Plain rounding between the least and the greatest element of a group."""

@@ -149,7 +149,9 @@ def test_a_crop_within_the_window_leaves_the_store_as_plain_growth_makes_it():
     layer.crop(-100)
     layer.update(keys[:, :, 400:], values[:, :, 400:])
     straight = feed(make_layer(), keys, values, [500])
-    assert all(torch.equal(a, b) for a, b in zip(stored_bytes(layer).values(), stored_bytes(straight).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(stored_bytes(layer).values(), stored_bytes(straight).values(), strict=True)
+    )
 
 
 def test_crop_refuses_a_positive_count():

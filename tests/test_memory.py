@@ -31,7 +31,12 @@ def census(before):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, dict(nbits_k=8, nbits_v=8), dict(nbits_k=2, nbits_v=2, axis_key="per_token"), dict(sink_length=0, residual_length=0)],
+    [
+        {},
+        dict(nbits_k=8, nbits_v=8),
+        dict(nbits_k=2, nbits_v=2, axis_key="per_token"),
+        dict(sink_length=0, residual_length=0),
+    ],
     ids=["defaults", "8 bit", "2 bit", "no window"],
 )
 def test_at_every_length_at_most_one_group_more_than_dynamic_cache(fields, capsys):
@@ -77,9 +82,7 @@ def test_a_hidden_copy_would_be_seen_by_the_census():
 
 def test_the_parts_add_up():
     memory = feed(KVQ(rotation_v="hadamard"), 777, layers=3).memory()
-    parts = (
-        memory.packed_bytes + memory.window_bytes + memory.sink_bytes + memory.slack_bytes + memory.constant_bytes
-    )
+    parts = memory.packed_bytes + memory.window_bytes + memory.sink_bytes + memory.slack_bytes + memory.constant_bytes
     assert parts == memory.total_bytes == sum(layer.total_bytes for layer in memory.layers)
     assert memory.constant_bytes == 3 * 64
     assert memory.sink_bytes == 3 * 2 * 4 * 2 * 64 * 2

@@ -84,7 +84,7 @@ def kvq_attention_forward(
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="kvq"` known to transformers, with its mask; without a mask padding would be ignored."""
+    """Make `attn_implementation="kvq"` known to transformers; without its mask, padding would be ignored."""
     AttentionInterface.register(ATTENTION_NAME, kvq_attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 

@@ -1,7 +1,7 @@
 """The storage-free tensors that stand for the keys and values of a layer during one forward.
 
-Models pass what `update` returns to their attention function untouched. The "kvq" attention recognizes a handle and reads
-the layer's view through it; any other operation of torch on it sees fresh full-precision states.
+Models pass what `update` returns to their attention function untouched. The "kvq" attention recognizes a handle and
+reads the layer's view through it; any other operation of torch on it sees fresh full-precision states.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class PackedStates(torch.Tensor):
     _stamp: int
 
     @staticmethod
-    def __new__(cls, pair: PackedPair, side: SideView, version: int) -> PackedStates:
+    def __new__(cls: type[PackedStates], pair: PackedPair, side: SideView, version: int) -> PackedStates:
         """Make a handle with the shape, dtype and device of the states that `side` stands for."""
         like = side.new if side.new is not None else side.window
         assert like is not None  # noqa: S101  # a view is of at least one of them

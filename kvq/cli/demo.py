@@ -25,9 +25,7 @@ def demo(
     ] = None,
     contexts: Annotated[int, typer.Option(min=1, max=256, help="Contexts to ask about, in one batch.")] = 16,
     questions: Annotated[int, typer.Option(min=1, max=64, help="Questions about each context.")] = 16,
-    records: Annotated[
-        int, typer.Option(min=16, max=MAX_RECORDS, help="Records in a context, six tokens each.")
-    ] = 160,
+    records: Annotated[int, typer.Option(min=16, max=MAX_RECORDS, help="Records in a context, six tokens each.")] = 160,
     seed: Annotated[int, typer.Option(help="Seed of the contexts and questions.")] = 1,
 ) -> None:
     """Let the embedded model answer from full-precision and quantized caches, offline.

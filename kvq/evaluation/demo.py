@@ -71,4 +71,3 @@ def run_cases(model: PreTrainedModel, batch: RecallBatch, cases: Sequence[DemoCa
             yield DemoRow(case, reference)
         else:
             yield DemoRow(case, score_config(model, batch, case.config, reference))
-

@@ -126,9 +126,7 @@ class AffineCodec:
         missing = self.groups_per_token * self.spec.group_length - self.spec.head_dim
         if missing:
             # The last group is filled up with its own last element, which leaves its range as it is.
-            states = functional.pad(states.flatten(0, 2), (0, missing), mode="replicate").unflatten(
-                0, states.shape[:3]
-            )
+            states = functional.pad(states.flatten(0, 2), (0, missing), mode="replicate").unflatten(0, states.shape[:3])
         groups: torch.Tensor = states.unflatten(-1, (self.groups_per_token, self.spec.group_length))
         return groups.contiguous()
 

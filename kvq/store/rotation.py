@@ -38,4 +38,5 @@ class HadamardRotation:
             low, high = pairs.select(-2, 0), pairs.select(-2, 1)
             blocks = torch.stack([low + high, low - high], dim=-2).flatten(-3)
             span *= 2
-        return blocks.flatten(-2) * self.block_size**-0.5
+        scale: float = self.block_size**-0.5
+        return blocks.flatten(-2) * scale

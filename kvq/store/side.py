@@ -147,7 +147,7 @@ class LayerSide:
         self.window.restore(checkpoint[1])
 
     def _flushed_pieces(self, new: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """Yield the oldest `count` tokens of window and new ones in whole flush lengths, copying only a straddling one."""
+        """Yield the oldest `count` tokens in whole flush lengths; only one that straddles window and new is copied."""
         window = self.window.view()
         assert window is not None  # noqa: S101  # made by the constructor
         from_window = min(self.window.length, count)

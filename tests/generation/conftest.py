@@ -4,7 +4,9 @@ import transformers
 
 VOCABULARY = 199
 SMALL = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=None)
-DECODER = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **SMALL)
+DECODER = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **SMALL
+)
 
 FAMILIES = {
     "llama": lambda: transformers.LlamaConfig(head_dim=64, **DECODER),
@@ -71,3 +73,36 @@ def assert_telling():
         assert distinct >= 8, f"the reference has only {distinct} distinct tokens and would prove nothing"
 
     return check
+
+
+@torch.inference_mode()
+def forced_logits(model, text, cache, *, prompt=300, chunk=300, mask=None):
+    """Logits of every token past the prompt, the text fed in chunks and then token by token."""
+    starts = [*range(0, prompt, chunk), *range(prompt, text.shape[1])]
+    logits = []
+    for start, stop in zip(starts, [*starts[1:], text.shape[1]], strict=True):
+        options = {}
+        if mask is not None:
+            seen = torch.cat([mask, mask.new_ones(len(mask), text.shape[1] - prompt)], dim=1)[:, :stop]
+            options["attention_mask"] = seen
+            if model.config.model_type != "opt":  # which derives positions from the mask by itself
+                options["position_ids"] = (seen.cumsum(-1) - 1).clamp_min(0)[:, start:stop]
+        logits.append(model(text[:, start:stop], past_key_values=cache, **options).logits)
+    return torch.cat(logits, dim=1)[:, prompt - 1 : -1]
+
+
+@pytest.fixture
+def compare():
+    """Largest difference as a share of the reference's range, and share of equal top tokens."""
+
+    def measure(logits, reference):
+        difference = (logits - reference).abs().max() / (reference.max() - reference.min())
+        agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean()
+        return difference.item(), agreement.item()
+
+    return measure
+
+
+@pytest.fixture
+def forced():
+    return forced_logits

@@ -10,6 +10,8 @@ from kvq.layer import KVQLayer
 GREEDY = dict(max_new_tokens=24, do_sample=False)
 EXACT = dict(residual_length=2048)
 QUANTIZED = dict(nbits_k=8, nbits_v=8, residual_length=32)
+BOUND = 0.1
+"""Largest difference of a logit as a share of their range; the families show 0.004 to 0.073 at 8 bits, 0.34 up at 2."""
 
 
 def new_tokens(output, prompt):
@@ -27,15 +29,19 @@ def test_tokens_equal_those_of_dynamic_cache_while_all_is_exact(model, prompts, 
         assert torch.equal(model.generate(prompts, **GREEDY), reference)
 
 
-def test_quantized_tokens_follow_closely_and_memory_shrinks(model, prompts, assert_telling):
-    reference = model.generate(prompts, **GREEDY)
-    assert_telling(new_tokens(reference, prompts))
+def test_quantized_logits_follow_and_memory_shrinks(model, prompts, assert_telling, forced, compare):
+    text = model.generate(prompts, **GREEDY)
+    assert_telling(new_tokens(text, prompts))
+    reference = forced(model, text, DynamicCache(config=model.config))
     cache = KVQ(**QUANTIZED, model=model)
-    output = model.generate(prompts, past_key_values=cache, **GREEDY)
-    assert (new_tokens(output, prompts)[:, :8] == new_tokens(reference, prompts)[:, :8]).all()
-    assert cache.memory().compression > 2
+    difference, agreement = compare(forced(model, text, cache), reference)
+    assert difference <= BOUND
+    assert agreement >= 0.95
+    assert cache.memory().compression > 1.5
     stored = [layer.side("key").store.length for layer in cache.layers if isinstance(layer, KVQLayer)]
     assert min(stored) >= 3 * 64, "at least three flushes"
+    coarser = KVQ(**{**QUANTIZED, "nbits_k": 2, "nbits_v": 2}, model=model)
+    assert compare(forced(model, text, coarser), reference)[0] > BOUND, "the bound tells 8 bits from 2"
 
 
 def test_a_window_off_by_one_would_be_noticed(llama, prompts):
@@ -68,18 +74,28 @@ def test_sampling_draws_the_same_tokens_while_all_is_exact(model, prompts, asser
 
 
 @pytest.mark.parametrize("way", ["cache", "attach"])
-def test_left_padding(model, padded, way, assert_telling):
+def test_left_padding_while_all_is_exact(model, padded, way, assert_telling):
     reference = model.generate(**padded, **GREEDY)
     assert_telling(new_tokens(reference, padded["input_ids"]))
-    for fields, same in ((EXACT, 24), (QUANTIZED, 6)):
-        if way == "cache":
-            output = model.generate(**padded, past_key_values=KVQ(**fields, model=model, padding=[41, 0]), **GREEDY)
-        else:
-            with attach(model, **fields) as attachment:
-                output = model.generate(**padded, **GREEDY)
-            assert attachment.cache.layers[0].side("key").sinks.starts == (41, 0)
-        first = slice(300, 300 + same)
-        assert torch.equal(output[:, first], reference[:, first])
+    if way == "cache":
+        output = model.generate(**padded, past_key_values=KVQ(**EXACT, model=model, padding=[41, 0]), **GREEDY)
+    else:
+        with attach(model, **EXACT) as attachment:
+            output = model.generate(**padded, **GREEDY)
+        assert attachment.cache.layers[0].padding == (41, 0)
+    assert torch.equal(output, reference)
+
+
+def test_left_padding_quantized(model, padded, forced, compare):
+    mask = padded["attention_mask"]
+    text = model.generate(**padded, **GREEDY)
+    reference = forced(model, text, DynamicCache(config=model.config), mask=mask)
+    cache = KVQ(**QUANTIZED, model=model, padding=[41, 0])
+    difference, _ = compare(forced(model, text, cache, mask=mask), reference)
+    assert difference <= BOUND
+    assert cache.layers[0].side("key").sinks.starts == (41, 0)
+    coarser = KVQ(**{**QUANTIZED, "nbits_k": 2, "nbits_v": 2}, model=model, padding=[41, 0])
+    assert compare(forced(model, text, coarser, mask=mask), reference)[0] > BOUND
 
 
 def test_a_second_turn_on_the_same_cache(model, prompts, assert_telling):
@@ -93,16 +109,16 @@ def test_a_second_turn_on_the_same_cache(model, prompts, assert_telling):
     assert_telling(new_tokens(reference, prompts))
 
 
-@pytest.mark.parametrize("fields", [EXACT, QUANTIZED], ids=["exact", "quantized"])
-def test_chunked_prefill(model, prompts, fields):
-    whole = KVQ(**fields, model=model)
-    model.generate(prompts, past_key_values=whole, **GREEDY)
+def test_chunked_prefill(model, prompts, forced, compare):
     reference = model.generate(prompts, **GREEDY)
-    chunked = KVQ(**fields, model=model)
-    output = model.generate(prompts, past_key_values=chunked, prefill_chunk_size=70, **GREEDY)
-    same = 24 if fields is EXACT else 6
-    assert torch.equal(output[:, : 300 + same], reference[:, : 300 + same])
-    assert chunked.get_seq_length() == whole.get_seq_length()
+    cache = KVQ(**EXACT, model=model)
+    assert torch.equal(model.generate(prompts, past_key_values=cache, prefill_chunk_size=70, **GREEDY), reference)
+    whole, chunked = KVQ(**QUANTIZED, model=model), KVQ(**QUANTIZED, model=model)
+    expected = forced(model, reference, DynamicCache(config=model.config), chunk=70)
+    difference, _ = compare(forced(model, reference, chunked, chunk=70), expected)
+    assert difference <= BOUND
+    forced(model, reference, whole)
+    assert chunked.get_seq_length() == whole.get_seq_length() == 324
 
 
 @pytest.mark.parametrize("mode", [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True, top_k=5)], ids=str)

@@ -28,7 +28,9 @@ class RoundToNearest:
         return codes.to(torch.uint8), scale, low
 
 
-def make_codec(bits=4, side="key", granularity="per_channel", head_dim=64, group_size=64, metadata=torch.float16, **more):
+def make_codec(
+    bits=4, side="key", granularity="per_channel", head_dim=64, group_size=64, metadata=torch.float16, **more
+):
     granularity = Granularity(granularity)
     group_length = group_size
     if granularity is Granularity.PER_TOKEN:
@@ -60,7 +62,7 @@ def test_decoding_gives_what_the_quantizer_decided(side, granularity, bits, head
         assert parts[name].shape == (2, 2, 128 // codec.block_length, *part.shape)
         assert parts[name].dtype == part.dtype
     decoded = decode(codec, parts, 128)
-    groups, codes, scale, low = codec.quantizer.said[0]
+    _, codes, scale, low = codec.quantizer.said[0]
     expected = codes.double() * scale.double()[..., None] + low.double()[..., None]
     # Each group is found again where its elements lie in the states, whatever the codec did in between.
     spread = expected.transpose(-1, -2) if granularity == "per_channel" else expected.flatten(-2)[..., :head_dim]
@@ -145,5 +147,5 @@ def test_a_quantizer_outside_its_contract_is_refused(fault):
         return (codes.int(), scale, offset) if fault == "dtype" else (codes, scale[..., None], offset)
 
     codec.quantizer.encode = wrong
-    with pytest.raises(QuantizerContractError, match="RoundToNearest.encode returned"):
+    with pytest.raises(QuantizerContractError, match=r"RoundToNearest\.encode returned"):
         codec.encode(torch.randn(2, 2, 64, 64))

@@ -154,7 +154,7 @@ def test_an_encoding_outside_the_layout_is_refused(fault):
         "shape": lambda s: {"states": good(s)["states"][..., :2]},
         "dtype": lambda s: {"states": good(s)["states"].double()},
     }[fault]
-    with pytest.raises(QuantizerContractError, match="Verbatim.encode returned"):
+    with pytest.raises(QuantizerContractError, match=r"Verbatim\.encode returned"):
         store.append(states(64))
 
 

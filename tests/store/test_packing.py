@@ -25,7 +25,9 @@ def test_layout_is_split_half_along_tokens():
 
 
 def test_planes_hold_the_low_bits_first():
-    assert {width: plane.item() for width, plane in split_planes(torch.tensor(0b1_01_1010, dtype=torch.uint8), 7).items()} == {
+    assert {
+        width: plane.item() for width, plane in split_planes(torch.tensor(0b1_01_1010, dtype=torch.uint8), 7).items()
+    } == {
         4: 0b1010,
         2: 0b01,
         1: 1,

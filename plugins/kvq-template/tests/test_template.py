@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from kvq_template.quantizer import AbsmaxQuantizer
+
 from kvq import KVQ, attach, available_backends
 from kvq.evaluation.embedded_model import load_embedded_model
 from kvq.evaluation.recall import sample_recall_batch
 from kvq.evaluation.scoring import score_config
-from kvq_template.quantizer import AbsmaxQuantizer
 
 
 def test_it_is_found_under_its_name():

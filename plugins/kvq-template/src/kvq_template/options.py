@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvq.plugin_api import BackendOptions
 from pydantic import Field
+
+from kvq.plugin_api import BackendOptions
 
 
 class TemplateOptions(BackendOptions):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kvq.plugin_api import API_VERSION, AffineQuantizer, BackendSpec, Capabilities, QuantSpec, hookimpl
-
 from kvq_template.options import TemplateOptions
 
 
