@@ -13,8 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from kvq import backend_limits
-from kvq.config import KeyValue, KVQCacheConfig, LayerConfig
+from kvq.config import KeyValue, KVQCacheConfig, LayerConfig, limits
 from kvq.errors import BackendError, BrokenBackendError, ConfigError, KVQError, UnknownBackendError
 from kvq.plugin_api import Capabilities, Granularity
 from kvq.registry import register_backend
@@ -126,7 +125,7 @@ class TestAxes:
         assert make_config(axis_key=-1, axis_value=0) == make_config()
 
     def test_a_meaning_that_differs_warns_once_at_the_callers_line(self, testing_backend, monkeypatch):
-        monkeypatch.setattr(backend_limits, "_warned_axes", set())
+        monkeypatch.setattr(limits, "_warned_axes", set())
         spec = dataclasses.replace(testing_backend, name="testing-flipped", axis_names={0: Granularity.PER_CHANNEL})
         register_backend(spec, replace=True)
         with pytest.warns(UserWarning, match="axis_key=0 means per_channel to backend 'testing-flipped'") as caught:
@@ -234,7 +233,7 @@ class TestBackends:
         def raise_broken(name):
             raise BrokenBackendError(f"{name} is broken") from reason
 
-        monkeypatch.setattr("kvq.backend_choice.get_registry", lambda: type("R", (), {"get_backend": raise_broken}))
+        monkeypatch.setattr("kvq.config.choice.get_registry", lambda: type("R", (), {"get_backend": raise_broken}))
         with pytest.raises(BrokenBackendError) as caught:
             make_config()
         assert caught.value.__cause__ is reason
@@ -401,7 +400,7 @@ class TestLayers:
         assert refused_paths(layers={"0": {"q_group_size": 12}}) == ["layers['0'].q_group_size"]
 
     def test_an_integer_axis_of_a_layer_is_read_by_the_layers_backend(self, testing_backend, monkeypatch):
-        monkeypatch.setattr(backend_limits, "_warned_axes", {("testing-flipped", 0)})
+        monkeypatch.setattr(limits, "_warned_axes", {("testing-flipped", 0)})
         spec = dataclasses.replace(testing_backend, name="testing-flipped", axis_names={0: Granularity.PER_CHANNEL})
         register_backend(spec, replace=True)
         config = make_config(layers={0: LayerConfig(axis_value=0), 1: LayerConfig(axis_value=0, backend=spec)})

@@ -26,19 +26,7 @@ LEVELS = (
     ("quantizer", "backend_spec"),
     ("plugin_api",),
     ("discovery", "requirements", "spec_validation", "registry"),
-    (
-        "config_errors",
-        "frozen",
-        "config_fields",
-        "config_files",
-        "layer_selection",
-        "backend_choice",
-        "backend_limits",
-        "backend_options",
-        "layer_config",
-        "resolved",
-        "config",
-    ),
+    ("config",),
     ("store",),
     ("attention", "layer"),
     ("memory", "persistence", "planning", "cache", "attachment"),
@@ -179,8 +167,8 @@ def test_nothing_names_a_backend_but_the_default():
     names = own_backend_names()
     assert {"quanto", "hqq"} <= names
     named = {name: found for name, path in KVQ.items() if (found := find_backend_names(path.read_text("utf-8"), names))}
-    assert named == {"kvq.config": ["quanto"]}
-    assert 'DEFAULT_BACKEND = "quanto"' in KVQ["kvq.config"].read_text(encoding="utf-8")
+    assert named == {"kvq.config.cache_config": ["quanto"]}
+    assert 'DEFAULT_BACKEND = "quanto"' in KVQ["kvq.config.cache_config"].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, *PLUGINS])

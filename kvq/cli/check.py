@@ -42,7 +42,7 @@ def check(
 
 
 def _summarize(path: Path, head_dim: int) -> ConfigSummary:
-    from kvq.config_files import load_mapping
+    from kvq.config.files import load_mapping
 
     values = load_mapping(path)
     # What is no YAML or JSON is told before the seconds that it takes to import all that the rest needs.

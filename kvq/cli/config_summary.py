@@ -14,7 +14,7 @@ from typing import Any
 
 from kvq.cli.codec_trial import measure_effective_bits, runs_here
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
-from kvq.config_errors import FaultCollector
+from kvq.config.faults import FaultCollector
 from kvq.errors import ConfigError
 from kvq.quantizer import Side
 

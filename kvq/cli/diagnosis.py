@@ -27,7 +27,7 @@ from kvq.errors import KVQError
 if TYPE_CHECKING:
     from kvq.registry import BackendInfo
 
-LISTED_WITHOUT_METADATA = ("torch", "transformers", "pydantic", "pluggy", "optimum-quanto", "hqq")
+LISTED_WITHOUT_METADATA = ("torch", "transformers", "pydantic", "pluggy")
 """What is listed where kvq's own requirements cannot be read."""
 
 REINSTALL = "run `pip install -e .` in the checkout of kvq"

@@ -1,9 +1,9 @@
 """Scores of a cache on the recall task: answers, agreement with full precision, and what the cache holds.
 
 Questions are asked one after another on the cache that holds the context, one token a step, so that the quantized
-history is read and grows as in generation. The right answer is what is fed back: a greedy answer is exact if and only if every
-token of it is the most likely one given the right ones before, so that the exact-answer rate is that of generation,
-while a wrong answer does not spoil the questions after it.
+history is read and grows as in generation. The right answer is what is fed back: a greedy answer is exact if and only
+if every token of it is the most likely one given the right ones before, so that the exact-answer rate is that of
+generation, while a wrong answer does not spoil the questions after it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The backend that a configuration chooses: a name or a `BackendSpec`, for both sides or one each.
 
-Owns how a choice is read, looked up and written out; what the chosen backend accepts is in `kvq.backend_limits`.
+Owns how a choice is read, looked up and written out; what the chosen backend accepts is in `kvq.config.limits`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator
 
 from kvq.backend_spec import BackendSpec
-from kvq.config_errors import FaultCollector, not_accepted
-from kvq.config_fields import SIDES, KeyValue, of_side, parse_sides, sides_schema
+from kvq.config.faults import FaultCollector, not_accepted
+from kvq.config.fields import SIDES, KeyValue, of_side, parse_sides, sides_schema
 from kvq.errors import BackendError, ConfigError, Fault
 from kvq.quantizer import Side
 from kvq.registry import get_registry

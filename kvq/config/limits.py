@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvq.backend_spec import BackendSpec
-from kvq.config_errors import shown
+from kvq.config.faults import shown
 from kvq.granularity import TRANSFORMERS_AXIS_NAMES, Granularity
 from kvq.user_warnings import warn_user
 

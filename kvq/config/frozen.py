@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvq.config_errors import as_kvq_error, find_faults
+from kvq.config.faults import as_kvq_error, find_faults
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from kvq.backend_choice import get_side_backend
 from kvq.backend_spec import BackendOptions, BackendSpec
-from kvq.config_fields import Rotation, of_side
+from kvq.config.choice import get_side_backend
+from kvq.config.fields import Rotation, of_side
+from kvq.config.layers import AXIS_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
 from kvq.granularity import Granularity
-from kvq.layer_config import AXIS_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
 from kvq.quantizer import Side
 
 

@@ -13,12 +13,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
-from kvq.backend_choice import BackendChoice, check_backends, check_writable, get_side_backend
-from kvq.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
-from kvq.backend_options import resolve_options
 from kvq.backend_spec import BackendSpec
-from kvq.config_errors import FaultCollector, not_accepted
-from kvq.config_fields import (
+from kvq.config.choice import BackendChoice, check_backends, check_writable, get_side_backend
+from kvq.config.faults import FaultCollector, not_accepted
+from kvq.config.fields import (
     FORMAT_VERSION,
     SIDES,
     Axis,
@@ -33,16 +31,16 @@ from kvq.config_fields import (
     find_integer,
     of_side,
 )
-from kvq.config_files import load_mapping
+from kvq.config.files import load_mapping
+from kvq.config.frozen import FrozenDict, FrozenModel
+from kvq.config.layers import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
+from kvq.config.limits import check_granularity, check_group_size, check_nbits, resolve_axis
+from kvq.config.options import resolve_options
+from kvq.config.resolved import ResolvedLayer
+from kvq.config.selection import LayerSelector, find_selector
 from kvq.errors import ConfigError, Fault
-from kvq.frozen import FrozenDict, FrozenModel
 from kvq.granularity import Granularity
-from kvq.layer_config import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
-from kvq.layer_selection import LayerSelector, find_selector
-from kvq.resolved import ResolvedLayer, ResolvedSide
 from kvq.user_warnings import warn_user
-
-__all__ = ["DEFAULT_BACKEND", "KVQCacheConfig", "KeyValue", "LayerConfig", "ResolvedLayer", "ResolvedSide"]
 
 DEFAULT_BACKEND = "quanto"
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import Field, StrictBool, model_validator
 
-from kvq.backend_choice import BackendChoice, check_backends, get_side_backend
-from kvq.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
-from kvq.config_errors import FaultCollector
-from kvq.config_fields import SIDES, Axis, Bits, Dtype, GroupSize, Rotation, Tokens, of_side
-from kvq.frozen import FrozenModel
+from kvq.config.choice import BackendChoice, check_backends, get_side_backend
+from kvq.config.faults import FaultCollector
+from kvq.config.fields import SIDES, Axis, Bits, Dtype, GroupSize, Rotation, Tokens, of_side
+from kvq.config.frozen import FrozenModel
+from kvq.config.limits import check_granularity, check_group_size, check_nbits, resolve_axis
+from kvq.config.selection import LayerSelector, check_overlaps
 from kvq.granularity import Granularity
-from kvq.layer_selection import LayerSelector, check_overlaps
 from kvq.quantizer import Side
 
 NBITS_FIELDS: dict[Side, str] = {"key": "nbits_k", "value": "nbits_v"}

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 
-from kvq.config_errors import FaultCollector, not_accepted
-from kvq.frozen import FrozenModel
+from kvq.config.faults import FaultCollector, not_accepted
+from kvq.config.frozen import FrozenModel
 from kvq.granularity import Granularity
 from kvq.quantizer import Side
 
