@@ -77,10 +77,12 @@ class KVQCacheConfig(FrozenModel):
     rotation_k: Rotation = Field(default="none", description="`none` or `hadamard`, for affine backends")
     rotation_v: Rotation = Field(default="none", description="the same for the values")
     compute_dtype: Dtype | None = Field(
-        default=None, description="dtype that dequantization computes in; default: that of the states"
+        default=None,
+        description="dtype that dequantization computes in; default: float32, rounded once to that of the states",
     )
     metadata_dtype: Dtype | None = Field(
-        default=None, description="dtype of scale and mid; default: float16 up to 5 bits, float32 above"
+        default=None,
+        description="dtype of scale and mid; default: float16 up to 5 bits and for groups under 16, else float32",
     )
     device: Device | None = Field(
         default=None, description="where the store lives; default, or the states' own type: with the states"

@@ -16,9 +16,9 @@ class QuantoOptions(BackendOptions):
     """
 
     symmetric_8bit: bool = Field(
-        default=True,
+        default=False,
         description=(
-            "True or False; 8 bits only. True: the library's own qint8, symmetric around zero. False: between the "
-            "extremes of the group, as at 2 and 4 bits; much better where a channel has a bias, as keys often do"
+            "True or False; 8 bits only. False: between the extremes of the group, as at 2 and 4 bits. True: the "
+            "library's own qint8, symmetric around zero, which loses to 4 bits where a channel has a bias, as keys do"
         ),
     )

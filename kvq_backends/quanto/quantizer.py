@@ -33,7 +33,7 @@ class QuantoQuantizer(AffineQuantizer):
 
     group_local = True
 
-    def __init__(self, nbits: int, *, symmetric_8bit: bool = True) -> None:
+    def __init__(self, nbits: int, *, symmetric_8bit: bool = False) -> None:
         self.nbits = nbits
         self._encode_rows = _encode_symmetric if nbits == 8 and symmetric_8bit else self._encode_affine
 
