@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from kvq.attention.attend import ATTENTION_NAME, register_attention
 from kvq.config import KVQCacheConfig
-from kvq.errors import CacheStateError, ConfigError, Fault, ModelError
+from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
 
@@ -79,6 +79,7 @@ class KVQ(Cache):
         self._grow(layer_idx)
         layer = self.layers[layer_idx]
         if isinstance(layer, KVQLayer):
+            self._check_order(layer, key_states)
             return layer.update(key_states, value_states, packed=self._reads_packed())
         states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
         return states
@@ -148,6 +149,22 @@ class KVQ(Cache):
             own = KVQLayer(len(self.layers), settings, self._padding)
             self.layers.append(DynamicLayer() if settings.full_precision else own)
 
+    def _check_order(self, layer: KVQLayer, key_states: torch.Tensor) -> None:
+        """Check, where no model tells how its layers use the cache, that they are filled in step.
+
+        An encoder-decoder model, which would store self- and cross-attention on top of each other, is noticed here.
+        """
+        if self._model_config is not None or layer.layer_idx == 0:
+            return
+        before = self.layers[layer.layer_idx - 1]
+        reached = layer.get_seq_length() + key_states.shape[-2]
+        if isinstance(before, KVQLayer) and before.get_seq_length() != reached:
+            raise StatesError(
+                f"layer {layer.layer_idx} would hold {reached} tokens, but layer {before.layer_idx} holds "
+                f"{before.get_seq_length()}; pass `model=` if the layers of this model use the cache in unlike ways, "
+                "and a new cache if a forward was cut short"
+            )
+
     def _reads_packed(self) -> bool:
         config = self._model_config
         return config is not None and getattr(config, "_attn_implementation", None) == ATTENTION_NAME
@@ -181,4 +198,9 @@ def _text_config(model: PreTrainedModel | PretrainedConfig | None) -> Pretrained
     config = model if isinstance(model, PretrainedConfig) else getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         raise ModelError(f"model={type(model).__name__} is neither a model of transformers nor its configuration")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(config).__name__} describes an encoder-decoder model, which this version does not quantize; "
+            "use transformers' own cache"
+        )
     return config.get_text_config(decoder=True)

@@ -1,0 +1,179 @@
+"""`KVQ` as users build it: from what, for which models, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from kvq import KVQ, KVQCacheConfig
+from kvq.errors import CacheStateError, ConfigError, ModelError, StatesError
+from kvq.layer import KVQLayer
+
+SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
+
+
+def llama(layers=3):
+    return transformers.LlamaConfig(num_hidden_layers=layers, **SMALL)
+
+
+def gemma2():
+    return transformers.Gemma2Config(num_hidden_layers=4, sliding_window=16, head_dim=16, **SMALL)
+
+
+def states(tokens=5, batch=1):
+    return torch.randn(2, batch, 1, tokens, 16)
+
+
+def kinds(cache):
+    return ["kvq" if isinstance(layer, KVQLayer) else type(layer).__name__ for layer in cache.layers]
+
+
+def test_the_seeds_configuration_as_object_and_as_dict():
+    fields = dict(
+        backend="quanto",
+        nbits_k=4,
+        nbits_v=2,
+        axis_key=0,
+        axis_value=0,
+        q_group_size=64,
+        residual_length=128,
+        compute_dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    cache = KVQ(KVQCacheConfig(**fields))
+    assert cache.config == KVQ(fields).config == KVQ(**fields).config
+    assert cache.config.axis_key == cache.config.axis_value == "per_token"
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_file_and_overrides(tmp_path, suffix):
+    path = tmp_path / f"kvq{suffix}"
+    path.write_text('{"nbits_k": 8, "nbits_v": 8}')
+    assert KVQ(path).config.nbits_k == 8
+    changed = KVQ(str(path), nbits_v=4).config
+    assert (changed.nbits_k, changed.nbits_v) == (8, 4)
+    assert KVQ(KVQCacheConfig(nbits_k=8), nbits_v=4).config == changed
+
+
+def test_a_models_configuration_in_the_place_of_ours_names_the_right_argument():
+    with pytest.raises(ConfigError, match="`model=`"):
+        KVQ(llama())
+    with pytest.raises(ConfigError, match="not accepted"):
+        KVQ(7)
+    with pytest.raises(ModelError, match="neither a model"):
+        KVQ(model=object())
+
+
+def test_layers_follow_the_model():
+    assert kinds(KVQ(model=llama())) == ["kvq"] * 3
+    assert kinds(KVQ(model=gemma2())) == ["DynamicSlidingWindowLayer", "kvq"] * 2
+    assert kinds(KVQ(model=gemma2(), sliding="quantize")) == ["kvq"] * 4
+    mistral = transformers.MistralConfig(num_hidden_layers=2, sliding_window=16, **SMALL)
+    assert kinds(KVQ(model=mistral)) == ["kvq"] * 2, "a model with nothing else"
+    assert KVQ().layers == []
+
+
+def test_layers_of_their_own_settings():
+    cache = KVQ(
+        model=llama(6), layers={0: {"nbits_k": 8}, "1-2": {"backend": "hqq"}, "last:2": {"full_precision": True}}
+    )
+    assert kinds(cache) == ["kvq"] * 4 + ["DynamicLayer"] * 2
+    assert cache.layers[0].settings.key.nbits == 8
+    assert [layer.settings.key.backend.name for layer in cache.layers[:4]] == ["quanto", "hqq", "hqq", "quanto"]
+    with pytest.raises(ConfigError, match="`model=`"):
+        KVQ(layers={"last:1": {"full_precision": True}})
+
+
+def test_a_cache_that_would_quantize_nothing_refuses():
+    with pytest.raises(ModelError, match="nothing in this model would be quantized"):
+        KVQ(model=llama(2), layers={"0-1": {"full_precision": True}})
+    mamba = transformers.MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=99)
+    with pytest.raises(ModelError, match="nothing in this model would be quantized"):
+        KVQ(model=mamba)
+
+
+def test_encoder_decoder_models_are_refused_with_and_without_model():
+    config = transformers.T5Config(
+        d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, vocab_size=99, decoder_start_token_id=0
+    )
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        KVQ(model=config)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(StatesError, match="pass `model=`"):
+        model.generate(torch.ones(1, 7, dtype=torch.long), past_key_values=KVQ(), max_new_tokens=4)
+
+
+def test_a_layer_beyond_the_model_is_refused():
+    cache = KVQ(model=llama(2))
+    with pytest.raises(ModelError, match="built for 2 layers"):
+        cache.update(*states(), 2)
+
+
+def test_layers_out_of_step_are_refused():
+    cache = KVQ()
+    cache.update(*states(), 0)
+    with pytest.raises(StatesError, match="layer 1 would hold 3 tokens, but layer 0 holds 5"):
+        cache.update(*states(3), 1)
+    cache.update(*states(), 1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [5, 5]
+
+
+def test_materialize_is_fresh_and_says_when_there_is_nothing():
+    cache = KVQ(model=gemma2())
+    with pytest.raises(CacheStateError, match="holds no tokens"):
+        cache.materialize(0)
+    with pytest.raises(CacheStateError, match="holds no tokens"):
+        cache.materialize(17)
+    for layer in range(4):
+        cache.update(*states(), layer)
+    for layer in range(2):
+        keys, _ = cache.materialize(layer)
+        keys.zero_()
+        assert cache.materialize(layer)[0].any()
+
+
+def test_it_counts_like_dynamic_cache():
+    ours, theirs = KVQ(model=llama()), DynamicCache(config=llama())
+    for tokens in (5, 1, 300):
+        for layer in range(3):
+            pair = states(tokens)
+            ours.update(*pair, layer)
+            theirs.update(*pair, layer)
+    for question in ("get_seq_length", "get_max_length"):
+        assert getattr(ours, question)(1) == getattr(theirs, question)(1)
+    assert ours.get_mask_sizes(7, 0) == theirs.get_mask_sizes(7, 0)
+    assert (len(ours), ours.is_sliding, ours.is_croppable, ours.is_initialized) == (
+        len(theirs),
+        theirs.is_sliding,
+        theirs.is_croppable,
+        theirs.is_initialized,
+    )
+    assert ours.is_compileable is False
+
+
+def test_copies_are_independent():
+    cache = KVQ(rotation_k="hadamard")
+    for layer in range(2):
+        cache.update(*states(300), layer)
+    for other in (copy.deepcopy(cache), cache.fork()):
+        assert torch.equal(other.materialize(1)[0], cache.materialize(1)[0])
+        before = cache.materialize(0)[0]
+        for layer in range(2):
+            other.update(*states(100), layer)
+        assert torch.equal(cache.materialize(0)[0], before)
+        assert (other.get_seq_length(), cache.get_seq_length()) == (400, 300)
+
+
+def test_a_cache_with_foreign_layers_does_not_fork():
+    with pytest.raises(CacheStateError, match="DynamicSlidingWindowLayer cannot be forked"):
+        KVQ(model=gemma2()).fork()
+
+
+def test_a_cache_survives_pickling():
+    cache = KVQ()
+    cache.update(*states(300), 0)
+    again = pickle.loads(pickle.dumps(cache))  # noqa: S301  # our own bytes
+    assert torch.equal(again.materialize(0)[0], cache.materialize(0)[0])
