@@ -6,7 +6,7 @@ states and not on how the updates that brought them were split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,8 @@ class LayerSide:
         new = new.detach()
         held = self.window.length + new.shape[2]
         for piece in self._flushed_pieces(new, flush_count):
-            self.store.append(self.sinks.withhold(piece, self.store.length, self.quantizer.block_length))
+            for part in self._split_behind_sinks(piece):
+                self.store.append(self.sinks.withhold(part, self.store.length, self.quantizer.block_length))
         self.window.keep_last(held - flush_count, new)
 
     def truncate(self, length: int) -> None:
@@ -145,6 +146,11 @@ class LayerSide:
         """Hold what was held at the checkpoint."""
         self.store.restore(checkpoint[0])
         self.window.restore(checkpoint[1])
+
+    def _split_behind_sinks(self, piece: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return a piece in two where sinks and padding end, since only the part that has them is copied."""
+        end = -(-max(self.sinks.ends) // self.flush_length) * self.flush_length - self.store.length
+        return piece.tensor_split([end], dim=2) if 0 < end < piece.shape[2] else [piece]
 
     def _flushed_pieces(self, new: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """Yield the oldest `count` tokens in whole flush lengths; only one that straddles window and new is copied."""
