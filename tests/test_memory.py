@@ -100,11 +100,11 @@ def test_full_precision_bytes_are_those_of_dynamic_cache():
 
 
 def test_effective_bits_count_codes_metadata_and_slack():
-    memory = feed(KVQ(nbits_k=4, nbits_v=2), 128 + 64 * 16).memory()
+    memory = feed(KVQ(nbits_k=4, nbits_v=2, sink_length=0), 128 + 64 * 16).memory()
     # 64 codes of 4 bit, scale and mid of 16 bit a group, and one exponent byte for the 64 x 64 elements of a block.
     assert memory.effective_bits_key == pytest.approx(4 + 32 / 64 + 8 / 4096)
     assert memory.effective_bits_value == pytest.approx(2 + 32 / 64 + 8 / (32 * 64))
-    grown = feed(KVQ(nbits_k=4, nbits_v=2), 128)
+    grown = feed(KVQ(nbits_k=4, nbits_v=2, sink_length=0), 128)
     for _ in range(64 * 9):
         feed(grown, 1)
     assert grown.memory().effective_bits_key > memory.effective_bits_key, "an open chunk is not free"

@@ -131,10 +131,8 @@ def test_modes_that_change_the_batch(llama, prompts, mode, assert_telling):
     assert torch.equal(llama.generate(prompts, past_key_values=KVQ(**EXACT), **settings), reference)
 
 
-def test_half_precision_states_keep_their_dtype(prompts):
-    from conftest import build_model
-
-    model = build_model("llama", torch.bfloat16)
+def test_half_precision_states_keep_their_dtype(llama, prompts):
+    model = llama.to(torch.bfloat16)
     cache = KVQ(backend="quanto", nbits_k=4, nbits_v=2)
     model.generate(prompts, past_key_values=cache, **GREEDY)
     keys, values = cache.materialize(0)
