@@ -91,19 +91,10 @@ class BackendRegistry:
             BackendError: unknown, blocked, claimed twice, or broken; the subclass and the message say which.
         """
         with self._lock:
-            if name in self._registered:
-                return self._registered[name]
-            claim = self._get_owner(name)
-            if name in self._failures:
-                # A new error, so that no traceback grows, without the first one's, which would keep its frames alive.
-                raise BrokenBackendError(self._failures[name])
-            if name not in self._loaded:
-                try:
-                    self._loaded[name] = self._loader.load(claim)
-                except BrokenBackendError as error:
-                    self._failures[name] = str(error)
-                    raise
-            return self._loaded[name]
+            try:
+                return self._load_backend(name)
+            except BrokenBackendError as error:
+                raise BrokenBackendError(f"{error}{self._alternatives()}") from error.__cause__
 
     def register_backend(self, spec: BackendSpec, *, replace: bool = False) -> None:
         """Add a backend from code, without an entry point.
@@ -146,7 +137,41 @@ class BackendRegistry:
         Raises:
             MissingRequirementError: a requirement is absent or too old; the message names it and the remedy.
         """
-        check_requirements(spec)
+        try:
+            check_requirements(spec)
+        except MissingRequirementError as error:
+            with self._lock:
+                raise MissingRequirementError(f"{error}{self._alternatives()}") from None
+
+    def _load_backend(self, name: str) -> BackendSpec:
+        if name in self._registered:
+            return self._registered[name]
+        claim = self._get_owner(name)
+        if name in self._failures:
+            # A new error, so that no traceback grows, without the first one's, which would keep its frames alive.
+            raise BrokenBackendError(self._failures[name])
+        if name not in self._loaded:
+            try:
+                self._loaded[name] = self._loader.load(claim)
+            except BrokenBackendError as error:
+                self._failures[name] = str(error)
+                raise
+        return self._loaded[name]
+
+    def _alternatives(self) -> str:
+        """Return the end of a message about a backend that cannot be had: those that need kvq alone.
+
+        Foreign plugins that nobody has named stay unimported, so only those already known are among them.
+        """
+        own = {name for name, claimed in self._find_claims().items() if claimed.is_own}
+        names = [name for name in sorted({*own, *self._loaded, *self._registered}) if self._needs_nothing(name)]
+        return f"; backends that need nothing more: {', '.join(names)}" if names else ""
+
+    def _needs_nothing(self, name: str) -> bool:
+        try:
+            return not self._load_backend(name).requires
+        except BackendError:
+            return False
 
     def _find_claims(self) -> dict[str, ClaimedName]:
         if self._claims is None:
@@ -199,8 +224,8 @@ class BackendRegistry:
             if not (load or name in self._registered or name in self._loaded or name in self._failures):
                 self._get_owner(name)
                 return info
-            info = replace(info, state="ready", spec=self.get_backend(name))
-            check_requirements(self.get_backend(name))
+            info = replace(info, state="ready", spec=self._load_backend(name))
+            check_requirements(self._load_backend(name))
         except BackendError as error:
             reasons = (info.reason, str(error))
             return replace(info, state=_STATES[type(error)], reason="; ".join(filter(None, reasons)))

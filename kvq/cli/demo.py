@@ -28,7 +28,7 @@ def demo(
     records: Annotated[int, typer.Option(min=16, max=MAX_RECORDS, help="Records in a context, six tokens each.")] = 160,
     seed: Annotated[int, typer.Option(help="Seed of the contexts and questions.")] = 1,
 ) -> None:
-    """Let the embedded model answer from full-precision and quantized caches, offline.
+    """Answer questions from quantized caches with the embedded model, offline (a minute or two).
 
     A small Llama, trained for this task and shipped with kvq, reads a list of records and is asked for some of them.
     The table shows the share of answers that are right to the last token, the share of tokens that equal those in full
@@ -46,10 +46,11 @@ def demo(
     cases = list_cases(specs)
     rows = []
     with Progress(console=get_console(stderr=True), transient=True) as progress:
-        task = progress.add_task("asking", total=len(cases))
-        for row in run_cases(model, batch, cases):
+        names = [f"{case.backend} {case.bits}" for case in cases]
+        task = progress.add_task(names[0], total=len(cases))
+        for row, upcoming in zip(run_cases(model, batch, cases), [*names[1:], "done"], strict=True):
             rows.append(row)
-            progress.update(task, advance=1, description=f"{row.case.backend} {row.case.bits}")
+            progress.update(task, advance=1, description=upcoming)
     _print_scores(rows, batch)
     _print_sample(rows, batch)
 
@@ -81,10 +82,12 @@ def _draw(contexts: int, records: int, questions: int, seed: int) -> RecallBatch
 
 def _print_scores(rows: list[DemoRow], batch: RecallBatch) -> None:
     contexts, tokens = batch.context.shape
-    print_line(f"{contexts * batch.questions.shape[1]} questions about {contexts} contexts of {tokens} tokens")
+    asked = contexts * batch.questions.shape[1]
+    print_line(f"{asked} questions about {contexts} contexts of {tokens} tokens; one question is {1 / asked:.1%}")
+    print_line("same tokens: as in full precision; bits held: metadata and room for tokens to come included")
     plain_bytes = next((row.score.memory.full_precision_bytes for row in rows if row.score.memory), None)
     print_table(
-        ("backend", "bits", "exact answers", "agreement", "bits held (K / V)", "cache", "smaller"),
+        ("backend", "bits", "exact answers", "same tokens", "bits held (K / V)", "cache", "smaller"),
         [(row.case.backend, row.case.bits, *_score_cells(row.score, plain_bytes)) for row in rows],
     )
 

@@ -124,16 +124,18 @@ class ChunkedStore:
         """Return what is stored now, without copying."""
         return StoreView(self.quantizer, self.segments)
 
-    def append(self, states: torch.Tensor) -> None:
+    def append(self, states: torch.Tensor, following: int = 0) -> None:
         """Quantize and store whole blocks.
 
         Args:
             states: `[B, H, T, D]`, T a multiple of the block length; read chunk by chunk, never copied as a whole.
+            following: tokens that are appended right after, for which a new chunk may leave room.
         """
+        coming = following // self.block_length
         wanted = states.shape[2] // self.block_length
         done = 0
         while done < wanted:
-            segment = self._open_segment(wanted - done)
+            segment = self._open_segment(wanted - done + coming)
             count = min(segment.capacity - segment.used, wanted - done)
             piece = states[:, :, done * self.block_length : (done + count) * self.block_length]
             for rows, first, block_states in self._calls(piece):

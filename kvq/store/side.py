@@ -108,11 +108,13 @@ class LayerSide:
             flush_count: a multiple of the flush length.
         """
         new = new.detach()
-        held = self.window.length + new.shape[2]
+        kept = self.window.length + new.shape[2] - flush_count
         for piece in self._flushed_pieces(new, flush_count):
             for part in self._split_behind_sinks(piece):
-                self.store.append(self.sinks.withhold(part, self.store.length, self.quantizer.block_length))
-        self.window.keep_last(held - flush_count, new)
+                states = self.sinks.withhold(part, self.store.length, self.quantizer.block_length)
+                flush_count -= part.shape[2]
+                self.store.append(states, following=flush_count)
+        self.window.keep_last(kept, new)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from position `length` on; survivors of a cut group return to the window as states."""

@@ -1,0 +1,172 @@
+"""The examples run, offline and from any folder, and print what they promise."""
+
+from __future__ import annotations
+
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvq import KVQ, KVQCacheConfig, available_backends
+from kvq.registry import BackendRegistry
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Return a function that runs an example in this process, which spares the imports, and returns what it prints."""
+
+    def call(name, *arguments, typed=""):
+        path = ROOT / "examples" / name
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def said(label, text):
+    """Return what stands behind each `label:` of an output, as words."""
+    return [line.replace(".", " ").split() for line in re.findall(rf"^{label}: +(.+)$", text, re.MULTILINE)]
+
+
+def token_counts(text):
+    return [int(count) for count in re.findall(r"^\[(\d+) tokens", text, re.MULTILINE)]
+
+
+def test_every_example_is_tested_and_described():
+    assert [path.name for path in EXAMPLES] == ["chat.py", "compare_backends.py", "custom_backend.py", "quickstart.py"]
+    described = (ROOT / "examples" / "README.md").read_text()
+    assert [path.name for path in (*EXAMPLES, *CONFIGS) if path.name not in described] == []
+
+
+@pytest.mark.slow
+def test_quickstart_answers_and_reports(run_example):
+    printed = run_example("quickstart.py")
+    assert said("generated", printed) == said("right", printed)
+    assert len(said("right", printed)[0]) == 4
+    assert float(re.search(r"full precision: ([\d.]+)x smaller", printed)[1]) > 2
+
+
+@pytest.mark.slow
+def test_chat_answers_each_turn_from_one_cache(run_example):
+    printed = run_example("chat.py")
+    assert said("model", printed) == said("right", printed)
+    assert len(said("model", printed)) == 5
+    # 30 records, the question, the answer and its full stop, of which the last token is fed with the next turn.
+    assert token_counts(printed) == [187 * turn for turn in range(1, 6)]
+    assert "quanto 4 bit" in printed
+
+
+@pytest.mark.slow
+def test_compare_backends_shows_every_usable_one(run_example):
+    printed = run_example("compare_backends.py")
+    rates = {name.strip(): float(rate) for name, rate in re.findall(r"^(.{22}) +([\d.]+)%", printed, re.MULTILINE)}
+    ready = {backend.name for backend in available_backends(load=True) if backend.origin == "kvq"}
+    assert {"full precision", *(f"{name} K4V2" for name in ready)} <= set(rates)
+    assert {"hqq", "quanto"} <= ready
+    assert min(rates.values()) >= 90
+
+
+@pytest.mark.slow
+def test_custom_backend_generates(run_example):
+    printed = run_example("custom_backend.py")
+    assert said("generated", printed) == said("right", printed)
+    assert "clipping 5 bit" in printed
+
+
+def test_custom_backend_takes_another_model(run_here, foreign_model, monkeypatch):
+    monkeypatch.setattr("kvq.registry._registry", BackendRegistry())  # what is registered ends with the test
+    printed = run_here("custom_backend.py", "--model", foreign_model, "--max-new-tokens", 5, "--reach", 1.5)
+    assert "clipping 3 bit" in printed
+
+
+def test_quickstart_takes_another_model_and_a_configuration(run_here, foreign_model):
+    config = ROOT / "examples" / "configs" / "k8v4.yaml"
+    printed = run_here(
+        "quickstart.py", "--model", foreign_model, "--config", config, "--prompt", "abc" * 200, "--max-new-tokens", 7
+    )
+    assert "600 tokens" in printed
+    assert "right:" not in printed
+    assert re.search(r"quanto 8 bit.*quanto 4 bit.* 606 ", printed)
+
+
+def test_compare_backends_compares_texts(run_here, foreign_model):
+    printed = run_here("compare_backends.py", "--model", foreign_model, "--nbits-v", 4, "--max-new-tokens", 6)
+    counts = dict(re.findall(r"^(\w+) K4V4: (\d+) of 6 tokens", printed, re.MULTILINE))
+    assert {"hqq", "quanto"} <= set(counts)
+
+
+def test_compare_backends_says_who_is_left_out(run_here, foreign_model):
+    printed = run_here("compare_backends.py", "--model", foreign_model, "--nbits-k", 3, "--max-new-tokens", 3)
+    assert re.search(r"quanto is left out: nbits_k: 3.* not supported", printed)
+    assert "hqq K3V2" in printed
+
+
+def test_chat_takes_turns_from_the_keyboard(run_here):
+    printed = run_here("chat.py", "--interactive", typed="? Dolo\n? Nobody\n\nnever read\n")
+    records = dict(re.findall(r"(\w+) (\w+ \w+ \w+ \w+)\.", printed))
+    assert f"model: {records['Dolo']} ." in printed
+    assert "not in its vocabulary: Nobody" in printed
+    assert len(token_counts(printed)) == 1
+
+
+def test_chat_takes_another_model(run_here, foreign_model):
+    printed = run_here("chat.py", "--model", foreign_model, "--max-new-tokens", 8)
+    counts = token_counts(printed)
+    assert len(counts) == 3
+    assert counts == sorted(counts)
+    assert "quanto 4 bit" in printed
+
+
+def test_chat_replies_as_if_each_turn_were_read_anew(foreign_model):
+    """The template writes old replies in another way than they were generated, so that the cache has to be cropped."""
+    parts = runpy.run_path(str(ROOT / "examples" / "chat.py"), run_name="chat")
+    model = AutoModelForCausalLM.from_pretrained(foreign_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(foreign_model)
+    chat = parts["Chat"](model, tokenizer, max_new_tokens=12)
+    chat.cache = KVQ(model=model, residual_length=4096)
+    for message, _ in parts["FACTS"]:
+        chat.say(message)
+        encoded = tokenizer.apply_chat_template(
+            chat.messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        expected = model.generate(**encoded, max_new_tokens=12, do_sample=False)
+        assert len(set(expected[0, -12:].tolist())) >= 4, "a reply that says too little to prove anything"
+        assert torch.equal(chat.fed, expected[0])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_help_names_the_common_options(path, run_here, capsys):
+    with pytest.raises(SystemExit) as left:
+        run_here(path.name, "--help")
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--model" in printed
+    assert "--max-new-tokens" in printed
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_configuration_survives_a_round_trip(path):
+    config = KVQCacheConfig.from_file(path)
+    assert f"k{config.nbits_k}v{config.nbits_v}" == path.stem
+    assert KVQCacheConfig.from_mapping(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_configuration_saves_what_its_comment_says(path):
+    claimed = float(re.search(r"([\d.]+) times smaller than bfloat16 at 16,384 tokens", path.read_text())[1])
+    states = torch.randn(1, 1, 16384, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cache = KVQ(path)
+    cache.update(states, states, 0)
+    assert cache.memory().compression == pytest.approx(claimed, abs=0.1)

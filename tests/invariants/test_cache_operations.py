@@ -1,0 +1,235 @@
+"""Invariant 4: through every operation of a cache the same as DynamicCache, but for the quantization."""
+
+import copy
+
+import torch
+from drawn_cases import DTYPES, QUANTIZATIONS, cases, example_count, is_same, stored_bytes, stored_length
+from hypothesis import assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from transformers import DynamicCache
+
+from kvq import KVQ
+from kvq.errors import StatesError
+
+MAX_ROWS = 8
+
+
+class Operations(RuleBasedStateMachine):
+    """Draws what is done; a subclass says what it means for the cache under test and for its reference."""
+
+    batch = 0
+    length = 0
+    seed = 0
+
+    def bring(self, tokens):
+        raise NotImplementedError
+
+    def apply(self, method, argument, rows=None):
+        raise NotImplementedError
+
+    @rule(tokens=st.integers(0, 3) | st.integers(20, 100))
+    def update(self, tokens):
+        self.seed += 1
+        self.bring(tokens)
+        self.length += tokens
+
+    @rule(removed=st.integers(0, 10) | st.integers(0, 200))
+    def crop(self, removed):
+        self.apply("crop", -removed)
+        self.length = max(0, self.length - removed)
+
+    # DynamicCache ignores these where it holds no tokens.
+    @precondition(lambda self: self.length)
+    @rule(data=st.data())
+    def reorder(self, data):
+        rows = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=self.batch, max_size=self.batch))
+        self.apply("reorder_cache", torch.tensor(rows), rows)
+
+    @precondition(lambda self: self.length and self.batch * 2 <= MAX_ROWS)
+    @rule(repeats=st.integers(1, 3))
+    def repeat(self, repeats):
+        assume(self.batch * repeats <= MAX_ROWS)
+        self.apply("batch_repeat_interleave", repeats, [row for row in range(self.batch) for _ in range(repeats)])
+
+    @precondition(lambda self: self.length)
+    @rule(data=st.data(), as_mask=st.booleans())
+    def select(self, data, as_mask):
+        rows = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=self.batch, unique=True))
+        if as_mask:
+            mask = torch.zeros(self.batch, dtype=torch.bool)
+            mask[rows] = True
+            self.apply("batch_select_indices", mask, sorted(rows))
+        else:
+            self.apply("batch_select_indices", torch.tensor(rows), rows)
+
+
+class BesideDynamicCache(Operations):
+    """A cache whose window is never full, beside transformers' own."""
+
+    layers = 2
+
+    @initialize(batch=st.integers(1, 4), dtype=st.sampled_from(DTYPES))
+    def start(self, batch, dtype):
+        self.batch, self.dtype = batch, dtype
+        self.ours, self.theirs = KVQ(residual_length=10_000), DynamicCache()
+        self.forks = []
+
+    def bring(self, tokens):
+        for layer in range(self.layers):
+            generator = torch.Generator().manual_seed(self.seed * 2 + layer)
+            keys, values = (
+                torch.randn(self.batch, 2, tokens, dim, generator=generator).to(self.dtype) for dim in (8, 16)
+            )
+            found, expected = (cache.update(keys, values, layer) for cache in (self.ours, self.theirs))
+            assert is_same(found[0], expected[0])
+            assert is_same(found[1], expected[1])
+
+    def apply(self, method, argument, rows=None):
+        for cache in (self.ours, self.theirs):
+            getattr(cache, method)(argument)
+        self.batch = self.batch if rows is None else len(rows)
+
+    @rule()
+    def reset(self):
+        self.ours.reset()
+        self.theirs.reset()
+        self.length = 0
+
+    @rule(copier=st.sampled_from([KVQ.fork, copy.deepcopy]))
+    def go_on_with_a_copy(self, copier):
+        self.forks.append((self.ours, copy.deepcopy(self.theirs)))
+        self.ours = copier(self.ours)
+
+    @rule(tokens=st.integers(0, 9))
+    def ask_for_mask_sizes(self, tokens):
+        for layer in range(self.layers):
+            assert self.ours.get_mask_sizes(tokens, layer) == self.theirs.get_mask_sizes(tokens, layer)
+
+    @invariant()
+    def both_hold_the_same(self):
+        pairs = [(self.ours, self.theirs)] if hasattr(self, "ours") else []
+        for ours, theirs in pairs + getattr(self, "forks", [])[-1:]:
+            assert len(ours.layers) == len(theirs.layers)
+            assert ours.get_seq_length() == theirs.get_seq_length()
+            for one, other in zip(ours.layers, theirs.layers, strict=True):
+                if theirs.get_seq_length():
+                    assert is_same(one.keys, other.keys)
+                    assert is_same(one.values, other.values)
+
+
+class BesideItsOwnStates(Operations):
+    """A quantized layer beside the states that it gave out: what is stored stays, what is exact is exact."""
+
+    @initialize(quantization=st.sampled_from(QUANTIZATIONS), data=st.data())
+    def start(self, quantization, data):
+        self.case = data.draw(cases(quantization))
+        self.batch, self.starts = self.case.batch, list(self.case.starts)
+        self.layer = self.case.layer()
+        self.held = [side[:, :, :0] for side in self.case.states(1)]
+        self.left_behind = None
+
+    def states(self, tokens):
+        drawn = self.case.states(tokens, self.seed)
+        rows = torch.arange(self.batch) % self.case.batch
+        return [side[rows] for side in drawn]
+
+    def bring(self, tokens):
+        new = self.states(tokens)
+        stored = stored_length(self.layer) if self.layer.is_initialized else 0
+        before = stored_bytes(self.layer)
+        returned = self.layer.update(*new)
+        given = [torch.cat(pair, dim=2) for pair in zip(self.held, new, strict=True)]
+        for found, expected in zip(returned, given, strict=True):
+            assert is_same(found, expected)
+        self.assert_prefix(before, stored)
+        for index, expected in enumerate(given):
+            held = (self.layer.keys, self.layer.values)[index]
+            exact = self.exact_tokens(expected.shape[2], stored)
+            assert is_same(held.transpose(1, 2)[exact], expected.transpose(1, 2)[exact])
+            assert (held - expected).abs().max() <= 3 * expected.abs().max() if tokens else True
+            self.held[index] = held
+
+    def exact_tokens(self, total, stored):
+        """Return a mask `[B, T]`: what was stored before, the sinks, and what is in the window."""
+        position, starts = torch.arange(total), torch.tensor(self.starts)[:, None]
+        is_sink = (position >= starts) & (position < starts + self.case.sink_length)
+        return is_sink | (position < stored) | (position >= stored_length(self.layer))
+
+    def assert_prefix(self, before, stored):
+        """Assert that the packed bytes of the first `stored` tokens are those of `before`."""
+        after = stored_bytes(self.layer)
+        for (side, part), tensor in before.items():
+            blocks = stored // self.layer.side(side).store.block_length
+            assert torch.equal(after[side, part][:, :, :blocks], tensor[:, :, :blocks]) if blocks else True
+
+    def apply(self, method, argument, rows=None):
+        before = stored_bytes(self.layer)
+        getattr(self.layer, method)(argument)
+        if rows is None:
+            kept = max(0, self.length + argument)
+            self.held = [side[:, :, :kept] for side in self.held]
+        else:
+            self.held = [side[rows] for side in self.held]
+            before = {part: tensor[rows] for part, tensor in before.items()}
+            self.batch, self.starts = len(rows), [self.starts[row] for row in rows]
+        if self.layer.is_initialized:
+            self.assert_prefix(before, stored_length(self.layer))
+
+    @precondition(lambda self: self.layer.is_initialized)
+    @rule(copier=st.sampled_from([lambda layer: layer.fork(), copy.deepcopy]))
+    def go_on_with_a_copy(self, copier):
+        self.left_behind = (self.layer, [side.clone() for side in self.held])
+        self.layer = copier(self.layer)
+
+    @precondition(lambda self: self.layer.is_initialized)
+    @rule(fault=st.sampled_from(["rows", "dtype", "quantizer"]))
+    def a_refused_update(self, fault):
+        keys, values = self.states(self.case.residual_length + self.case.flush_length)
+        if fault == "quantizer":
+            with FailingQuantizer(self.layer.side("value").quantizer):
+                try:
+                    self.layer.update(keys, values)
+                except OutOfMemory:
+                    return
+                raise AssertionError("the failure of the quantizer was hidden")
+        keys = keys.double() if fault == "dtype" else keys.repeat(2, 1, 1, 1)
+        try:
+            self.layer.update(keys, values)
+        except StatesError:
+            return
+        raise AssertionError(f"{fault}: not refused")
+
+    @invariant()
+    def it_gives_out_what_it_gave_out_before(self):
+        for layer, held in [(self.layer, self.held), *([self.left_behind] if self.left_behind else [])]:
+            if layer.is_initialized:
+                assert layer.get_seq_length() == held[0].shape[2]
+                assert is_same(layer.keys, held[0])
+                assert is_same(layer.values, held[1])
+
+
+class OutOfMemory(Exception):
+    """What a quantizer may raise at any time."""
+
+
+class FailingQuantizer:
+    """Makes `encode` of a quantizer raise for a while."""
+
+    def __init__(self, quantizer):
+        self.quantizer = quantizer
+
+    def __enter__(self):
+        def fail(states):
+            raise OutOfMemory
+
+        self.quantizer.encode = fail
+
+    def __exit__(self, *exception):
+        del self.quantizer.encode
+
+
+TestBesideDynamicCache = BesideDynamicCache.TestCase
+TestBesideDynamicCache.settings = settings(max_examples=example_count(40), stateful_step_count=15)
+TestBesideItsOwnStates = BesideItsOwnStates.TestCase
+TestBesideItsOwnStates.settings = settings(max_examples=example_count(80), stateful_step_count=12)

@@ -1,0 +1,86 @@
+"""Invariant 2: what is stored depends on the states, not on how updates or the batch split them."""
+
+import copy
+
+import pytest
+import torch
+from drawn_cases import (
+    QUANTIZATIONS,
+    cases,
+    example_count,
+    feed,
+    is_same,
+    pieces,
+    splits,
+    stored_bytes,
+    stored_length,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def assert_same_layers(one, other, rows=slice(None)):
+    """Assert that `other` holds what `one` holds in those rows, packed and read."""
+    expected, found = stored_bytes(one), stored_bytes(other)
+    assert found.keys() == expected.keys() != set()
+    for part, tensor in expected.items():
+        assert torch.equal(found[part], tensor[rows]), part
+    assert is_same(other.keys, one.keys[rows])
+    assert is_same(other.values, one.values[rows])
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@settings(max_examples=example_count(4))
+@given(data=st.data())
+def test_the_split_into_updates_leaves_no_trace(quantization, data):
+    case = data.draw(cases(quantization))
+    states = case.states()
+    one = feed(case.layer(), states, data.draw(splits(case.tokens)))
+    other = case.layer()
+    for piece in pieces(states, data.draw(splits(case.tokens))):
+        other.update(*piece, packed=piece[0].shape[2] % 2 == 0)
+    assert_same_layers(one, other)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@settings(max_examples=example_count(3))
+@given(data=st.data())
+def test_flushes_happen_at_fixed_positions(quantization, data):
+    case = data.draw(cases(quantization))
+    layer, total = case.layer(), 0
+    for piece in pieces(case.states(), data.draw(splits(case.tokens))):
+        layer.update(*piece, packed=True)
+        total += piece[0].shape[2]
+        length = case.flush_length
+        assert stored_length(layer) == max(0, total - case.residual_length) // length * length
+        assert {side.store.length + side.window.length for _, side in layer.sides()} == {total}
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@settings(max_examples=example_count(3))
+@given(data=st.data())
+def test_a_row_is_stored_as_if_it_were_alone(quantization, data):
+    case = data.draw(cases(quantization))
+    states = case.states()
+    together = feed(case.layer(), states)
+    row = data.draw(st.integers(0, case.batch - 1)) if quantization.keeps_rows_apart else 0
+    padding = None if case.padding is None else (case.padding[row],)
+    alone = feed(case.layer(padding), tuple(side[row : row + 1] for side in states), data.draw(splits(case.tokens)))
+    assert_same_layers(together, alone, slice(row, row + 1))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@settings(max_examples=example_count(2))
+@given(data=st.data())
+def test_a_copy_goes_on_like_the_original(quantization, data):
+    case = data.draw(cases(quantization, flushes=(2, 3)))
+    states, half = case.states(), data.draw(st.integers(1, case.tokens - 1))
+    start, rest = tuple(zip(*pieces(states, [half, case.tokens - half]), strict=True))
+    whole = feed(case.layer(), states)
+    original = feed(case.layer(), (start[0], rest[0]))
+    for make in (type(original).fork, copy.deepcopy):
+        other = make(original)
+        feed(other, (start[1], rest[1]))
+        assert_same_layers(whole, other)
+    feed(original, (start[1], rest[1]))
+    assert_same_layers(whole, original)

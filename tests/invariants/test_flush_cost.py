@@ -1,0 +1,156 @@
+"""Invariant 7: a flush touches as much after 16,000 tokens as after 1,000; a handle materializes nothing."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from drawn_cases import QUANTIZATIONS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvq.config import KVQCacheConfig
+from kvq.layer import KVQLayer
+
+HEADS, DIM, RESIDUAL = 2, 8, 64
+MAX_CHUNK_TOKENS = 2048
+
+
+class CostCounter(TorchDispatchMode):
+    """Counts, by operation, calls, elements read and bytes that are newly allocated; views are free.
+
+    What is only set aside (`empty`) is counted by itself: a flush that opens a chunk makes room for later ones.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.costs = Counter()
+        self.largest_output = 0
+        self.set_aside = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs, outputs = ([leaf for leaf in tree_leaves(tree) if type(leaf) is torch.Tensor] for tree in (
+            (args, kwargs), result
+        ))  # fmt: skip
+        known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        fresh = [tensor for tensor in outputs if tensor.untyped_storage().data_ptr() not in known]
+        if func is torch.ops.aten.empty.memory_format:
+            self.set_aside += sum(tensor.untyped_storage().nbytes() for tensor in outputs)
+        elif fresh or func._schema.is_mutable or not outputs:
+            name = str(func)
+            self.costs[name, "calls"] += 1
+            self.costs[name, "elements read"] += sum(tensor.numel() for tensor in inputs)
+            self.costs[name, "bytes allocated"] += sum(tensor.untyped_storage().nbytes() for tensor in fresh)
+            self.largest_output = max([self.largest_output, *(tensor.numel() for tensor in fresh)])
+        return result
+
+
+def periodic_states(period, tokens):
+    """Return keys and values that repeat, so that every flush quantizes the same and takes as many iterations."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(2, 1, HEADS, period, DIM, generator=generator)
+    return block.repeat(1, 1, 1, -(-tokens // period), 1)[:, :, :, :tokens]
+
+
+@contextmanager
+def encoding_each_block_once(layer):
+    """Remember, while history is built, how a block was encoded: that is not measured, and slow with hqq."""
+    quantizers = [side.quantizer for _, side in layer.sides()]
+    for quantizer in quantizers:
+        quantizer.encode = Memory(quantizer.encode)
+    yield
+    for quantizer in quantizers:
+        del quantizer.encode
+
+
+class Memory:
+    """A function of one tensor that computes once for equal tensors."""
+
+    def __init__(self, function):
+        self.function = function
+        self.known = {}
+
+    def __call__(self, states):
+        key = states.contiguous().numpy().tobytes()
+        if key not in self.known:
+            self.known[key] = self.function(states)
+        return self.known[key]
+
+
+def measure_flush(quantization, tokens, rotation="none"):
+    """Return the costs of the update that flushes next once `tokens` are held, and of the one before that."""
+    layer = KVQLayer(
+        0,
+        KVQCacheConfig(
+            backend=quantization.backend,
+            nbits_k=quantization.nbits,
+            nbits_v=quantization.nbits,
+            axis_key=quantization.key_axis,
+            axis_value=quantization.value_axis,
+            q_group_size=32,
+            residual_length=RESIDUAL,
+            rotation_k=rotation,
+            rotation_v=rotation,
+            backend_options={quantization.name: dict(quantization.options)} if quantization.options else {},
+        ).for_layer(0),
+    )
+    states = periodic_states(32, tokens + RESIDUAL + 31 + 2)
+    layer.update(*states[:, :, :, :1], packed=True)
+    with encoding_each_block_once(layer):
+        layer.update(*states[:, :, :, 1 : tokens + RESIDUAL + 30], packed=True)
+    assert layer.flush_length == 32
+    counters = []
+    for position in range(tokens + RESIDUAL + 30, tokens + RESIDUAL + 32):
+        stored = layer.side("key").store.length
+        with CostCounter() as counter:
+            keys, values = layer.update(*states[:, :, :, position : position + 1], packed=True)
+        assert keys.shape[2] == values.shape[2] == position + 1
+        assert layer.side("key").store.length - stored == (32 if position == tokens + RESIDUAL + 31 else 0)
+        counters.append(counter)
+    return counters[1], counters[0]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+def test_a_flush_costs_the_same_at_1k_and_at_16k_tokens(quantization):
+    short, long = measure_flush(quantization, 1024), measure_flush(quantization, 16384)
+    for one, other in zip(short, long, strict=True):
+        assert one.costs == other.costs
+        assert sum(one.costs.values()) > 0
+    flush, plain = long
+    assert sum(flush.costs.values()) > sum(plain.costs.values())
+    # Room is made for one chunk of each side at most, and for the window.
+    room = 2 * HEADS * (MAX_CHUNK_TOKENS + RESIDUAL + 64) * DIM * 4
+    assert max(counter.set_aside for counter in (*short, *long)) <= room
+    assert flush.largest_output < HEADS * 1024 * DIM, "history was materialized"
+
+
+def test_a_flush_under_rotation_costs_the_same_too():
+    chosen = next(quantization for quantization in QUANTIZATIONS if quantization.name == "quanto")
+    short, long = (measure_flush(chosen, tokens, "hadamard") for tokens in (1024, 16384))
+    assert [counter.costs for counter in short] == [counter.costs for counter in long]
+
+
+def test_chunks_are_opened_so_seldom_that_room_stays_in_proportion():
+    layer = KVQLayer(0, KVQCacheConfig(residual_length=0, axis_key="per_token").for_layer(0))
+    states = periodic_states(32, 4096)
+    with CostCounter() as counter:
+        for start in range(0, 4096, 32):
+            layer.update(*states[:, :, :, start : start + 32], packed=True)
+    held = sum(tensor.nbytes for _, side in layer.sides() for tensor, _ in side.store.tensors())
+    windows = 2 * 128 * HEADS * 32 * DIM * 4
+    assert counter.set_aside <= held + windows
+
+
+def test_the_counter_sees_what_it_should():
+    tokens = torch.randn(2, 2, 300, 8)
+    layer = KVQLayer(0, KVQCacheConfig(residual_length=0).for_layer(0))
+    layer.update(tokens, tokens)
+    with CostCounter() as counter:
+        tokens[:, :, 5:9].transpose(2, 3)
+    assert not counter.costs, "views are free"
+    with CostCounter() as counter:
+        handle, _ = layer.update(tokens[:, :, :1], tokens[:, :, :1], packed=True)
+        before = counter.largest_output
+        handle + 0
+    assert before < counter.largest_output >= handle.numel()

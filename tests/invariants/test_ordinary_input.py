@@ -1,0 +1,128 @@
+"""Invariant 5: nothing ordinary crashes, and what comes back is as near as the bits allow."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from drawn_cases import (
+    DTYPES,
+    HEAD_DIMS,
+    OWN_BACKENDS,
+    QUANTIZATIONS,
+    cases,
+    example_count,
+    feed,
+    pieces,
+    splits,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvq import KVQ
+from kvq.plugin_api import Granularity
+from kvq.registry import available_backends
+
+AFFINE = [quantization for quantization in QUANTIZATIONS if quantization.is_affine]
+
+
+def test_every_backend_that_can_be_had_is_among_the_cases():
+    covered = {quantization.name for quantization in QUANTIZATIONS}
+    ours = {info.name for info in available_backends() if info.origin == "kvq"}
+    assert covered >= {"quanto", "hqq", "template", *OWN_BACKENDS, *ours}
+    for name in OWN_BACKENDS:
+        assert {q.nbits for q in QUANTIZATIONS if q.name == name} == set(
+            next(q for q in QUANTIZATIONS if q.name == name).backend.capabilities.nbits
+        )
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@settings(max_examples=example_count(4))
+@given(data=st.data())
+def test_any_length_batch_head_dim_and_dtype(quantization, data):
+    case = data.draw(cases(quantization, flushes=(0, 2)))
+    states = case.states()
+    cache, total = KVQ(case.config(), padding=case.padding), 0
+    for piece in pieces(states, data.draw(splits(case.tokens))):
+        total += piece[0].shape[2]
+        for layer in range(2):
+            returned = cache.update(*piece, layer)
+            for found, side in zip(returned, states, strict=True):
+                assert found.shape == (case.batch, case.heads, total, side.shape[3])
+                assert found.dtype == case.dtype
+    assert cache.get_seq_length() == total == case.tokens
+    for held, side in zip(cache.materialize(1), states, strict=True):
+        assert held.isfinite().all()
+        assert (held - side).abs().max() <= 3 * side.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_every_head_dim_with_every_dtype(dims, dtype, batch):
+    cache = KVQ(nbits_k=8, nbits_v=8, residual_length=16)
+    keys, values = (torch.randn(batch, 1, 81, dim, generator=torch.Generator().manual_seed(dim)) for dim in dims)
+    for start, stop in ((0, 80), (80, 81)):
+        cache.update(keys[:, :, start:stop].to(dtype), values[:, :, start:stop].to(dtype), 0)
+    for held, states in zip(cache.materialize(0), (keys, values), strict=True):
+        assert (held.float() - states).abs().max() <= 8 / 255 + 4 * torch.finfo(dtype).eps
+
+
+def rotate(states, signs):
+    """Apply the signs, then the Hadamard matrix over blocks of the largest power of two in D; fp64."""
+    size = states.shape[-1] & -states.shape[-1]
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    blocks = (states.double() * signs).unflatten(-1, (-1, size))
+    return (blocks @ matrix / math.sqrt(size)).flatten(-2)
+
+
+def groups_of(states, axis, group_size):
+    """Split `[B, H, T, D]` into its groups: a list of `[B, H, ..., G]`, the last of which may be shorter."""
+    if axis is Granularity.PER_CHANNEL:
+        return [states.transpose(-1, -2).unflatten(-1, (-1, group_size))]
+    head_dim = states.shape[-1]
+    length = math.ceil(head_dim / math.ceil(head_dim / group_size))
+    return list(states.split(length, dim=-1))
+
+
+def largest_error(quantization, groups):
+    """Return the largest error that the words of the backend allow for each group, in exact arithmetic."""
+    span, levels = groups.amax(-1) - groups.amin(-1), math.ceil(2**quantization.nbits - 0.01)
+    options = dict(quantization.options)
+    if quantization.name == "template" or options.get("symmetric_8bit"):
+        return groups.abs().amax(-1) / (levels - 2)
+    if options.get("clip") or (quantization.name == "hqq" and options.get("optimize", True)):
+        return span  # outliers may be given up for a smaller mean error
+    return span / (levels - 1) / 2
+
+
+def storing_error(groups, nbits):
+    """Return what storing scale and mid costs at most: they are float16 where the default says so."""
+    is_half = nbits <= 5 or groups.shape[-1] < 16
+    reach = groups.abs().amax(-1) + groups.amax(-1) - groups.amin(-1)
+    return reach * (2.0**-10 if is_half else 2.0**-20)
+
+
+@pytest.mark.parametrize("quantization", AFFINE, ids=str)
+@settings(max_examples=example_count(3))
+@given(data=st.data())
+def test_the_error_is_at_most_half_a_step(quantization, data):
+    case = replace(data.draw(cases(quantization)), padding=None, sink_length=0)
+    states = case.states()
+    layer = feed(case.layer(), states)
+    axes = (quantization.key_axis, quantization.value_axis)
+    for axis, group_size, (name, side), given_states in zip(axes, case.group_sizes, layer.sides(), states, strict=True):
+        stored = side.store.length
+        exact = given_states[:, :, :stored].double()
+        error = getattr(layer, f"{name}s")[:, :, :stored].double() - exact
+        returned = torch.finfo(case.dtype).eps * exact.abs().amax()
+        signs = side.quantizer.constants().get("rotation_signs")
+        if signs is not None:
+            exact, error = rotate(exact, signs), rotate(error, signs)
+            returned = returned * math.sqrt(given_states.shape[3]) + 2.0**-20 * exact.abs().amax()
+        pairs = zip(groups_of(error, axis, group_size), groups_of(exact, axis, group_size), strict=True)
+        for wrong, groups in pairs:
+            bound = largest_error(quantization, groups) * 1.001 + storing_error(groups, quantization.nbits) + returned
+            assert (wrong.abs().amax(-1) <= bound).all()
