@@ -77,7 +77,11 @@ class Attachment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.detach()
+        try:
+            self.detach()
+        except CacheStateError:
+            if kind is None:  # else the error that ends the block is the one to see
+                raise
 
     def detach(self) -> None:
         """Give the model back as it was; a second call does nothing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,6 @@ from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
-
-logger = logging.getLogger(__name__)
 
 
 class KVQ(Cache):
@@ -76,11 +74,17 @@ class KVQ(Cache):
         Raises:
             StatesError: the states do not fit; the cache is then as it was before.
         """
+        count = len(self.layers)
         self._grow(layer_idx)
         layer = self.layers[layer_idx]
         if isinstance(layer, KVQLayer):
-            self._check_order(layer, key_states)
-            return layer.update(key_states, value_states, packed=self._reads_packed())
+            try:
+                layer.check_states(key_states, value_states)
+                self._check_order(layer, key_states)
+                return layer.update(key_states, value_states, packed=self._reads_packed())
+            except BaseException:
+                del self.layers[count:]
+                raise
         states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
         return states
 
@@ -113,6 +117,14 @@ class KVQ(Cache):
         other.layers = [layer.fork() for layer in self.layers]
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVQ:
+        """Return an independent copy that belongs to the same model."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        memo[id(self._model_config)] = self._model_config
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
     def __repr__(self) -> str:
         return f"KVQ({len(self.layers)} layers, {self.get_seq_length()} tokens)"
 
@@ -132,6 +144,11 @@ class KVQ(Cache):
             raise ModelError(
                 f"nothing in this model would be quantized: its layers are {kinds or 'none'}, and `layers` keeps "
                 f"{len(replaced)} of them in full precision; use DynamicCache, or choose fewer exceptions"
+            )
+        if getattr(self._model_config, "kv_lora_rank", None) and any(settings[i].value.nbits < 8 for i in quantized):
+            raise ModelError(
+                "the values that this model caches are the rope part of its keys (multi-head latent attention), "
+                "which takes no fewer than 8 bits: set nbits_v=8"
             )
         return [
             KVQLayer(index, settings[index], self._padding) if index in quantized else layer

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
-from kvq.errors import CacheStateError, StatesError
+from kvq.errors import ConfigError, Fault, StatesError
 from kvq.quantizer import Quantizer, Side
 from kvq.store.codec import build_codec
 from kvq.store.side import LayerSide
@@ -112,7 +112,7 @@ class KVQLayer(CacheLayerMixin):
         """
         del args, kwargs
         was_initialized = self.is_initialized
-        self._check_states(key_states, value_states)
+        self.check_states(key_states, value_states)
         if not was_initialized:
             self.lazy_initialization(key_states, value_states)
         views = self._sides["key"].view(key_states), self._sides["value"].view(value_states)
@@ -166,14 +166,16 @@ class KVQLayer(CacheLayerMixin):
         self.version += 1
 
     def reset(self) -> None:
-        """Forget everything; the next update may bring states of another shape."""
+        """Forget everything, the padding too; the next update may bring states of another shape."""
         self._sides = {}
+        self.padding = None
         self.is_initialized = False
         self.version += 1
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row `i` of the batch what was row `beam_idx[i]`."""
-        self._select_rows(beam_idx)
+        # Indexing copies and checks the caller's tensor before anything is changed.
+        self._select_rows(self._row_numbers()[beam_idx.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -213,7 +215,12 @@ class KVQLayer(CacheLayerMixin):
         target = (total - self.settings.residual_length) // self.flush_length * self.flush_length
         return max(0, target - self._sides["key"].store.length)
 
-    def _check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Check that states can be added.
+
+        Raises:
+            StatesError: rank, dtype or shape do not fit.
+        """
         given: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
         for name, states in given.items():
             if states.dim() != 4:
@@ -233,8 +240,6 @@ class KVQLayer(CacheLayerMixin):
 
     def _check_continuity(self, name: Side, states: torch.Tensor) -> None:
         held = self._sides[name].window.view()
-        if held is None:
-            raise CacheStateError(f"layer {self.layer_idx} has lost its window")
         found = (states.shape[0], states.shape[1], states.shape[3], states.dtype, states.device)
         wanted = (held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
         for what, new, old in zip(("batch size", "heads", "head_dim", "dtype", "device"), found, wanted, strict=True):
@@ -253,4 +258,10 @@ def _flush_length(key: Quantizer, value: Quantizer) -> int:
 def _store_device(wanted: torch.device | None, states: torch.device) -> torch.device:
     # A device of the states' own type means "with the states": under a device_map the layers live on several devices,
     # and one `device=model.device` must not gather them all on the first.
-    return states if wanted is None or wanted.type == states.type else wanted
+    if wanted is None or wanted.type == states.type:
+        return states
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError([Fault(("device",), f"{str(wanted)!r} cannot be used here: {error}")]) from error
+    return wanted

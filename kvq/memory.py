@@ -30,6 +30,8 @@ class SideMemory:
         slack_bytes: allocated for future tokens, in chunks and window.
         constant_bytes: codebooks, rotations and the like.
         elements: stored elements, B * H * stored tokens * D.
+        chunk_bytes: all bytes of the chunks, slack included.
+        index_bytes: the order of the batch, where it was changed.
     """
 
     backend: str
@@ -41,11 +43,13 @@ class SideMemory:
     constant_bytes: int
     elements: int
     chunk_bytes: int
+    index_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All bytes of this side."""
-        return self.packed_bytes + self.window_bytes + self.sink_bytes + self.slack_bytes + self.constant_bytes
+        exact = self.window_bytes + self.sink_bytes
+        return self.packed_bytes + exact + self.slack_bytes + self.constant_bytes + self.index_bytes
 
     @property
     def effective_bits(self) -> float | None:
@@ -82,6 +86,7 @@ class MemoryReport:
     Attributes:
         layers: one entry a layer.
         total_bytes: bytes of the distinct storages of all layers; one that several layers share counts once.
+        shared_bytes: bytes that more than one layer holds and that are counted once.
     """
 
     layers: tuple[LayerMemory, ...]
@@ -208,8 +213,8 @@ def _describe_side(layer: KVQLayer, name: Side, side: LayerSide) -> SideMemory:
         chunk_bytes += _nbytes(tensor)
         packed += round(share * _nbytes(tensor))
     window = side.window.buffer
-    window_capacity = _nbytes(window) if window is not None else 0
-    window_bytes = window_capacity * side.window.length // max(1, window.shape[2]) if window is not None else 0
+    window_capacity = _nbytes(window)
+    window_bytes = window_capacity * side.window.length // max(1, window.shape[2])
     return SideMemory(
         backend=settings.backend.name,
         nbits=settings.nbits,
@@ -220,6 +225,7 @@ def _describe_side(layer: KVQLayer, name: Side, side: LayerSide) -> SideMemory:
         constant_bytes=sum(_nbytes(tensor) for tensor in side.quantizer.constants().values()),
         elements=side.store.batch_size * side.store.num_heads * side.store.length * _head_dim(side),
         chunk_bytes=chunk_bytes,
+        index_bytes=sum(_nbytes(rows) for rows in side.store.row_indices()),
     )
 
 
@@ -227,10 +233,11 @@ def _layer_tensors(layer: object) -> Iterator[torch.Tensor]:
     if isinstance(layer, KVQLayer):
         for _, side in layer.sides():
             yield from (tensor for tensor, _ in side.store.tensors())
+            yield from side.store.row_indices()
             yield from side.quantizer.constants().values()
-            for tensor in (side.window.buffer, side.sinks.states):
-                if tensor is not None:
-                    yield tensor
+            yield side.window.buffer
+            if side.sinks.states is not None:
+                yield side.sinks.states
         return
     yield from _tensors_of(vars(layer).values())
 
@@ -256,14 +263,11 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _head_dim(side: LayerSide) -> int:
-    window = side.window.view()
-    return window.shape[3] if window is not None else 0
+    return side.window.buffer.shape[3]
 
 
 def _full_precision_bytes(side: LayerSide, tokens: int) -> int:
-    window = side.window.view()
-    if window is None:
-        return 0
+    window = side.window.buffer
     return window.shape[0] * window.shape[1] * tokens * window.shape[3] * window.element_size()
 
 

@@ -177,3 +177,34 @@ def test_a_cache_survives_pickling():
     cache.update(*states(300), 0)
     again = pickle.loads(pickle.dumps(cache))  # noqa: S301  # our own bytes
     assert torch.equal(again.materialize(0)[0], cache.materialize(0)[0])
+
+
+def test_a_refused_update_adds_no_layers():
+    cache = KVQ()
+    with pytest.raises(StatesError, match="int64"):
+        cache.update(torch.zeros(1, 1, 4, 8, dtype=torch.long), torch.zeros(1, 1, 4, 8), 3)
+    with pytest.raises(StatesError, match="4 needed"):
+        cache.update(torch.zeros(3), torch.zeros(3), 1)
+    assert len(cache.layers) == 0
+
+
+def test_full_precision_layers_without_a_model():
+    cache = KVQ(layers={"0": {"full_precision": True}})
+    for layer in range(2):
+        cache.update(*states(300), layer)
+    assert kinds(cache) == ["DynamicLayer", "kvq"]
+
+
+def test_the_rope_part_of_latent_attention_takes_no_fewer_than_8_bits():
+    config = transformers.DeepseekV3Config(num_hidden_layers=2, **{**SMALL, "num_key_value_heads": 2})
+    with pytest.raises(ModelError, match="nbits_v=8"):
+        KVQ(model=config)
+    assert kinds(KVQ(model=config, nbits_k=8, nbits_v=8)) == ["kvq"] * 2
+
+
+def test_a_copy_follows_the_attention_of_the_same_model():
+    config = llama(1)
+    cache = KVQ(model=config)
+    copied = copy.deepcopy(cache)
+    config._attn_implementation = "kvq"
+    assert type(cache.update(*states(), 0)[0]) is type(copied.update(*states(), 0)[0])

@@ -77,3 +77,19 @@ def test_handles_of_two_layers_are_not_taken_for_a_pair(layer):
     two = other.update(torch.randn(2, 2, 301, 64), torch.randn(2, 2, 301, 64), packed=True)
     assert one[0].pair is one[1].pair
     assert one[0].pair is not two[1].pair
+
+
+def test_writing_to_a_handle_is_refused(handles):
+    with pytest.raises(CacheStateError, match="writes to keys or values"):
+        handles[0].mul_(2)
+    with pytest.raises(CacheStateError, match="writes to keys or values"):
+        torch.add(handles[1], 1, out=handles[1])
+
+
+def test_a_first_handle_does_not_lead_to_the_callers_tensor():
+    layer = KVQLayer(0, KVQCacheConfig().for_layer(0))
+    keys = torch.randn(1, 2, 5, 64)
+    handle, _ = layer.update(keys, keys.clone(), packed=True)
+    before = keys.clone()
+    (handle[:, :, :2]).zero_()
+    assert torch.equal(keys, before)

@@ -282,3 +282,67 @@ def test_reset_forgets_shape_and_tokens():
     assert layer.get_seq_length() == 0
     layer.update(*draw(7, batch=1, key_dim=32, value_dim=32))
     assert layer.get_seq_length() == 7
+
+
+def test_the_callers_index_is_copied_and_checked_first():
+    layer = feed(make_layer(), *draw(300), [300])
+    index = torch.tensor([1, 0])
+    layer.reorder_cache(index)
+    before = layer.keys
+    index.zero_()
+    assert torch.equal(layer.keys, before)
+    with pytest.raises(IndexError):
+        layer.reorder_cache(torch.tensor([7, 0]))
+    assert torch.equal(layer.keys, before)
+
+
+def test_a_reordered_open_chunk_is_not_written_to():
+    keys, values = draw(128 + 64 * 13)
+    layer = feed(make_layer(), keys, values, [keys.shape[2]])
+    assert any(s.used < s.capacity for s in layer.side("key").store.segments), "the last chunk has room"
+    layer.reorder_cache(torch.tensor([1, 1]))
+    more = draw(64, seed=3)
+    layer.update(*more)
+    assert torch.equal(
+        layer.keys[:, :, : 64 * 13], feed(make_layer(), keys, values, [keys.shape[2]]).keys[[1, 1], :, : 64 * 13]
+    )
+
+
+def test_partial_sinks_survive_a_fork_made_under_inference_mode():
+    layer = make_layer(sink_length=100, residual_length=0)
+    with torch.inference_mode():
+        layer.update(*draw(70))
+        other = layer.fork()
+        layer.reorder_cache(torch.tensor([1, 0]))
+    for one in (layer, other):
+        one.update(*draw(70, seed=1))
+        assert one.get_seq_length() == 140
+
+
+def test_reset_drops_the_padding():
+    layer = feed(make_layer(padding=(3, 0)), *draw(300), [300])
+    layer.reset()
+    layer.update(*draw(5, batch=1))
+    assert layer.get_seq_length() == 5
+
+
+@pytest.mark.parametrize(("field", "other"), [("compute_dtype", "bfloat16"), ("metadata_dtype", "bfloat16")])
+def test_dtypes_of_computing_and_metadata_are_obeyed(field, other):
+    keys, values = draw(300)
+    usual, coarse = (feed(make_layer(**fields), keys, values, [300]) for fields in ({}, {field: other}))
+    error, coarser = ((layer.keys - keys)[:, :, :128].norm() for layer in (usual, coarse))
+    assert coarser > error
+    if field == "metadata_dtype":
+        assert stored_bytes(coarse)["key", "scale"].dtype == torch.bfloat16
+
+
+def test_where_the_store_lives():
+    from kvq.layer import _store_device
+
+    here = torch.device("cpu")
+    assert _store_device(None, here) == here
+    assert _store_device(torch.device("cuda:0"), torch.device("cuda:1")) == torch.device("cuda:1")
+    assert _store_device(torch.device("meta"), here) == torch.device("meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device: 'cuda' cannot be used here"):
+            make_layer(device="cuda").update(*draw(3))

@@ -129,3 +129,22 @@ def test_the_report_prints_as_a_table_and_in_notebooks():
     assert f"{memory.compression:.2f}x smaller" in text
     assert memory._repr_html_().startswith("<pre>")
     assert str(KVQ().memory())
+
+
+def test_the_parts_add_up_after_a_reorder():
+    cache = feed(KVQ(), 900, layers=2, batch=3)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    memory = cache.memory()
+    assert sum(side.total_bytes for layer in memory.layers for side in (layer.key, layer.value)) == memory.total_bytes
+    assert memory.layers[0].key.index_bytes == 3 * 8
+    assert memory.shared_bytes == 0
+
+
+def test_storages_of_two_layers_count_once():
+    from kvq.memory import report_memory
+
+    cache = feed(KVQ(), 900)
+    memory = report_memory([cache.layers[0], cache.fork().layers[0]])
+    chunks = sum(side.chunk_bytes for side in (memory.layers[0].key, memory.layers[0].value))
+    assert memory.shared_bytes == chunks
+    assert memory.total_bytes == 2 * memory.layers[0].total_bytes - chunks

@@ -27,8 +27,10 @@ def peak_above_held(tokens, chunk, **fields):
     return peak - alive
 
 
-@pytest.mark.parametrize("fields", [{}, {"nbits_k": 8, "nbits_v": 8, "rotation_k": "hadamard"}], ids=["defaults", "8 bit"])
-def test_a_prefill_takes_some_mebibytes_whatever_its_length(fields):
+@pytest.mark.parametrize(
+    "fields", [{}, {"nbits_k": 8, "nbits_v": 8, "rotation_k": "hadamard"}], ids=["defaults", "8 bit"]
+)
+def test_a_prefill_takes_mebibytes_whatever_its_length(fields):
     """At 8 heads, D 128 and bf16 the same count gave 17 MiB at 8k and at 32k, where a layer's states take 32 and 128."""
     whole = {tokens: peak_above_held(tokens, tokens, **fields) for tokens in (8192, 16384)}
     assert whole[16384] <= 24 * MIB

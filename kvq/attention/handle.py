@@ -52,8 +52,7 @@ class PackedStates(torch.Tensor):
     @staticmethod
     def __new__(cls: type[PackedStates], pair: PackedPair, side: SideView, version: int) -> PackedStates:
         """Make a handle with the shape, dtype and device of the states that `side` stands for."""
-        like = side.new if side.new is not None else side.window
-        assert like is not None  # noqa: S101  # a view is of at least one of them
+        like = side.like
         shape = (*like.shape[:2], side.length, like.shape[3])
         handle: PackedStates = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         handle.pair, handle._side, handle._stamp = pair, side, version
@@ -78,7 +77,8 @@ class PackedStates(torch.Tensor):
     def materialize(self) -> torch.Tensor:
         """Return the states as a plain tensor `[B, H, T, D]`."""
         self.check_fresh()
-        return self._side.materialize()
+        states = self._side.materialize()
+        return states.clone() if states is self._side.new else states
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without cls
@@ -88,8 +88,16 @@ class PackedStates(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run any operation on fresh states in place of the handles."""
+        """Run any operation on fresh states in place of the handles.
+
+        Raises:
+            CacheStateError: the operation would write to a handle, which the cache would never see.
+        """
         del types
+        for place, argument in enumerate(func._schema.arguments):  # type: ignore[attr-defined]
+            value = args[place] if place < len(args) else (kwargs or {}).get(argument.name)
+            if isinstance(value, PackedStates) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise CacheStateError(f"{func} writes to keys or values of KVQ; take cache.materialize(layer_idx)")
 
         def plain(value: Any) -> Any:
             return value.materialize() if isinstance(value, PackedStates) else value

@@ -64,7 +64,7 @@ class ResolvedLayer:
         key, value: what holds for one side.
         residual_length: newest tokens that are always exact.
         sink_length: first real tokens of each row that are always exact.
-        compute_dtype: what dequantization computes in, or None: the dtype of the states.
+        compute_dtype: what dequantization computes in, or None: float32.
         device: where the store lives, or None: with the states.
         full_precision: whether nothing of the layer is quantized.
     """

@@ -161,7 +161,7 @@ class ChunkedStore:
 
         The packed bytes stay where they are and an index is kept, unless fewer rows remain, which frees the others.
         """
-        rows = rows.to(self.device)
+        rows = rows.to(self.device, copy=True)
         shrinks = len(rows) < self.batch_size
         self.batch_size = len(rows)
         chosen = [replace(s, rows=rows if s.rows is None else s.rows[rows]) for s in self.segments]
@@ -188,8 +188,10 @@ class ChunkedStore:
         for segment in self.segments:
             for part in segment.parts.values():
                 yield part, segment.used / segment.capacity
-            if segment.rows is not None:
-                yield segment.rows, 1.0
+
+    def row_indices(self) -> list[torch.Tensor]:
+        """Return the distinct batch indices that segments carry."""
+        return list({id(s.rows): s.rows for s in self.segments if s.rows is not None}.values())
 
     def _calls(self, states: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
         """Yield what is quantized together: rows of the batch, index of the first block, and their states."""

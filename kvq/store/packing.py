@@ -36,11 +36,10 @@ def split_planes(codes: torch.Tensor, bits: int) -> dict[int, torch.Tensor]:
 
 def join_planes(planes: dict[int, torch.Tensor]) -> torch.Tensor:
     """Undo `split_planes`; the planes in the order in which it returned them."""
-    codes, shift = None, 0
-    for width, plane in planes.items():
-        codes = plane if codes is None else codes | (plane << shift)
+    (shift, codes), *others = planes.items()
+    for width, plane in others:
+        codes = codes | (plane << shift)
         shift += width
-    assert codes is not None  # noqa: S101  # every width has a plane
     return codes
 
 

@@ -17,8 +17,8 @@ class HadamardRotation:
     """
 
     def __init__(self, head_dim: int, seed: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.int8) * 2 - 1
+        generator = torch.Generator("cpu").manual_seed(seed)
+        signs = torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
         self.signs = signs.to(device)
         self.block_size = head_dim & -head_dim
 

@@ -25,38 +25,45 @@ class SideView:
     Attributes:
         sinks: laid over the stored tokens.
         store: the quantized tokens.
-        window: the newest tokens, `[B, H, W, D]`, or None.
+        window: the newest tokens, `[B, H, W, D]`.
         new: the states that the current update brought, `[B, H, T, D]`, or None.
     """
 
     sinks: SinkTokens
     store: StoreView
-    window: torch.Tensor | None
+    window: torch.Tensor
     new: torch.Tensor | None
 
     @property
     def length(self) -> int:
         """Tokens in the view."""
-        return self.store.length + sum(part.shape[2] for part in (self.window, self.new) if part is not None)
+        return self.store.length + self.window.shape[2] + (0 if self.new is None else self.new.shape[2])
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor with the batch, heads, head dim, dtype and device of the states."""
+        return self.window
 
     def materialize(self) -> torch.Tensor:
-        """Return `[B, H, length, D]` in the dtype of the states; never aliases what the cache holds."""
-        exact = [part for part in (self.window, self.new) if part is not None]
+        """Return `[B, H, length, D]` in the dtype of the states; never aliases what the cache holds.
+
+        Where `new` is all there is, it is `new` itself: the caller's own tensor.
+        """
+        exact = [self.window] if self.new is None else [self.window, self.new]
         stored = self.store.length
         if not stored:
-            # A lone `new` is the caller's own tensor, which needs no copy.
-            return exact[0] if len(exact) == 1 and exact[0] is self.new else torch.cat(exact, dim=2)
-        batch, heads, _, dim = exact[0].shape
-        history = torch.empty((batch, heads, self.length, dim), dtype=exact[0].dtype, device=exact[0].device)
+            return self.new if self.new is not None and not self.window.shape[2] else torch.cat(exact, dim=2)
+        like = self.like
+        shape = (like.shape[0], like.shape[1], self.length, like.shape[3])
+        history = torch.empty(shape, dtype=like.dtype, device=like.device)
         self._decode(history[:, :, :stored], 0)
         return _fill(history, stored, exact)
 
     def decode_stored(self, start: int) -> torch.Tensor:
         """Return the stored tokens from `start`, a multiple of the block length, as states."""
-        assert self.window is not None  # noqa: S101  # a store comes with a window
-        batch, heads, _, dim = self.window.shape
-        shape = (batch, heads, self.store.length - start, dim)
-        out = torch.empty(shape, dtype=self.window.dtype, device=self.window.device)
+        like = self.like
+        shape = (like.shape[0], like.shape[1], self.store.length - start, like.shape[3])
+        out = torch.empty(shape, dtype=like.dtype, device=like.device)
         self._decode(out, start)
         return out
 
@@ -92,13 +99,11 @@ class LayerSide:
         self.flush_length = flush_length
         self.sinks = sinks
         self.store = ChunkedStore(quantizer, like.shape[0], like.shape[1], device)
-        self.window = TokenBuffer(flush_length)
-        self.window.set(like[:, :, :0].detach())
+        self.window = TokenBuffer(flush_length, like[:, :, :0].detach())
 
     def view(self, new: torch.Tensor | None = None) -> SideView:
         """Return what is held now, followed by `new`."""
-        window = self.window.view() if self.window.length or new is None else None
-        return SideView(self.sinks, self.store.view(), window, new)
+        return SideView(self.sinks, self.store.view(), self.window.view(), new)
 
     def append(self, new: torch.Tensor, flush_count: int) -> None:
         """Add tokens at the end and quantize the oldest `flush_count` of window and new ones.
@@ -131,7 +136,7 @@ class LayerSide:
         """Make row `i` of the batch what was row `rows[i]`."""
         self.store.select_rows(rows)
         self.window.select_rows(rows)
-        self.sinks = self.sinks.select_rows(rows)
+        self.sinks = self.sinks.select_rows(rows.tolist())
 
     def fork(self) -> LayerSide:
         """Return an independent side that shares the present chunks."""
@@ -140,14 +145,15 @@ class LayerSide:
         other.store, other.window, other.sinks = self.store.fork(), self.window.copy(), self.sinks.copy()
         return other
 
-    def checkpoint(self) -> tuple[Any, Any]:
+    def checkpoint(self) -> tuple[Any, Any, torch.Tensor | None]:
         """Return what `restore` needs to undo an append."""
-        return self.store.checkpoint(), self.window.checkpoint()
+        return self.store.checkpoint(), self.window.checkpoint(), self.sinks.states
 
-    def restore(self, checkpoint: tuple[Any, Any]) -> None:
+    def restore(self, checkpoint: tuple[Any, Any, torch.Tensor | None]) -> None:
         """Hold what was held at the checkpoint."""
-        self.store.restore(checkpoint[0])
-        self.window.restore(checkpoint[1])
+        store, window, self.sinks.states = checkpoint
+        self.store.restore(store)
+        self.window.restore(window)
 
     def _split_behind_sinks(self, piece: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return a piece in two where sinks and padding end, since only the part that has them is copied."""
@@ -157,7 +163,6 @@ class LayerSide:
     def _flushed_pieces(self, new: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
         """Yield the oldest `count` tokens in whole flush lengths; only one that straddles window and new is copied."""
         window = self.window.view()
-        assert window is not None  # noqa: S101  # made by the constructor
         from_window = min(self.window.length, count)
         aligned = from_window // self.flush_length * self.flush_length
         if aligned:

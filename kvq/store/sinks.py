@@ -62,17 +62,19 @@ class SinkTokens:
             if first < last:
                 out[row, :, first - position : last - position] = self.states[row, :, first - start : last - start]
 
-    def select_rows(self, rows: torch.Tensor) -> SinkTokens:
+    def select_rows(self, chosen: list[int]) -> SinkTokens:
         """Return the sinks of the chosen rows, as a new object."""
-        chosen = rows.tolist()
         other = SinkTokens(self.length, tuple(self.starts[row] for row in chosen))
         if self.states is not None:
-            other.states = self.states[chosen]
+            # A tensor made under inference_mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                other.states = torch.empty_like(self.states[:1].expand(len(chosen), -1, -1, -1))
+            other.states.copy_(self.states[chosen])
         return other
 
     def copy(self) -> SinkTokens:
         """Return an independent copy."""
-        return self.select_rows(torch.arange(len(self.starts)))
+        return self.select_rows(list(range(len(self.starts))))
 
     def _keep(self, states: torch.Tensor, position: int) -> None:
         if self.states is None:

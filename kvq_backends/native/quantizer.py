@@ -110,7 +110,7 @@ class Frame:
         mean_code, mean = sum_pairwise(codes) / length, sum_pairwise(self.rows) / length
         codes = codes.sub_(mean_code)
         covariance = sum_pairwise((self.rows - mean).mul_(codes))
-        variance = sum_pairwise(codes.square_()) + 1
+        variance = sum_pairwise(codes.square_())
         varies = variance > 0
         step = covariance / variance.masked_fill(~varies, 1)
         return choose_lines(varies, self.make_line(step, mean - step * mean_code), line)

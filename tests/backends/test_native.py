@@ -250,6 +250,16 @@ class TestClipping:
         assert (error > 0.9999 * least).all()
         assert error.sum() < 1.03 * least.sum()
 
+    def test_a_fitted_line_is_the_least_squares_line(self, make_groups):
+        groups = make_groups("random", 64)
+        frame = Frame.of(groups, largest_code=3)
+        plain = frame.line_between(1.0)
+        fitted = frame.fit_line(plain)
+        codes = frame.find_codes(plain).double()
+        system = torch.stack([codes, torch.ones_like(codes)], dim=-1)
+        expected = torch.linalg.lstsq(system, groups.double()[..., None]).solution.squeeze(-1)
+        assert torch.allclose(torch.cat([fitted.scale, fitted.offset], dim=-1).double(), expected, rtol=1e-5)
+
     def test_a_fitted_line_past_the_largest_fp32_stays_finite(self):
         group = torch.tensor([0.0, *[0.17] * 31, *[0.83] * 31, 1.0])
         frame = Frame.of((2 * group - 1)[None] * torch.finfo(torch.float32).max, largest_code=3)

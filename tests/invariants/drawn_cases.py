@@ -177,7 +177,9 @@ class Case:
     def flush_length(self) -> int:
         """Tokens that leave the window together: whole blocks of both sides, at least 32."""
         chosen = self.quantization
-        common = math.lcm(*(chosen.block_length(*pair) for pair in zip(("key", "value"), self.group_sizes, strict=True)))
+        common = math.lcm(
+            *(chosen.block_length(*pair) for pair in zip(("key", "value"), self.group_sizes, strict=True))
+        )
         return common * math.ceil(32 / common)
 
     @property
