@@ -31,7 +31,7 @@ def peak_above_held(tokens, chunk, **fields):
     "fields", [{}, {"nbits_k": 8, "nbits_v": 8, "rotation_k": "hadamard"}], ids=["defaults", "8 bit"]
 )
 def test_a_prefill_takes_mebibytes_whatever_its_length(fields):
-    """At 8 heads, D 128 and bf16 the same count gave 17 MiB at 8k and at 32k, where a layer's states take 32 and 128."""
+    """At 8 heads, D 128 and bf16 the same count gave 17 MiB at 8k and at 32k, where the states take 32 and 128."""
     whole = {tokens: peak_above_held(tokens, tokens, **fields) for tokens in (8192, 16384)}
     assert whole[16384] <= 24 * MIB
     assert whole[16384] <= whole[8192] + 2 * MIB

@@ -91,7 +91,9 @@ class AffineCodec:
         parts = {}
         for width, plane in split_planes(self._ungroup(codes), self.bits).items():
             parts[f"codes_{width}"] = pack(plane, width, self._token_dim)
-        return {**parts, **self._round_metadata(scale, offset + scale * 2 ** (self.bits - 1))}
+        # In two steps: the whole distance to the middle may be past the largest fp32 where both ends are not.
+        half_way = scale * 2.0 ** (self.bits - 2)
+        return {**parts, **self._round_metadata(scale, offset + half_way + half_way)}
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype."""
@@ -143,8 +145,8 @@ class AffineCodec:
             return {"scale": scale.to(dtype), "mid": mid.to(dtype)}
         # float16 spans 30 binary orders of magnitude, states of bfloat16 and float32 far more: one power of two per
         # block and head, decided by that block alone, moves them into range without losing a bit.
-        largest = torch.maximum(mid.abs(), scale * 2**self.bits).flatten(3).amax(-1)
-        exponent = torch.frexp(largest)[1].sub(EXPONENT_TARGET).clamp(-120, 120)
+        largest = torch.maximum(_exponent(mid), _exponent(scale) + self.bits)
+        exponent = largest.flatten(3).amax(-1).sub(EXPONENT_TARGET).clamp(-120, 120)
         shift = -exponent.reshape(*exponent.shape, *[1] * (scale.dim() - 3))
         return {
             "scale": torch.ldexp(scale, shift).to(dtype),
@@ -164,3 +166,8 @@ class AffineCodec:
                     f"{type(self.quantizer).__name__}.encode returned {name} as {tensor.dtype} {list(tensor.shape)} "
                     f"for groups {list(groups.shape)}; the contract is {dtype} {list(shape)}"
                 )
+
+
+def _exponent(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the binary exponent of each number, int32; that of 0 below all others."""
+    return torch.frexp(numbers)[1].masked_fill(numbers == 0, -1000)

@@ -8,7 +8,7 @@ import torch
 
 from kvq.backend_spec import BackendSpec
 from kvq.config import ResolvedLayer, ResolvedSide
-from kvq.errors import ConfigError, Fault, QuantizerContractError, StatesError
+from kvq.errors import BrokenBackendError, ConfigError, Fault, QuantizerContractError, StatesError
 from kvq.granularity import Granularity
 from kvq.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
 from kvq.registry import get_registry
@@ -17,8 +17,8 @@ from kvq.store.rotation import HadamardRotation
 
 FULL_PRECISION_BITS = 16
 """Effective bits at which quantizing has lost its point."""
-HALF_METADATA_MAX_BITS = 5
-"""Widest codes whose half step is larger than the rounding of a float16 mid, at |mean| / std = 100."""
+HALF_METADATA_MAX_BITS = 4
+"""Widest codes whose error a float16 mid raises by less than a tenth at |mean| / std = 100; at 5 bits by up to 1.2."""
 HALF_METADATA_MAX_LENGTH = 16
 """Groups shorter than this take float16 whatever the bits: float32 would cost them four bits an element and more."""
 
@@ -33,7 +33,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
         states: the first states, `[B, H, T, D]`, for their shape, dtype and device.
 
     Raises:
-        BackendError: a requirement of the backend is missing.
+        BackendError: a requirement of the backend is missing or broken.
         ConfigError: the configuration makes no sense for these states.
         StatesError: the backend does not take states of this dtype or device.
         QuantizerContractError: the backend built something that is no quantizer.
@@ -42,7 +42,12 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
     _check_states(chosen.backend, states)
     get_registry().check_requirements(chosen.backend)
     spec = _build_spec(chosen, side, layer_idx, states)
-    quantizer = chosen.backend.build(spec, chosen.options)
+    try:
+        quantizer = chosen.backend.build(spec, chosen.options)
+    except ImportError as error:
+        raise BrokenBackendError(
+            f"backend {chosen.backend.name!r} is installed, but what it needs cannot be imported: {error}"
+        ) from error
     codec = _wrap(quantizer, chosen, spec, settings.compute_dtype or torch.float32)
     _check_effective_bits(codec, chosen, side, spec.head_dim)
     return codec

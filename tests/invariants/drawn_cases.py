@@ -161,7 +161,7 @@ class Case:
         return KVQLayer(0, self.config().for_layer(0), padding or self.padding)
 
     def states(self, tokens: int | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values; channels have a bias of their own, as keys do."""
+        """Return keys and values; channels have a bias of their own, mostly of one sign, as keys may."""
         generator = torch.Generator().manual_seed(2 * self.seed + 1_000_003 * seed)
         return tuple(
             self._side(dim, self.tokens if tokens is None else tokens, generator)
@@ -170,7 +170,7 @@ class Case:
 
     def _side(self, dim: int, tokens: int, generator: torch.Generator) -> torch.Tensor:
         noise = torch.randn(self.batch, self.heads, tokens, dim, generator=generator)
-        bias = self.bias * torch.randn(1, self.heads, 1, dim, generator=generator)
+        bias = self.bias * (3 + torch.randn(1, self.heads, 1, dim, generator=generator))
         return ((noise + bias) * self.magnitude).to(self.dtype)
 
     @property

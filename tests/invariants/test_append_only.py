@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 @settings(max_examples=example_count(4))
 @given(data=st.data())
 def test_stored_tokens_stay_as_they_are(quantization, data):
-    case = data.draw(cases(quantization, flushes=(2, 4)))
+    # Long ones too: only then are chunks large enough to be filled by several flushes.
+    case = data.draw(cases(quantization, flushes=(2, 24)))
     sizes = data.draw(splits(case.tokens))
     layer, packed, decoded, flushes = case.layer(), {}, {}, 0
     for keys, values in pieces(case.states(), sizes):

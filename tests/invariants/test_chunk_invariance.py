@@ -18,6 +18,9 @@ from drawn_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvq.config import KVQCacheConfig
+from kvq.layer import KVQLayer
+
 
 def assert_same_layers(one, other, rows=slice(None)):
     """Assert that `other` holds what `one` holds in those rows, packed and read."""
@@ -72,15 +75,29 @@ def test_a_row_is_stored_as_if_it_were_alone(quantization, data):
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 @settings(max_examples=example_count(2))
 @given(data=st.data())
-def test_a_copy_goes_on_like_the_original(quantization, data):
-    case = data.draw(cases(quantization, flushes=(2, 3)))
-    states, half = case.states(), data.draw(st.integers(1, case.tokens - 1))
-    start, rest = tuple(zip(*pieces(states, [half, case.tokens - half]), strict=True))
-    whole = feed(case.layer(), states)
-    original = feed(case.layer(), (start[0], rest[0]))
-    for make in (type(original).fork, copy.deepcopy):
-        other = make(original)
-        feed(other, (start[1], rest[1]))
-        assert_same_layers(whole, other)
-    feed(original, (start[1], rest[1]))
-    assert_same_layers(whole, original)
+def test_copies_part_from_the_original(quantization, data):
+    case = data.draw(cases(quantization, flushes=(2, 24)))
+    states, least = case.states(), 1
+    if not quantization.keeps_rows_apart:
+        least = case.residual_length + case.flush_length  # constants are settled by the first block
+    half = data.draw(st.integers(least, case.tokens - 1))
+    begun, rest = pieces(states, [half, case.tokens - half])
+    other_rest = case.states(case.tokens - half, seed=1)
+    for make_copy in (KVQLayer.fork, copy.deepcopy):
+        original = feed(case.layer(), begun)
+        other = make_copy(original)
+        feed(other, other_rest)
+        feed(original, rest)
+        assert_same_layers(feed(case.layer(), states), original)
+        assert_same_layers(feed(feed(case.layer(), begun), other_rest), other)
+
+
+@pytest.mark.xfail(strict=True, reason="a fork shares the quantizer, also before its constants are settled")
+def test_a_fork_made_before_the_first_flush_has_constants_of_its_own():
+    quantization = next(q for q in QUANTIZATIONS if not q.keeps_rows_apart)
+    config = KVQCacheConfig(backend=quantization.backend, nbits_k=8, nbits_v=8, residual_length=0)
+    states = torch.randn(2, 1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    original = feed(KVQLayer(0, config.for_layer(0)), tuple(states[:, :, :, :10]))
+    feed(original.fork(), tuple(states[:, :, :, 10:] * 1000))
+    feed(original, tuple(states[:, :, :, 10:]))
+    assert_same_layers(feed(KVQLayer(0, config.for_layer(0)), tuple(states)), original)

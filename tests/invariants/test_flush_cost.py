@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from kvq.config import KVQCacheConfig
 from kvq.layer import KVQLayer
 
-HEADS, DIM, RESIDUAL = 2, 8, 64
+HEADS, DIM, RESIDUAL, FLUSH = 2, 8, 64, 32
 MAX_CHUNK_TOKENS = 2048
 
 
@@ -78,8 +78,8 @@ class Memory:
         return self.known[key]
 
 
-def measure_flush(quantization, tokens, rotation="none"):
-    """Return the costs of the update that flushes next once `tokens` are held, and of the one before that."""
+def measure_updates(quantization, tokens, rotation="none"):
+    """Return the costs of updates at that length: one that flushes nothing, then three that flush a block each."""
     layer = KVQLayer(
         0,
         KVQCacheConfig(
@@ -88,46 +88,47 @@ def measure_flush(quantization, tokens, rotation="none"):
             nbits_v=quantization.nbits,
             axis_key=quantization.key_axis,
             axis_value=quantization.value_axis,
-            q_group_size=32,
+            q_group_size=FLUSH,
             residual_length=RESIDUAL,
             rotation_k=rotation,
             rotation_v=rotation,
             backend_options={quantization.name: dict(quantization.options)} if quantization.options else {},
         ).for_layer(0),
     )
-    states = periodic_states(32, tokens + RESIDUAL + 31 + 2)
+    length = tokens + RESIDUAL
+    states = periodic_states(FLUSH, length + 4 * FLUSH)
     layer.update(*states[:, :, :, :1], packed=True)
     with encoding_each_block_once(layer):
-        layer.update(*states[:, :, :, 1 : tokens + RESIDUAL + 30], packed=True)
-    assert layer.flush_length == 32
+        layer.update(*states[:, :, :, 1:length], packed=True)
+    assert layer.side("key").store.length == tokens
     counters = []
-    for position in range(tokens + RESIDUAL + 30, tokens + RESIDUAL + 32):
+    for flushed, size in ((0, FLUSH - 1), (FLUSH, 1), (FLUSH, FLUSH), (FLUSH, FLUSH)):
         stored = layer.side("key").store.length
         with CostCounter() as counter:
-            keys, values = layer.update(*states[:, :, :, position : position + 1], packed=True)
-        assert keys.shape[2] == values.shape[2] == position + 1
-        assert layer.side("key").store.length - stored == (32 if position == tokens + RESIDUAL + 31 else 0)
+            keys, values = layer.update(*states[:, :, :, length : length + size], packed=True)
+        length += size
+        assert keys.shape[2] == values.shape[2] == length
+        assert layer.side("key").store.length - stored == flushed
         counters.append(counter)
-    return counters[1], counters[0]
+    return counters
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 def test_a_flush_costs_the_same_at_1k_and_at_16k_tokens(quantization):
-    short, long = measure_flush(quantization, 1024), measure_flush(quantization, 16384)
+    short, long = measure_updates(quantization, 1024), measure_updates(quantization, 16384)
     for one, other in zip(short, long, strict=True):
         assert one.costs == other.costs
-        assert sum(one.costs.values()) > 0
-    flush, plain = long
-    assert sum(flush.costs.values()) > sum(plain.costs.values())
+        assert one.largest_output == other.largest_output < HEADS * 1024 * DIM, "history was materialized"
+    plain, *flushes = long
+    assert 0 < sum(plain.costs.values()) < min(sum(flush.costs.values()) for flush in flushes)
     # Room is made for one chunk of each side at most, and for the window.
-    room = 2 * HEADS * (MAX_CHUNK_TOKENS + RESIDUAL + 64) * DIM * 4
+    room = 2 * HEADS * (MAX_CHUNK_TOKENS + RESIDUAL + 2 * FLUSH) * DIM * 4
     assert max(counter.set_aside for counter in (*short, *long)) <= room
-    assert flush.largest_output < HEADS * 1024 * DIM, "history was materialized"
 
 
 def test_a_flush_under_rotation_costs_the_same_too():
     chosen = next(quantization for quantization in QUANTIZATIONS if quantization.name == "quanto")
-    short, long = (measure_flush(chosen, tokens, "hadamard") for tokens in (1024, 16384))
+    short, long = (measure_updates(chosen, tokens, "hadamard") for tokens in (1024, 16384))
     assert [counter.costs for counter in short] == [counter.costs for counter in long]
 
 

@@ -73,7 +73,7 @@ def test_decoding_gives_what_the_quantizer_decided(side, granularity, bits, head
 
 
 @pytest.mark.parametrize("bits", [2, 4, 5])
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-5, 1.0, 1e4, 1e30])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-5, 1.0, 1e4, 1e30, 3e36])
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_float16_metadata_keeps_its_bound_at_every_magnitude(bits, magnitude, offset):
     codec = make_codec(bits)
@@ -149,3 +149,21 @@ def test_a_quantizer_outside_its_contract_is_refused(fault):
     codec.quantizer.encode = wrong
     with pytest.raises(QuantizerContractError, match=r"RoundToNearest\.encode returned"):
         codec.encode(torch.randn(2, 2, 64, 64))
+
+
+@pytest.mark.parametrize("metadata", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_states_near_the_largest_number_stay_finite(bits, metadata):
+    codec = make_codec(bits, metadata=metadata)
+    states = torch.rand(2, 2, 64, 64) * 3.2e38 - 1.6e38
+    decoded = decode(codec, codec.encode(states), 64)
+    assert torch.isfinite(decoded).all()
+    assert (decoded - states).abs().max() <= 3.2e38 / (2**bits - 1) / 2 * 1.01
+
+
+def test_a_group_of_zeros_takes_no_precision_from_tiny_neighbours():
+    codec = make_codec(4)
+    states = torch.randn(2, 2, 64, 64) * 1e-20
+    states[..., 5] = 0
+    error = (decode(codec, codec.encode(states), 64) - states).abs().max()
+    assert error < 1e-20
