@@ -174,8 +174,9 @@ class KVQLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row `i` of the batch what was row `beam_idx[i]`."""
-        # Indexing copies and checks the caller's tensor before anything is changed.
-        self._select_rows(self._row_numbers()[beam_idx.cpu()])
+        if self.is_initialized:
+            # Indexing copies and checks the caller's tensor before anything is changed.
+            self._select_rows(self._row_numbers()[beam_idx.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -183,7 +184,8 @@ class KVQLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices` of the batch, integers or a mask."""
-        self._select_rows(self._row_numbers()[indices.cpu()])
+        if self.is_initialized:
+            self._select_rows(self._row_numbers()[indices.cpu()])
 
     def offload(self) -> None:
         """Do nothing: where the store lives is decided by `device`."""

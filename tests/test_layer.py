@@ -346,3 +346,12 @@ def test_where_the_store_lives():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device: 'cuda' cannot be used here"):
             make_layer(device="cuda").update(*draw(3))
+
+
+def test_operations_on_an_empty_layer_do_nothing():
+    layer = make_layer()
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.batch_select_indices(torch.tensor([1]))
+    layer.batch_repeat_interleave(2)
+    layer.crop(-3)
+    assert layer.get_seq_length() == 0
