@@ -18,11 +18,11 @@ def test_it_is_found_under_its_name():
 def test_the_error_is_at_most_half_a_step(nbits):
     groups = torch.randn(5, 64) * torch.logspace(-3, 3, 5)[:, None]
     codes, scale, offset = AbsmaxQuantizer(nbits).encode(groups)
-    assert codes.max() < 2**nbits
+    assert codes.max().item() < 2**nbits
     error = (codes * scale[:, None] + offset[:, None] - groups).abs()
     step = 2 * groups.abs().amax(-1, keepdim=True) / (2**nbits - 2)
-    assert (error <= step / 2 * 1.0001).all()
-    assert (error > step / 4 * 1.0001).any(), "one bit more would be claimed"
+    assert (error <= step / 2 * 1.001).all(), "up to the rounding of float32"
+    assert (error > step / 4 * 1.001).any(), "one bit more would be claimed"
 
 
 def test_zeros_stay_zeros():
