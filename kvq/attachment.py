@@ -14,6 +14,7 @@ from kvq.attention.attend import ATTENTION_NAME, register_attention
 from kvq.cache import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError, ModelError
+from kvq.user_warnings import warn_user
 
 _HOOK = "_prepare_cache_for_generation"
 
@@ -108,6 +109,11 @@ class Attachment:
         """Let transformers prepare its cache and put ours in the place of a plain one that it made itself."""
         given = model_kwargs.get("past_key_values")
         chosen = getattr(generation_config, "cache_implementation", None)
+        if given is None and chosen is not None:
+            warn_user(
+                f"cache_implementation={chosen!r} of the generation config wins over the attached cache: "
+                "this generate is not quantized; set it to None to use the attached one"
+            )
         result = self._original(generation_config, model_kwargs, *args, **kwargs)
         if given is None and chosen is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
             self.cache = KVQ(self.config, model=self.model, padding=_left_padding(model_kwargs.get("attention_mask")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from kvq.attention.attend import ATTENTION_NAME, register_attention
 from kvq.config import KVQCacheConfig
+from kvq.config.fields import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
+from kvq.thread_guard import ThreadGuard
 
 
 class KVQ(Cache):
@@ -48,7 +50,8 @@ class KVQ(Cache):
     ) -> None:
         self.config = resolve_config(config, **overrides)
         self._model_config = _text_config(model)
-        self._padding = None if padding is None else tuple(int(count) for count in padding)
+        self._padding = _check_padding(padding)
+        self._thread_guard = ThreadGuard()
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
             raise ConfigError([fault])
@@ -73,20 +76,16 @@ class KVQ(Cache):
 
         Raises:
             StatesError: the states do not fit; the cache is then as it was before.
+            CacheStateError: another thread is in the middle of a forward with this cache; likewise.
         """
-        count = len(self.layers)
-        self._grow(layer_idx)
-        layer = self.layers[layer_idx]
-        if isinstance(layer, KVQLayer):
+        with self._thread_guard.hold(layer_idx, in_step=self._is_in_step):
+            count = len(self.layers)
+            self._grow(layer_idx)
             try:
-                layer.check_states(key_states, value_states)
-                self._check_order(layer, key_states)
-                return layer.update(key_states, value_states, packed=self._reads_packed())
+                return self._update_layer(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
             except BaseException:
                 del self.layers[count:]
                 raise
-        states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        return states
 
     def memory(self) -> MemoryReport:
         """Return the bytes held, counted from the storages that exist, against those of `DynamicCache`."""
@@ -98,8 +97,8 @@ class KVQ(Cache):
         Raises:
             CacheStateError: the layer holds nothing yet.
         """
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if layer is None or getattr(layer, "keys", None) is None:
+        layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
+        if layer is None or not layer.is_initialized:
             raise CacheStateError(f"layer {layer_idx} holds no tokens yet; run the model first")
         keys, values = layer.keys, layer.values
         return (keys, values) if isinstance(layer, KVQLayer) else (keys.clone(), values.clone())
@@ -155,8 +154,26 @@ class KVQ(Cache):
             for index, layer in enumerate(layers)
         ]
 
+    def _update_layer(
+        self, layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(layer, KVQLayer):
+            states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+            return states
+        layer.check_states(key_states, value_states)
+        self._check_order(layer, key_states)
+        return layer.update(key_states, value_states, packed=self._reads_packed())
+
+    @property
+    def _is_in_step(self) -> bool:
+        """Whether all quantized layers that hold tokens hold equally many."""
+        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, KVQLayer)}
+        return len(lengths - {0}) <= 1
+
     def _grow(self, layer_idx: int) -> None:
         """Add layers up to `layer_idx`; with a model all exist from the start."""
+        if layer_idx < 0:
+            raise StatesError(f"layer {layer_idx} does not exist: layers are counted from 0")
         if self._model_config is not None:
             if layer_idx >= len(self.layers):
                 raise ModelError(f"layer {layer_idx} does not exist: the cache was built for {len(self.layers)} layers")
@@ -207,6 +224,16 @@ def resolve_config(
         return KVQCacheConfig.from_mapping({**(config or {}), **overrides})
     problem = f"{config!r} is not accepted; pass a KVQCacheConfig, a mapping, or the path of a YAML or JSON file"
     raise ConfigError([Fault(("config",), problem)])
+
+
+def _check_padding(padding: Sequence[int] | None) -> tuple[int, ...] | None:
+    if padding is None:
+        return None
+    counts = [find_integer(count) for count in padding] if isinstance(padding, Iterable) else [None]
+    if any(count is None or count < 0 for count in counts):
+        fault = Fault(("padding",), f"{padding!r} is not accepted: tokens of left padding, a whole number for each row")
+        raise ConfigError([fault])
+    return tuple(count for count in counts if count is not None)
 
 
 def _text_config(model: PreTrainedModel | PretrainedConfig | None) -> PretrainedConfig | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +11,10 @@ from transformers.cache_utils import CacheLayerMixin
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import ConfigError, Fault, StatesError
-from kvq.quantizer import Quantizer, Side
-from kvq.store.codec import build_codec
+from kvq.quantizer import Side
+from kvq.store.codec import build_codec, common_flush_length
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
-
-MIN_FLUSH_LENGTH = 32
-"""Fewest tokens that are quantized at once, so that a flush does not happen at every step."""
 
 _STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -75,7 +71,7 @@ class KVQLayer(CacheLayerMixin):
         """Build quantizers and buffers for states like these."""
         states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
         codecs = {side: build_codec(self.settings, side, self.layer_idx, tensor) for side, tensor in states.items()}
-        flush_length = _flush_length(codecs["key"], codecs["value"])
+        flush_length = common_flush_length(codecs["key"], codecs["value"])
         starts = self.padding or (0,) * key_states.shape[0]
         if len(starts) != key_states.shape[0]:
             raise StatesError(f"padding is given for {len(starts)} rows, the states have {key_states.shape[0]}")
@@ -122,9 +118,11 @@ class KVQLayer(CacheLayerMixin):
             self._sides["key"].append(key_states, flush_count)
             self._sides["value"].append(value_states, flush_count)
         except BaseException:
-            for name, side in self._sides.items():
-                side.restore(checkpoint[name])
-            self.is_initialized = was_initialized
+            if was_initialized:
+                for name, side in self._sides.items():
+                    side.restore(checkpoint[name])
+            else:
+                self._sides, self.is_initialized = {}, False
             raise
         self.version += 1
         if packed:
@@ -225,8 +223,13 @@ class KVQLayer(CacheLayerMixin):
         """
         given: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
         for name, states in given.items():
-            if states.dim() != 4:
-                raise StatesError(f"layer {self.layer_idx}: {name} states have shape {list(states.shape)}; 4 needed")
+            if not isinstance(states, torch.Tensor):
+                raise StatesError(f"layer {self.layer_idx}: {name} states are a {type(states).__name__}, not a tensor")
+            if states.dim() != 4 or 0 in (states.shape[0], states.shape[1], states.shape[3]):
+                raise StatesError(
+                    f"layer {self.layer_idx}: {name} states have shape {list(states.shape)}; "
+                    "[batch, heads, tokens, head_dim] is needed, of which only the tokens may be 0"
+                )
             if states.dtype not in _STATES_DTYPES:
                 raise StatesError(
                     f"layer {self.layer_idx}: {name} states of {states.dtype} cannot be quantized; "
@@ -250,11 +253,6 @@ class KVQLayer(CacheLayerMixin):
                     f"layer {self.layer_idx}: {name} states have {what} {new}, but the cache holds {what} {old}; "
                     "use a new cache, or reset this one"
                 )
-
-
-def _flush_length(key: Quantizer, value: Quantizer) -> int:
-    common = math.lcm(key.block_length, value.block_length)
-    return common * math.ceil(MIN_FLUSH_LENGTH / common)
 
 
 def _store_device(wanted: torch.device | None, states: torch.device) -> torch.device:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import CacheLayerMixin
 
+from kvq.byte_size import format_bytes, format_ratio
 from kvq.layer import KVQLayer
 from kvq.quantizer import Side
 from kvq.store.side import LayerSide
@@ -149,8 +150,8 @@ class MemoryReport:
     def to_table(self) -> Table:
         """Return the report as a table of rich, layers with equal figures in one row."""
         title = (
-            f"{_human(self.total_bytes)} held, {_human(self.full_precision_bytes)} in full precision: "
-            f"{self.compression:.2f}x smaller"
+            f"{format_bytes(self.total_bytes)} held, {format_bytes(self.full_precision_bytes)} in full precision: "
+            f"{format_ratio(self.compression)}"
         )
         table = Table(title=title)
         for column in ("layers", "keys", "values", "tokens", "packed", "window", "sinks", "slack", "total"):
@@ -158,15 +159,15 @@ class MemoryReport:
         for first, last, layer in _runs(self.layers):
             name = str(first) if first == last else f"{first}-{last}"
             parts = [
-                _human(sum(getattr(side, part) for side in (layer.key, layer.value) if side is not None))
+                format_bytes(sum(getattr(side, part) for side in (layer.key, layer.value) if side is not None))
                 for part in ("packed_bytes", "window_bytes", "sink_bytes", "slack_bytes")
             ]
             if layer.key is None:
                 parts = ["-"] * 4
             sides = [_side_text(side, layer.kind) for side in (layer.key, layer.value)]
-            table.add_row(name, *sides, str(layer.tokens), *parts, _human(layer.total_bytes))
+            table.add_row(name, *sides, str(layer.tokens), *parts, format_bytes(layer.total_bytes))
         if self.shared_bytes:
-            table.add_row("shared", "", "", "", "", "", "", "", f"-{_human(self.shared_bytes)}")
+            table.add_row("shared", "", "", "", "", "", "", "", f"-{format_bytes(self.shared_bytes)}")
         return table
 
     def _sum(self, name: str) -> int:
@@ -255,7 +256,8 @@ def _tensors_of(values: Iterable[object]) -> Iterator[torch.Tensor]:
 def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        yield storage.data_ptr(), storage.nbytes()
+        # On the meta device, where plans are made, no storage has an address.
+        yield storage.data_ptr() or storage._cdata, storage.nbytes()
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -295,12 +297,3 @@ def _is_like(one: LayerMemory, other: LayerMemory) -> bool:
         other.key,
         other.value,
     )
-
-
-def _human(count: int) -> str:
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} GiB"

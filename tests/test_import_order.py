@@ -29,7 +29,7 @@ LEVELS = (
     ("config",),
     ("store",),
     ("attention", "layer"),
-    ("memory", "persistence", "planning", "cache", "attachment"),
+    ("memory", "persistence", "planning", "thread_guard", "cache", "attachment"),
     ("evaluation", "testing"),
     ("__init__", "cli", "__main__"),
 )

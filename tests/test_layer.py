@@ -243,7 +243,7 @@ def test_any_head_dim_and_unequal_ones(dims):
 def test_states_of_another_kind_are_refused():
     with pytest.raises(StatesError, match="int64"):
         make_layer().update(torch.zeros(1, 1, 4, 8, dtype=torch.long), torch.zeros(1, 1, 4, 8))
-    with pytest.raises(StatesError, match="4 needed"):
+    with pytest.raises(StatesError, match="head_dim\\] is needed"):
         make_layer().update(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8))
     with pytest.raises(StatesError, match="differ in batch or tokens"):
         make_layer().update(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 5, 8))

@@ -104,6 +104,10 @@ class PackedStates(torch.Tensor):
 
         return func(*tree_map(plain, args), **tree_map(plain, dict(kwargs or {})))
 
+    def __setitem__(self, index: object, value: object) -> NoReturn:
+        """Refuse: what is written would reach a copy only."""
+        raise CacheStateError("keys and values of KVQ cannot be written to; take cache.materialize(layer_idx)")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Return a plain copy of the states."""
         copied = self.materialize().clone()

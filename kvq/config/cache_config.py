@@ -82,7 +82,7 @@ class KVQCacheConfig(FrozenModel):
     )
     metadata_dtype: Dtype | None = Field(
         default=None,
-        description="dtype of scale and mid; default: float16 up to 4 bits and for groups under 16, else float32",
+        description="dtype of scale and mid; default: float16, but float32 for mid above 4 bits or in short groups",
     )
     device: Device | None = Field(
         default=None, description="where the store lives; default, or the states' own type: with the states"

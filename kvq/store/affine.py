@@ -23,6 +23,9 @@ PER_TOKEN_BLOCK_LENGTH = 32
 """Tokens that per-token groups are packed by: a whole number of bytes at every width."""
 EXPONENT_TARGET = 14
 """Metadata in float16 is scaled by a power of two per block so that its largest magnitude is about 2 ** 14."""
+FLOAT16_MAX = torch.finfo(torch.float16).max
+LOWEST_EXPONENT = -1000
+"""Stands for the exponent of a number that has none: 0, or one that is not finite."""
 
 
 def balanced_group_length(head_dim: int, group_size: int) -> int:
@@ -38,6 +41,7 @@ class AffineCodec:
         spec: what it was built from.
         rotation: applied to the states before quantizing and undone after, or None.
         compute_dtype: dtype that decoding computes in.
+        scale_dtype: dtype that scales are stored in, or None: that of the spec, which mid always has.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class AffineCodec:
         spec: QuantSpec,
         rotation: HadamardRotation | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        scale_dtype: torch.dtype | None = None,
     ) -> None:
         self.quantizer = quantizer
         self.spec = spec
@@ -55,7 +60,8 @@ class AffineCodec:
         self.per_channel = spec.granularity is Granularity.PER_CHANNEL
         self.block_length = spec.group_length if self.per_channel else PER_TOKEN_BLOCK_LENGTH
         self.group_local = quantizer.group_local
-        self.has_exponent = spec.metadata_dtype is torch.float16
+        self.scale_dtype = scale_dtype or spec.metadata_dtype
+        self.has_exponent = self.scale_dtype is torch.float16
         # Keys lie channel-major, values token-major: what their dot products with queries and probabilities run along.
         self._token_dim = -1 if spec.side == "key" else -2
 
@@ -65,7 +71,7 @@ class AffineCodec:
         return math.ceil(self.spec.head_dim / self.spec.group_length)
 
     def layout(self) -> Mapping[str, Part]:
-        """Return code planes, scale, mid and, for float16 metadata, the exponent of the block."""
+        """Return code planes, scale, mid and, where one of them is float16, the exponent of the block."""
         head_dim, length = self.spec.head_dim, self.block_length
         parts: dict[str, Part] = {}
         for width in plane_widths(self.bits):
@@ -73,7 +79,8 @@ class AffineCodec:
             shape = (head_dim, packed) if self.spec.side == "key" else (packed, head_dim)
             parts[f"codes_{width}"] = Part(shape, torch.uint8)
         groups = (head_dim,) if self.per_channel else (length, self.groups_per_token)
-        parts["scale"] = parts["mid"] = Part(groups, self.spec.metadata_dtype)
+        parts["scale"] = Part(groups, self.scale_dtype)
+        parts["mid"] = Part(groups, self.spec.metadata_dtype)
         if self.has_exponent:
             parts["exponent"] = Part((), torch.int8)
         return parts
@@ -83,9 +90,15 @@ class AffineCodec:
         return {} if self.rotation is None else {"rotation_signs": self.rotation.signs}
 
     def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Quantize whole blocks of `[B, H, T, D]` in one call of the backend; the parts never alias the input."""
+        """Quantize whole blocks of `[B, H, T, D]` in one call of the backend; the parts never alias the input.
+
+        A group with an element that is not finite comes back as NaN, all of it: what it was is lost, and nothing that
+        looks like an ordinary number may stand in its place. The backend sees zeros there.
+        """
         rotated = states.float() if self.rotation is None else self.rotation.apply(states.float())
         groups = self._group(rotated.unflatten(2, (-1, self.block_length)))
+        lost = groups.isfinite().all(-1).logical_not_()
+        groups = groups.masked_fill(lost[..., None], 0)
         codes, scale, offset = self.quantizer.encode(groups)
         self._check_result(groups, codes, scale, offset)
         parts = {}
@@ -93,10 +106,14 @@ class AffineCodec:
             parts[f"codes_{width}"] = pack(plane, width, self._token_dim)
         # In two steps: the whole distance to the middle may be past the largest fp32 where both ends are not.
         half_way = scale * 2.0 ** (self.bits - 2)
-        return {**parts, **self._round_metadata(scale, offset + half_way + half_way)}
+        mid = (offset + half_way + half_way).masked_fill_(lost, math.nan)
+        return {**parts, **self._round_metadata(scale, mid)}
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype."""
+        """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype.
+
+        In float16 a value that the error of its group carries past the largest number becomes that number.
+        """
         planes = {w: unpack(parts[f"codes_{w}"], w, self._token_dim) for w in plane_widths(self.bits)}
         codes = join_planes(planes).to(self.compute_dtype)
         if self._token_dim == -1:
@@ -106,6 +123,8 @@ class AffineCodec:
         states = codes.mul_(scale).add_(mid)
         if self.rotation is not None:
             states = self.rotation.undo(states)
+        if out.dtype is torch.float16:
+            states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
         out.unflatten(2, (-1, self.block_length)).copy_(states)
 
     def _read_metadata(self, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +132,8 @@ class AffineCodec:
         scale, mid = parts["scale"].float(), parts["mid"].float()
         if self.has_exponent:
             exponent = parts["exponent"].to(torch.int32).reshape(*scale.shape[:3], *[1] * (scale.dim() - 3))
-            scale, mid = torch.ldexp(scale, exponent), torch.ldexp(mid, exponent)
+            scale = torch.ldexp(scale, exponent)
+            mid = torch.ldexp(mid, exponent) if self._shifts_mid else mid
         return self._spread(scale.to(self.compute_dtype)), self._spread(mid.to(self.compute_dtype))
 
     def _spread(self, metadata: torch.Tensor) -> torch.Tensor:
@@ -139,18 +159,23 @@ class AffineCodec:
         codes = codes.flatten(-2)[..., : self.spec.head_dim]
         return codes.transpose(-1, -2) if self._token_dim == -1 else codes
 
+    @property
+    def _shifts_mid(self) -> bool:
+        return self.spec.metadata_dtype is torch.float16
+
     def _round_metadata(self, scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tensor]:
-        dtype = self.spec.metadata_dtype
+        rounded = {"scale": self.scale_dtype, "mid": self.spec.metadata_dtype}
         if not self.has_exponent:
-            return {"scale": scale.to(dtype), "mid": mid.to(dtype)}
+            return {"scale": scale.to(rounded["scale"]), "mid": mid.to(rounded["mid"])}
         # float16 spans 30 binary orders of magnitude, states of bfloat16 and float32 far more: one power of two per
         # block and head, decided by that block alone, moves them into range without losing a bit.
-        largest = torch.maximum(_exponent(mid), _exponent(scale) + self.bits)
+        reach = _exponent(scale) + self.bits
+        largest = torch.maximum(_exponent(mid), reach) if self._shifts_mid else reach
         exponent = largest.flatten(3).amax(-1).sub(EXPONENT_TARGET).clamp(-120, 120)
         shift = -exponent.reshape(*exponent.shape, *[1] * (scale.dim() - 3))
         return {
-            "scale": torch.ldexp(scale, shift).to(dtype),
-            "mid": torch.ldexp(mid, shift).to(dtype),
+            "scale": torch.ldexp(scale, shift).to(rounded["scale"]),
+            "mid": (torch.ldexp(mid, shift) if self._shifts_mid else mid).to(rounded["mid"]),
             "exponent": exponent.to(torch.int8),
         }
 
@@ -169,5 +194,5 @@ class AffineCodec:
 
 
 def _exponent(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the binary exponent of each number, int32; that of 0 below all others."""
-    return torch.frexp(numbers)[1].masked_fill(numbers == 0, -1000)
+    """Return the binary exponent of each number, int32; where there is none, `LOWEST_EXPONENT`."""
+    return torch.frexp(numbers)[1].masked_fill(~numbers.isfinite() | (numbers == 0), LOWEST_EXPONENT)

@@ -168,10 +168,14 @@ class ChunkedStore:
         self.segments = tuple(self._copied(segment) for segment in chosen) if shrinks else tuple(chosen)
         self._owns_last = shrinks
 
-    def fork(self) -> ChunkedStore:
-        """Return an independent store that shares the present chunks; neither side writes to them again."""
+    def fork(self, quantizer: Quantizer) -> ChunkedStore:
+        """Return an independent store that shares the present chunks; neither side writes to them again.
+
+        Args:
+            quantizer: of the new store; decodes what is shared.
+        """
         self._owns_last = False
-        other = ChunkedStore(self.quantizer, self.batch_size, self.num_heads, self.device)
+        other = ChunkedStore(quantizer, self.batch_size, self.num_heads, self.device)
         other.segments, other._owns_last = self.segments, False
         return other
 

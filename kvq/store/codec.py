@@ -18,9 +18,15 @@ from kvq.store.rotation import HadamardRotation
 FULL_PRECISION_BITS = 16
 """Effective bits at which quantizing has lost its point."""
 HALF_METADATA_MAX_BITS = 4
-"""Widest codes whose error a float16 mid raises by less than a tenth at |mean| / std = 100; at 5 bits by up to 1.2."""
-HALF_METADATA_MAX_LENGTH = 16
-"""Groups shorter than this take float16 whatever the bits: float32 would cost them four bits an element and more."""
+"""Widest codes whose error a float16 mid raises by less than a tenth at |mean| / std = 100; at 5 bits by up to 1.2.
+
+That holds where a group has two elements for each code value or more. The range of a shorter group, and with it the
+step, is smaller: 4 bits in groups of 16 raise the error by 1.11, in groups of 8 by 1.26.
+"""
+MAX_FLUSH_FACTOR = 4
+"""Most blocks of the longer side that are flushed together where the block lengths of keys and values differ."""
+MIN_FLUSH_LENGTH = 32
+"""Fewest tokens that are quantized at once, so that a flush does not happen at every step."""
 
 
 def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: torch.Tensor) -> Quantizer:
@@ -53,6 +59,23 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
     return codec
 
 
+def common_flush_length(key: Quantizer, value: Quantizer) -> int:
+    """Return how many tokens are quantized at once: whole blocks of both sides.
+
+    Raises:
+        ConfigError: the block lengths have so little in common that the window would have to wait for many blocks.
+    """
+    blocks = key.block_length, value.block_length
+    common = math.lcm(*blocks)
+    if common > MAX_FLUSH_FACTOR * max(*blocks, MIN_FLUSH_LENGTH):
+        problem = (
+            f"blocks of {blocks[0]} tokens for the keys and {blocks[1]} for the values fit together only every "
+            f"{common} tokens, which would all wait in full precision; choose sizes of which one divides the other"
+        )
+        raise ConfigError([Fault(("q_group_size",), problem)])
+    return common * math.ceil(MIN_FLUSH_LENGTH / common)
+
+
 def effective_bits(quantizer: Quantizer, head_dim: int) -> float:
     """Return the stored bits per element, codes and metadata, without slack."""
     block_bytes = sum(part.block_bytes for part in quantizer.layout().values())
@@ -63,7 +86,8 @@ def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.
     head_dim = states.shape[-1]
     per_token = chosen.granularity is Granularity.PER_TOKEN
     group_length = balanced_group_length(head_dim, chosen.group_size) if per_token else chosen.group_size
-    half_suffices = math.ceil(chosen.nbits) <= HALF_METADATA_MAX_BITS or group_length < HALF_METADATA_MAX_LENGTH
+    bits = math.ceil(chosen.nbits)
+    half_suffices = bits <= HALF_METADATA_MAX_BITS and 2 ** (bits + 1) <= group_length
     return QuantSpec(
         side=side,
         layer_idx=layer_idx,
@@ -90,7 +114,9 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
         return quantizer
     if isinstance(quantizer, AffineQuantizer):
         rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if rotated else None
-        return AffineCodec(quantizer, spec, rotation, compute_dtype)
+        # What a wide code demands of mid it does not demand of scale, whose error counts by the code, not by the mean.
+        scale_dtype = chosen.metadata_dtype or torch.float16
+        return AffineCodec(quantizer, spec, rotation, compute_dtype, scale_dtype)
     raise QuantizerContractError(
         f"{chosen.backend.name}: build returned {type(quantizer).__name__}, "
         "which has neither the methods of AffineQuantizer nor those of Quantizer"
@@ -113,6 +139,12 @@ def _check_effective_bits(codec: Quantizer, chosen: ResolvedSide, side: Side, he
     if bits >= FULL_PRECISION_BITS:
         problem = (
             f"{chosen.group_size} gives {bits:.1f} effective bits for the {side}s at head_dim={head_dim}, "
-            "no less than full precision; choose larger groups or fewer bits"
+            f"no less than full precision; choose {_way_to_fewer_bits(chosen, head_dim)}"
         )
         raise ConfigError([Fault(("q_group_size",), problem)])
+
+
+def _way_to_fewer_bits(chosen: ResolvedSide, head_dim: int) -> str:
+    if chosen.granularity is Granularity.PER_TOKEN and chosen.group_size >= head_dim:
+        return "fewer bits or per-channel groups, since per-token groups end with the head"
+    return "larger groups or fewer bits"

@@ -6,6 +6,7 @@ states and not on how the updates that brought them were split.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,10 +140,14 @@ class LayerSide:
         self.sinks = self.sinks.select_rows(rows.tolist())
 
     def fork(self) -> LayerSide:
-        """Return an independent side that shares the present chunks."""
+        """Return an independent side that shares the present chunks.
+
+        The quantizer is shared with them; before there are any, its constants may not be settled yet.
+        """
         other = LayerSide.__new__(LayerSide)
-        other.quantizer, other.flush_length = self.quantizer, self.flush_length
-        other.store, other.window, other.sinks = self.store.fork(), self.window.copy(), self.sinks.copy()
+        other.quantizer = self.quantizer if self.store.length else copy.deepcopy(self.quantizer)
+        other.flush_length = self.flush_length
+        other.store, other.window, other.sinks = self.store.fork(other.quantizer), self.window.copy(), self.sinks.copy()
         return other
 
     def checkpoint(self) -> tuple[Any, Any, torch.Tensor | None]:

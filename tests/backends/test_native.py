@@ -412,12 +412,14 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize("axis", ["per_channel", "per_token"])
+@pytest.mark.parametrize("group_size", [64, 16])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-5, 1e6])
 @pytest.mark.parametrize(("backend", "nbits"), WIDTHS)
-def test_large_offsets_cost_little_more_than_with_fp32_metadata(backend, nbits, magnitude, axis):
+def test_large_offsets_cost_little_more_than_with_fp32_metadata(backend, nbits, magnitude, group_size, axis):
     signs = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)
     states = (torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(0)) + 100 * signs) * magnitude
     config = {"backend": backend, "nbits_k": nbits, "nbits_v": nbits, "axis_key": axis, "axis_value": axis}
+    config["q_group_size"] = group_size
 
     def mean_errors(**more):
         decoded = TestInTheCache.fill(states, **config, **more)[:2]

@@ -20,15 +20,17 @@ FAMILIES = {
 }
 
 
-def build_model(family, dtype=torch.float32):
-    """A tiny random model whose greedy text does not settle on a few tokens."""
+def build_model(family, dtype=torch.float32, std=0.25):
+    """A tiny random model whose greedy text does not settle on a few tokens; with `std=None` as transformers makes it.
+
+    The larger the standard deviation of the weights, the sharper the attention and the more a small error grows.
+    """
     torch.manual_seed(7)
     config = FAMILIES[family]()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=1.0 if "embed" in name or "wte" in name else 0.25)
+    matrices = {} if std is None else {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    for name, parameter in matrices.items():
+        torch.nn.init.normal_(parameter, std=1.0 if "embed" in name or "wte" in name else std)
     model.generation_config.pad_token_id = 0
     return model
 
@@ -46,6 +48,11 @@ def model(family):
 @pytest.fixture
 def llama():
     return build_model("llama")
+
+
+@pytest.fixture
+def build():
+    return build_model
 
 
 @pytest.fixture

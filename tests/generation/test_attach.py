@@ -52,7 +52,8 @@ def test_a_users_own_cache_wins(llama, prompts):
     with attach(llama, nbits_k=2, nbits_v=2) as attachment:
         llama.generate(prompts, past_key_values=own, **GREEDY)
         llama.generate(prompts, past_key_values=plain, **GREEDY)
-        llama.generate(prompts, cache_implementation="static", **GREEDY)
+        with pytest.warns(UserWarning, match="'static' of the generation config wins"):
+            llama.generate(prompts, cache_implementation="static", **GREEDY)
         llama.generate(prompts, use_cache=False, max_new_tokens=2, do_sample=False)
         assert attachment.cache is None
     assert own.get_seq_length() == plain.get_seq_length() == 311

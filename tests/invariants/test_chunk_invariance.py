@@ -92,7 +92,6 @@ def test_copies_part_from_the_original(quantization, data):
         assert_same_layers(feed(feed(case.layer(), begun), other_rest), other)
 
 
-@pytest.mark.xfail(strict=True, reason="a fork shares the quantizer, also before its constants are settled")
 def test_a_fork_made_before_the_first_flush_has_constants_of_its_own():
     quantization = next(q for q in QUANTIZATIONS if not q.keeps_rows_apart)
     config = KVQCacheConfig(backend=quantization.backend, nbits_k=8, nbits_v=8, residual_length=0)

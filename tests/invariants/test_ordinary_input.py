@@ -87,21 +87,27 @@ def groups_of(states, axis, group_size):
     return list(states.split(length, dim=-1))
 
 
+def is_symmetric(quantization):
+    return quantization.name == "template" or dict(quantization.options).get("symmetric_8bit")
+
+
 def largest_error(quantization, groups):
     """Return the largest error that the words of the backend allow for each group, in exact arithmetic."""
     span, levels = groups.amax(-1) - groups.amin(-1), math.ceil(2**quantization.nbits - 0.01)
     options = dict(quantization.options)
-    if quantization.name == "template" or options.get("symmetric_8bit"):
+    if is_symmetric(quantization):
         return groups.abs().amax(-1) / (levels - 2)
     if options.get("clip") or (quantization.name == "hqq" and options.get("optimize", True)):
         return span  # outliers may be given up for a smaller mean error
     return span / (levels - 1) / 2
 
 
-def storing_error(groups, metadata_dtype):
-    """Return what rounding scale and mid to their dtype costs at most, and arithmetic in fp32."""
-    reach = groups.abs().amax(-1) + groups.amax(-1) - groups.amin(-1)
-    return reach * (torch.finfo(metadata_dtype).eps + 2.0**-20)
+def storing_error(quantization, groups, layout):
+    """Return what rounding scale and mid to their dtypes costs at most, and arithmetic in fp32."""
+    largest = groups.abs().amax(-1)
+    span = 2 * largest if is_symmetric(quantization) else groups.amax(-1) - groups.amin(-1)
+    eps = {name: torch.finfo(layout[name].dtype).eps for name in ("scale", "mid")}
+    return span * eps["scale"] + (largest + span) * (eps["mid"] / 2 + 2.0**-20)
 
 
 @pytest.mark.parametrize("quantization", AFFINE, ids=str)
@@ -117,13 +123,13 @@ def test_the_error_is_at_most_half_a_step(quantization, data):
         exact = given_states[:, :, :stored].double()
         error = getattr(layer, f"{name}s")[:, :, :stored].double() - exact
         returned = torch.finfo(case.dtype).eps * exact.abs().amax()
-        metadata_dtype = side.quantizer.layout()["scale"].dtype
-        assert metadata_dtype in (torch.float16, torch.float32), "never silently bfloat16"
+        layout = side.quantizer.layout()
+        assert {layout["scale"].dtype, layout["mid"].dtype} <= {torch.float16, torch.float32}, "no bfloat16"
         signs = side.quantizer.constants().get("rotation_signs")
         if signs is not None:
             exact, error = rotate(exact, signs), rotate(error, signs)
             returned = returned * math.sqrt(given_states.shape[3]) + 2.0**-20 * exact.abs().amax()
         pairs = zip(groups_of(error, axis, group_size), groups_of(exact, axis, group_size), strict=True)
         for wrong, groups in pairs:
-            bound = largest_error(quantization, groups) * 1.001 + storing_error(groups, metadata_dtype) + returned
+            bound = largest_error(quantization, groups) * 1.001 + storing_error(quantization, groups, layout) + returned
             assert (wrong.abs().amax(-1) <= bound).all(), name

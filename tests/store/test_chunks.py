@@ -103,7 +103,7 @@ def test_forks_share_chunks_and_part_on_writing():
     store = make_store(block_length=8)
     store.append(states(8 * 37))
     before = {segment.parts["states"].data_ptr() for segment in store.segments}
-    fork = store.fork()
+    fork = store.fork(store.quantizer)
     assert {segment.parts["states"].data_ptr() for segment in fork.segments} == before
     store.append(states(8 * 5, start=1000))
     fork.append(states(8 * 5, start=7000))

@@ -1,0 +1,59 @@
+"""Notices two threads that use one cache at the same time.
+
+A cache may wander from thread to thread, one forward after the other. What it cannot survive is a forward that another
+thread interrupts: the layers would hold the tokens of both. It must not know what a cache or a layer is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kvq.errors import CacheStateError
+
+
+class ThreadGuard:
+    """Belongs to one cache; a copy of the cache gets one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._first_layer = -1
+
+    @contextmanager
+    def hold(self, layer_idx: int, *, in_step: bool) -> Iterator[None]:
+        """Keep other threads out for the time of one update.
+
+        Args:
+            layer_idx: the layer that is updated.
+            in_step: whether all layers that hold tokens hold equally many, as between two forwards.
+
+        Raises:
+            CacheStateError: another thread is in the middle of an update or of a forward.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise CacheStateError(_refusal(layer_idx))
+        try:
+            thread = threading.get_ident()
+            if thread != self._thread and self._thread is not None:
+                self._check_turn(layer_idx, in_step)
+            yield
+            self._first_layer = layer_idx if self._thread is None else min(layer_idx, self._first_layer)
+            self._thread = thread
+        finally:
+            self._lock.release()
+
+    def _check_turn(self, layer_idx: int, in_step: bool) -> None:
+        if layer_idx > self._first_layer or not in_step:
+            raise CacheStateError(_refusal(layer_idx))
+
+    def __reduce__(self) -> tuple[type[ThreadGuard], tuple[()]]:
+        return ThreadGuard, ()
+
+
+def _refusal(layer_idx: int) -> str:
+    return (
+        f"layer {layer_idx}: another thread is using this cache in the middle of a forward; "
+        "give each thread a cache of its own (cache.fork() shares what is stored)"
+    )
