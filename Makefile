@@ -16,7 +16,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest lint types examples plugin wheel readme venv clean
+.PHONY: help demo test test-fast test-oldest eval-harness mutants soak lint types examples plugin wheel readme venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,16 @@ test-fast: venv ## run the tests that take less than some seconds
 
 test-oldest: .venv-oldest/installed ## run all tests on the oldest supported versions
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(PYTEST_FLAGS)
+
+# An environment of its own: lm-evaluation-harness brings some fifty packages, and nothing else here needs them.
+eval-harness: .venv-eval/installed ## test the model type of lm-evaluation-harness
+	OMP_NUM_THREADS=1 .venv-eval/bin/pytest $(PYTEST_ARGS) tests/evaluation/test_harness.py
+
+mutants: venv ## break the code line by line and show that the tests turn red (minutes)
+	$(BIN)/python tests/mutants/run.py -n $(WORKERS)
+
+soak: venv ## run the state machines with a hundred times the examples
+	OMP_NUM_THREADS=1 KVQ_EXAMPLES=soak $(BIN)/pytest $(PYTEST_FLAGS) tests/invariants/test_cache_operations.py
 
 lint: venv ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -80,6 +90,13 @@ clean: ## remove everything that these targets made
 	$(PYTHON_OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt torch
 	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+.venv-eval/installed: pyproject.toml constraints.txt
+	$(PYTHON) $(REQUIRE_PYTHON)
+	$(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python $(PIP_INSTALL) -c constraints.txt torch
+	.venv-eval/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev,eval]'
 	touch $@
 
 # A target of its own name, made anew each time, so that a wheel never lags behind the tree.

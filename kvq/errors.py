@@ -11,6 +11,8 @@
     ├── QuantizerContractError (TypeError)   a quantizer returned something outside its contract
     ├── StatesError (ValueError)             states handed to `update` do not fit the cache
     ├── ModelError (ValueError)              a model that this cache cannot serve
+    ├── EvaluationError (ValueError)         what was to be measured cannot be, or not like that
+    ├── MissingExtraError (ImportError)      a part of kvq whose extra is not installed
     └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state
 
 Each class is also the built-in that a caller would expect, so that either can be caught. None is a `KeyError`, which
@@ -117,6 +119,14 @@ class StatesError(KVQError, ValueError):
 
 class ModelError(KVQError, ValueError):
     """A model, or its configuration, that the cache cannot serve."""
+
+
+class EvaluationError(KVQError, ValueError):
+    """What was to be measured cannot be: no such text, model or gate."""
+
+
+class MissingExtraError(KVQError, ImportError):
+    """A part of kvq needs an extra, such as `eval`, that is not installed."""
 
 
 class CacheStateError(KVQError, RuntimeError):

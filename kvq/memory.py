@@ -245,7 +245,9 @@ def _layer_tensors(layer: object) -> Iterator[torch.Tensor]:
 
 def _tensors_of(values: Iterable[object]) -> Iterator[torch.Tensor]:
     for value in values:
-        if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):  # a subclass that has its data in other tensors
+            yield from _tensors_of(getattr(value, name) for name in value.__tensor_flatten__()[0])
+        elif isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors_of(value)

@@ -22,6 +22,8 @@ TREE = {
     "QuantizerContractError": (KVQError, TypeError),
     "StatesError": (KVQError, ValueError),
     "ModelError": (KVQError, ValueError),
+    "EvaluationError": (KVQError, ValueError),
+    "MissingExtraError": (KVQError, ImportError),
     "CacheStateError": (KVQError, RuntimeError),
 }
 CLASSES = {

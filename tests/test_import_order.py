@@ -22,14 +22,14 @@ else:
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    ("errors", "granularity", "user_warnings"),
+    ("errors", "granularity", "user_warnings", "byte_size"),
     ("quantizer", "backend_spec"),
     ("plugin_api",),
     ("discovery", "requirements", "spec_validation", "registry"),
     ("config",),
     ("store",),
     ("attention", "layer"),
-    ("memory", "persistence", "planning", "thread_guard", "cache", "attachment"),
+    ("memory", "persistence", "thread_guard", "cache", "planning", "attachment"),
     ("evaluation", "testing"),
     ("__init__", "cli", "__main__"),
 )

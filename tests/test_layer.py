@@ -303,9 +303,11 @@ def test_a_reordered_open_chunk_is_not_written_to():
     layer.reorder_cache(torch.tensor([1, 1]))
     more = draw(64, seed=3)
     layer.update(*more)
-    assert torch.equal(
-        layer.keys[:, :, : 64 * 13], feed(make_layer(), keys, values, [keys.shape[2]]).keys[[1, 1], :, : 64 * 13]
-    )
+    whole = [torch.cat([old[[1, 1]], new], dim=2) for old, new in zip((keys, values), more, strict=True)]
+    expected = feed(make_layer(), *whole, [whole[0].shape[2]])
+    assert layer.side("key").store.length == 64 * 14
+    assert torch.equal(layer.keys, expected.keys)
+    assert torch.equal(layer.values, expected.values)
 
 
 def test_partial_sinks_survive_a_fork_made_under_inference_mode():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = {"transformers", "optimum", "hqq", "kvq_backends"}
+HEAVY = {"transformers", "optimum", "hqq", "lm_eval", "kvq_backends"}
 
 
 def modules_after(code: str) -> set[str]:

@@ -10,9 +10,9 @@ from kvq.layer import KVQLayer
 MIB = 2**20
 
 
-def peak_above_held(tokens, chunk, **fields):
+def peak_above_held(tokens, chunk, batch=1, **fields):
     """Largest number of bytes alive at once in a prefill beyond those alive after it; the states themselves apart."""
-    keys, values = torch.randn(2, 1, 4, tokens, 128).bfloat16()
+    keys, values = torch.randn(2, batch, 4, tokens, 128).bfloat16()
     layer = KVQLayer(0, KVQCacheConfig(**fields).for_layer(0))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         for start in range(0, tokens, chunk):
@@ -36,6 +36,10 @@ def test_a_prefill_takes_mebibytes_whatever_its_length(fields):
     assert whole[16384] <= 24 * MIB
     assert whole[16384] <= whole[8192] + 2 * MIB
     assert peak_above_held(8192, 512, **fields) <= 24 * MIB
+
+
+def test_a_prefill_takes_mebibytes_whatever_its_batch():
+    assert peak_above_held(2048, 2048, batch=8) <= 24 * MIB
 
 
 def test_a_copy_of_the_states_would_be_noticed(monkeypatch):

@@ -17,6 +17,8 @@ from kvq.cli.check import check
 from kvq.cli.console import print_error
 from kvq.cli.demo import demo
 from kvq.cli.doctor import doctor
+from kvq.cli.eval import evaluate
+from kvq.cli.plan import plan
 from kvq.errors import KVQError
 
 app = typer.Typer(
@@ -29,8 +31,10 @@ app = typer.Typer(
 
 # One line a command, in the order of the help.
 app.command()(demo)
+app.command("eval")(evaluate)
 app.command()(backends)
 app.command()(check)
+app.command()(plan)
 app.command()(doctor)
 
 

@@ -21,13 +21,13 @@ def load_embedded_model(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrained
     Args:
         dtype: of weights and states.
     """
-    with _no_progress_bar():
+    with without_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL_PATH, dtype=dtype).eval()
     return model, AutoTokenizer.from_pretrained(EMBEDDED_MODEL_PATH)
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def without_progress_bar() -> Iterator[None]:
     """Keep the bar of `from_pretrained`, over before it is seen, off the terminal."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

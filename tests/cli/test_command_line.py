@@ -30,7 +30,7 @@ main()
 def test_help_is_light_and_tells_the_exit_codes(run):
     done = run("-c", REPORT_MODULES, "--help")
     assert done.returncode == 0
-    for word in ("backends", "check", "doctor", "--version", "Exit codes: 0 fine", "2 wrong"):
+    for word in ("backends", "check", "plan", "doctor", "--version", "Exit codes: 0 fine", "2 wrong"):
         assert word in done.stdout
     imported = done.stderr.split("imported:")[1].split()
     assert "kvq" in imported

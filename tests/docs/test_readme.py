@@ -113,6 +113,13 @@ def test_a_command_exists(command):
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
         return
+    if program == "python":
+        assert arguments[0] == "-m"
+        assert importlib.util.find_spec(arguments[1])
+        paths = re.findall(r"=([^=,]+\.yaml)", command)
+        assert paths
+        assert all((ROOT / path).is_file() for path in paths)
+        return
     assert program == "kvq"
     assert arguments[0] in typer.main.get_command(app).commands
     assert all((ROOT / path).is_file() for path in arguments if "/" in path)

@@ -14,3 +14,13 @@ settings.register_profile(
     "kvq_first_failure", parent=settings.get_profile("kvq_ci"), phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile(f"kvq_{os.environ.get('KVQ_EXAMPLES', 'ci')}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many steps the state machines took; the tests have recorded them."""
+    reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+    steps = [(report.nodeid, value) for report in reports for name, value in report.user_properties if name == "steps"]
+    for test, count in steps:
+        terminalreporter.write_line(f"{test}: {count:,} steps")
+    if steps:
+        terminalreporter.write_line(f"{sum(count for _, count in steps):,} steps of state machines")

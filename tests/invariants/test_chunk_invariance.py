@@ -6,6 +6,7 @@ import pytest
 import torch
 from drawn_cases import (
     QUANTIZATIONS,
+    Split,
     cases,
     example_count,
     feed,
@@ -76,20 +77,24 @@ def test_a_row_is_stored_as_if_it_were_alone(quantization, data):
 @settings(max_examples=example_count(2))
 @given(data=st.data())
 def test_copies_part_from_the_original(quantization, data):
-    case = data.draw(cases(quantization, flushes=(2, 24)))
-    states, least = case.states(), 1
-    if not quantization.keeps_rows_apart:
-        least = case.residual_length + case.flush_length  # constants are settled by the first block
-    half = data.draw(st.integers(least, case.tokens - 1))
+    # Ten flushes and more, one at a time: that late a chunk is opened with room for later ones, which a copy may share.
+    case = data.draw(cases(quantization, flushes=(10, 24)))
+    states = case.states()
+    flushes = data.draw(st.sampled_from([1, 2, 9]) | st.integers(1, (case.tokens - 1) // case.flush_length))
+    half = flushes * case.flush_length + data.draw(st.integers(0, case.flush_length))
+    half = min(case.residual_length + half, case.tokens - 1)
+    sizes = Split([case.flush_length] * (half // case.flush_length) + [half % case.flush_length])
     begun, rest = pieces(states, [half, case.tokens - half])
-    other_rest = case.states(case.tokens - half, seed=1)
+    rests = [rest, *(case.states(case.tokens - half, seed=seed) for seed in (1, 2))]
+    expected = [feed(feed(case.layer(), begun), one) for one in rests]
+    assert_same_layers(feed(case.layer(), states), expected[0])
     for make_copy in (KVQLayer.fork, copy.deepcopy):
-        original = feed(case.layer(), begun)
-        other = make_copy(original)
-        feed(other, other_rest)
-        feed(original, rest)
-        assert_same_layers(feed(case.layer(), states), original)
-        assert_same_layers(feed(feed(case.layer(), begun), other_rest), other)
+        original = feed(case.layer(), begun, sizes)
+        found = [original, *(make_copy(original) for _ in rests[1:])]
+        for layer, one in zip(found, rests, strict=True):
+            feed(layer, one)
+        for one, other in zip(expected, found, strict=True):
+            assert_same_layers(one, other)
 
 
 def test_a_fork_made_before_the_first_flush_has_constants_of_its_own():

@@ -79,7 +79,10 @@ class Memory:
 
 
 def measure_updates(quantization, tokens, rotation="none"):
-    """Return the costs of updates at that length: one that flushes nothing, then three that flush a block each."""
+    """Return the costs of updates at that length: one that flushes nothing, then some that flush a block each.
+
+    The first of these opens a chunk; the others fill it, up to the last but one of the 8 that it holds at 1k tokens.
+    """
     layer = KVQLayer(
         0,
         KVQCacheConfig(
@@ -96,13 +99,13 @@ def measure_updates(quantization, tokens, rotation="none"):
         ).for_layer(0),
     )
     length = tokens + RESIDUAL
-    states = periodic_states(FLUSH, length + 4 * FLUSH)
+    states = periodic_states(FLUSH, length + 7 * FLUSH)
     layer.update(*states[:, :, :, :1], packed=True)
     with encoding_each_block_once(layer):
         layer.update(*states[:, :, :, 1:length], packed=True)
     assert layer.side("key").store.length == tokens
     counters = []
-    for flushed, size in ((0, FLUSH - 1), (FLUSH, 1), (FLUSH, FLUSH), (FLUSH, FLUSH)):
+    for flushed, size in ((0, FLUSH - 1), (FLUSH, 1), *[(FLUSH, FLUSH)] * 5):
         stored = layer.side("key").store.length
         with CostCounter() as counter:
             keys, values = layer.update(*states[:, :, :, length : length + size], packed=True)
@@ -110,6 +113,8 @@ def measure_updates(quantization, tokens, rotation="none"):
         assert keys.shape[2] == values.shape[2] == length
         assert layer.side("key").store.length - stored == flushed
         counters.append(counter)
+    for _, side in layer.sides():
+        assert max(chunk.capacity * side.store.block_length for chunk in side.store.segments) <= MAX_CHUNK_TOKENS
     return counters
 
 
@@ -121,6 +126,7 @@ def test_a_flush_costs_the_same_at_1k_and_at_16k_tokens(quantization):
         assert one.largest_output == other.largest_output < HEADS * 1024 * DIM, "history was materialized"
     plain, *flushes = long
     assert 0 < sum(plain.costs.values()) < min(sum(flush.costs.values()) for flush in flushes)
+    assert flushes[1].costs == flushes[-1].costs, "what the chunk holds already was touched"
     # Room is made for one chunk of each side at most, and for the window.
     room = 2 * HEADS * (MAX_CHUNK_TOKENS + RESIDUAL + 2 * FLUSH) * DIM * 4
     assert max(counter.set_aside for counter in (*short, *long)) <= room

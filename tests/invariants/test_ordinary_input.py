@@ -10,6 +10,7 @@ from drawn_cases import (
     HEAD_DIMS,
     OWN_BACKENDS,
     QUANTIZATIONS,
+    Case,
     cases,
     example_count,
     feed,
@@ -114,8 +115,37 @@ def storing_error(quantization, groups, layout):
 @settings(max_examples=example_count(3))
 @given(data=st.data())
 def test_the_error_is_at_most_half_a_step(quantization, data):
-    case = replace(data.draw(cases(quantization)), padding=None, sink_length=0)
-    states = case.states()
+    assert_within_bounds(replace(data.draw(cases(quantization)), padding=None, sink_length=0))
+
+
+@pytest.mark.parametrize("axes", [("per_channel", "per_token"), ("per_token", "per_channel")], ids=str)
+@pytest.mark.parametrize("head_dim", [9, 67, 80, 100])
+@pytest.mark.parametrize("group_size", [24, 32])
+def test_a_last_group_that_is_shorter_keeps_its_own_range(head_dim, group_size, axes):
+    assert_within_bounds(
+        Case(
+            quantization=next(q for q in AFFINE if (q.name, q.nbits, q.key_axis) == ("native", 3, axes[0])),
+            batch=2,
+            heads=2,
+            key_dim=head_dim,
+            value_dim=head_dim,
+            dtype=torch.float32,
+            tokens=200,
+            residual_length=0,
+            sink_length=0,
+            padding=None,
+            group_sizes=(group_size, group_size),
+            rotations=("none", "none"),
+            magnitude=1.0,
+            bias=3.0,
+            seed=0,
+        )
+    )
+
+
+def assert_within_bounds(case):
+    """Assert that what is stored of a case without sinks and padding differs by no more than the backend says."""
+    quantization, states = case.quantization, case.states()
     layer = feed(case.layer(), states)
     axes = (quantization.key_axis, quantization.value_axis)
     for axis, group_size, (name, side), given_states in zip(axes, case.group_sizes, layer.sides(), states, strict=True):

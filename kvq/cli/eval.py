@@ -1,0 +1,245 @@
+"""`kvq eval`: what configurations cost in quality and save in memory, on a model and a text of the user's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvq.cli.console import get_console, print_error, print_line, print_table
+from kvq.errors import ConfigError, EvaluationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvq.evaluation.quality.candidates import Candidate
+    from kvq.evaluation.quality.gate import Condition
+    from kvq.evaluation.quality.processes import Processes
+    from kvq.evaluation.quality.record import QualityRecord
+    from kvq.evaluation.quality.run import EvaluationPlan
+
+EMBEDDED = "embedded"
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Option(metavar="PATH_OR_ID", help="A causal model of transformers, or 'embedded'.")
+    ] = EMBEDDED,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="A configuration; may be given several times.")
+    ] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A text file; may be given several times.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Instead of a file: stdlib-calibration or stdlib-report (Python's own source), recall (for the "
+            "embedded model), or ID[:CONFIGURATION[:SPLIT]] of the hub.",
+        ),
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="Conditions on every configuration, e.g. 'kl<0.05,top1>0.97'.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that are read.")] = 16,
+    length: Annotated[int, typer.Option(min=160, help="Tokens of each.")] = 1024,
+    prefill: Annotated[int, typer.Option(min=16, help="Tokens of each that are read at once; later ones count.")] = 128,
+    step: Annotated[int, typer.Option(min=1, help="Tokens of each later forward; 1 as in generation.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences read together.")] = 8,
+    needles: Annotated[int, typer.Option(min=0, help="Questions for each of five depths about a hidden fact.")] = 8,
+    peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
+    dtype: Annotated[str, typer.Option(help="auto (the model's own), float16, bfloat16 or float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw quality against size into this PNG file.")] = None,
+) -> None:
+    """Measure what configurations cost and save, against full precision on the same tokens.
+
+    A text is read in decode-sized steps, so that a quantized history grows as in generation. The table shows the
+    perplexity and its change, the divergence (KL) of the next-token distribution with its 95 % interval over the
+    sequences, the share of equal most likely tokens, exact answers about a fact hidden in the text, and what is held.
+
+    With --out an interrupted run goes on where it stopped. Under `accelerate launch` all processes share the work.
+
+    Exit codes: 0 fine; 1 the gate is not met; 2 wrong usage, or something that is not there.
+    """
+    with _usage_errors():
+        from kvq.evaluation.quality.gate import parse_gate
+
+        conditions = parse_gate(gate) if gate is not None else ()
+        _check_sizes(length, prefill)
+        _check_folders(out, picture)
+        candidates = _load_candidates(config, peers)
+        plan = _make_plan(
+            _load(model, dtype, device),
+            candidates,
+            _TextChoice(text, dataset, sequences, length, needles),
+            {"prefill": prefill, "step": step, "batch_size": batch_size},
+        )
+        processes = _find_processes()
+    records = _run(plan, out, processes)
+    if processes.is_main:
+        _show(records, plan, model, out)
+        if picture is not None:
+            _draw(records, picture, f"{Path(model).name} on {plan.text.name}")
+    _apply_gate(records, conditions, quiet=not processes.is_main)
+
+
+@dataclass(frozen=True)
+class _TextChoice:
+    """What of the command line says which text is read."""
+
+    files: list[Path] | None
+    dataset: str | None
+    sequences: int
+    length: int
+    needles: int
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """End the command with exit code 2 and one line where what was asked for is wrong or not there."""
+    from kvq.errors import BackendError, ModelError
+
+    try:
+        yield
+    except (EvaluationError, ConfigError, ModelError, BackendError) as error:
+        print_error(str(error))
+        raise typer.Exit(2) from error
+
+
+def _check_sizes(length: int, prefill: int) -> None:
+    if prefill >= length:
+        raise EvaluationError(f"--prefill {prefill} leaves nothing of --length {length} to score")
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Notice before the hours of measuring that a file could not be written after them."""
+    for file in files:
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise EvaluationError(f"{str(file)!r} cannot be written")
+
+
+def _load_candidates(files: list[Path] | None, peers: bool) -> list[Candidate]:
+    """Return the candidates of the files, or of the defaults where none is given, and the peers."""
+    from kvq.config import KVQCacheConfig
+    from kvq.evaluation.quality.candidates import list_peers, make_candidate
+
+    configs = {file.stem: KVQCacheConfig.from_file(file) for file in files or []} or {"defaults": KVQCacheConfig()}
+    if files and len(configs) < len(files):
+        raise EvaluationError("two configurations have the same file name, by which the table tells them apart")
+    own = [make_candidate(label, config) for label, config in configs.items()]
+    return [*own, *list_peers()] if peers else own
+
+
+def _load(model: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from kvq.evaluation.model_loading import load_model
+
+    return load_model(model, dtype=dtype, device=device)
+
+
+def _make_plan(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    candidates: list[Candidate],
+    chosen: _TextChoice,
+    sizes: dict[str, int],
+) -> EvaluationPlan:
+    from kvq.evaluation.quality.needle import build_task
+    from kvq.evaluation.quality.run import EvaluationPlan
+    from kvq.evaluation.quality.text import load_dataset, load_files
+
+    model, tokenizer = loaded
+    shape = {"sequences": chosen.sequences, "length": chosen.length}
+    if (chosen.files is None) == (chosen.dataset is None):
+        raise EvaluationError("give the text: either --text FILE or --dataset ID (built in: stdlib-report, recall)")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and chosen.length > longest:
+        raise EvaluationError(f"--length {chosen.length} is more than the {longest} positions of the model")
+    if chosen.files is not None:
+        text = load_files(chosen.files, tokenizer, **shape)
+    else:
+        text = load_dataset(str(chosen.dataset), tokenizer, **shape)
+    needles = None
+    if chosen.needles:
+        needles = build_task(tokenizer, text.sequences, length=chosen.length, per_depth=chosen.needles)
+    for candidate in candidates:
+        if not candidate.is_peer:
+            candidate.build(model)  # refuses now what could only fail after full precision was measured
+    return EvaluationPlan(model, text, candidates, needles, **sizes)
+
+
+def _find_processes() -> Processes:
+    from kvq.evaluation.quality.processes import Processes
+
+    return Processes.find()
+
+
+def _run(plan: EvaluationPlan, out: Path | None, processes: Processes) -> list[QualityRecord]:
+    from kvq.evaluation.quality.run import evaluate as measure
+
+    parts = out.with_name(f"{out.name}.parts") if out is not None else None
+    try:
+        with _progress(plan, processes) as on_progress:
+            records = measure(plan, parts=parts, processes=processes, on_progress=on_progress)
+    except KeyboardInterrupt:
+        if parts is not None and processes.is_main:
+            print_error(f"stopped; the same command goes on where this one was (finished parts: {parts})")
+        raise typer.Exit(130) from None
+    if parts is not None and processes.is_main:
+        shutil.rmtree(parts, ignore_errors=True)
+    return records
+
+
+@contextmanager
+def _progress(plan: EvaluationPlan, processes: Processes) -> Iterator[Callable[[str], None]]:
+    """Show a bar with the time left, in the main process, for its share of the work."""
+    left = TextColumn("left"), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left
+    console = get_console(stderr=True)
+    shown = Progress(*columns, console=console, transient=True, disable=not processes.is_main)
+    with shown as progress:
+        task = progress.add_task("full precision", total=-(-plan.units // processes.count))
+        yield lambda label: progress.update(task, description=label, advance=1)
+
+
+def _show(records: list[QualityRecord], plan: EvaluationPlan, model: str, out: Path | None) -> None:
+    from kvq.evaluation.quality.report import COLUMNS, describe_run, list_failures, table_rows
+
+    count, length = plan.text.sequences.shape
+    scored = count * int(plan.text.scored[plan.prefill :].sum())
+    print_line(f"{model} on {plan.text.name}: {count} sequences of {length} tokens, {scored:,} of them scored")
+    print_table(COLUMNS, table_rows(records))
+    for failure in list_failures(records):
+        print_line(failure)
+    if out is not None:
+        out.write_text(json.dumps(describe_run(plan, model, records), indent=1, allow_nan=False) + "\n")
+
+
+def _draw(records: list[QualityRecord], picture: Path, title: str) -> None:
+    with _usage_errors():
+        from kvq.evaluation.quality.picture import draw_records
+
+        draw_records(records, picture, title)
+
+
+def _apply_gate(records: list[QualityRecord], conditions: tuple[Condition, ...], *, quiet: bool) -> None:
+    """Print what fails the gate, and end the command with exit code 1 if anything does."""
+    from kvq.evaluation.quality.gate import find_failures
+
+    if not conditions:
+        return
+    own = [record for record in records if not record.is_peer]
+    failures = [f"{record.label}: {failure}" for record in own for failure in find_failures(record, conditions)]
+    if failures and not quiet:
+        print_error("the gate is not met", failures)
+    if failures:
+        raise typer.Exit(1)
+    if not quiet:
+        print_line(f"the gate is met: {', '.join(map(str, conditions))}")

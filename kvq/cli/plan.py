@@ -1,0 +1,154 @@
+"""`kvq plan`: what a cache will hold, from the configuration of the model alone."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvq.byte_size import parse_bytes
+from kvq.cli.console import print_error, print_json, print_line, print_table, print_warning
+from kvq.errors import BackendError, ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from kvq.config import KVQCacheConfig
+    from kvq.planning import CachePlan
+
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="A folder with a config.json, an id on the hub, or `embedded`.")
+    ],
+    context: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of the prompt.")],
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", show_default=False, help="Configuration of the cache: YAML or JSON.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows, each with that many tokens.")] = 1,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", show_default=False, help="Memory of the device, e.g. 24GiB.")
+    ] = None,
+    weights_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", show_default=False, help="Of the weights, where they are quantized, e.g. 5.5GiB."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            show_default=False,
+            help=f"{', '.join(DTYPES)}: of weights and states; default: the model's.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+) -> None:
+    """Plan the cache of a model: what each layer gets and why, its bytes, the largest context that fits.
+
+    Only the model's configuration is read. The bytes are those that `cache.memory()` counts after a prompt of that many
+    tokens. The largest context leaves room for the weights and for what generating opens ahead; what is not counted is
+    said.
+
+    Exit codes: 0 fine; 1 the cache cannot serve this model; 2 the model, the file or a size cannot be had.
+
+    Keys of --json: "model", "context", "batch", "dtype", "total_bytes", "full_precision_bytes", "compression",
+    "horizon" (tokens generated after the prompt), "later_bytes", "later_full_precision_bytes" and "peak_bytes" (up to
+    then, on the device), "num_parameters", "weights_bytes", "gpu_memory_bytes", "fits" and "largest_context" (null
+    without --gpu-memory), "is_search_bounded" (more than "largest_context" would fit), "unsupported", "notes",
+    "left_out", and "layers", a list with "layer_idx", "kind", "reason", bytes as above, "offloaded_bytes", "key" and
+    "value" (null, or "num_heads", "head_dim", "backend", "nbits", "granularity", "group_length", "rotation",
+    "effective_bits"; null from "backend" on in full precision).
+    """
+    with _exit(2, ValueError):
+        sizes = [None if size is None else parse_bytes(size) for size in (gpu_memory, weights_memory)]
+    if dtype not in (None, *DTYPES):
+        print_error(f"--dtype {dtype!r} is not accepted; choose one of {', '.join(DTYPES)}")
+        raise typer.Exit(2)
+    with _exit(2, ConfigError, BackendError), _told():
+        settings = _read_config(config)
+    with _exit(2, ModelError):
+        described = _read_model(model)
+    with _exit(1, ConfigError, BackendError, ModelError), _told():
+        made = _make(described, settings, context, batch, dtype, sizes)
+    if as_json:
+        print_json(made.to_dict())
+    else:
+        _print_plan(made)
+
+
+@contextlib.contextmanager
+def _exit(code: int, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors of these types into one line, or one for each fault, and an exit code."""
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, ConfigError) and len(error.faults) > 1:
+            faults = [str(fault) for fault in error.faults]
+            print_error(f"{error.source or 'the configuration'} has {len(faults)} faults", faults)
+        else:
+            print_error(str(error))
+        raise typer.Exit(code) from error
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Print what kvq warns of as lines, and keep what a plugin prints off stdout."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        yield
+    for one in caught:
+        if one.category is UserWarning:
+            print_warning(str(one.message))
+
+
+def _read_config(file: str | None) -> KVQCacheConfig:
+    from kvq.config import KVQCacheConfig
+
+    return KVQCacheConfig() if file is None else KVQCacheConfig.from_file(file)
+
+
+def _read_model(model: str) -> PretrainedConfig:
+    from kvq.cli.model_config import load_model_config
+
+    return load_model_config(model)
+
+
+def _make(
+    model_config: PretrainedConfig,
+    config: KVQCacheConfig,
+    context: int,
+    batch: int,
+    dtype: str | None,
+    sizes: list[int | None],
+) -> CachePlan:
+    import torch
+
+    from kvq.planning import plan as make_plan
+
+    return make_plan(
+        model_config,
+        config,
+        context=context,
+        batch=batch,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        gpu_memory=sizes[0],
+        weights_bytes=sizes[1],
+    )
+
+
+def _print_plan(made: CachePlan) -> None:
+    from kvq.planning.cache_plan import COLUMNS
+
+    print_line(f"{made.model}, {made.headline()}")
+    print_line()
+    print_table(COLUMNS, made.rows())
+    print_line()
+    for line in made.lines():
+        print_line(line)

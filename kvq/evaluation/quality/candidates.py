@@ -1,0 +1,105 @@
+"""What is evaluated: configurations of kvq, and the quantized caches of transformers beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, QuantizedCache
+from transformers.cache_utils import Cache
+
+from kvq.cache import KVQ
+from kvq.config import KVQCacheConfig
+from kvq.memory import report_memory
+
+PEERS: Mapping[str, Mapping[str, Any]] = {
+    "transformers quanto 4": {"backend": "quanto", "nbits": 4, "axis_key": 0, "axis_value": 0},
+    "transformers quanto 2": {"backend": "quanto", "nbits": 2, "axis_key": 0, "axis_value": 0},
+    "transformers hqq 4": {"backend": "hqq", "nbits": 4, "axis_key": 1, "axis_value": 1},
+    "transformers hqq 2": {"backend": "hqq", "nbits": 2, "axis_key": 1, "axis_value": 1},
+    "transformers fp8": {"backend": "fp8"},
+}
+"""transformers' own quantized caches, along the axis that lets them generate at any length and with the least error."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One cache to be measured.
+
+    Attributes:
+        label: what the tables call it.
+        build: makes an empty cache for a model.
+        settings: what it was made from, as plain values.
+        is_peer: whether it is not ours.
+    """
+
+    label: str
+    build: Callable[[PreTrainedModel], Cache] = field(repr=False)
+    settings: Mapping[str, Any]
+    is_peer: bool = False
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_candidate(label: str, config: KVQCacheConfig) -> Candidate:
+    """Return the candidate of one configuration."""
+    return Candidate(label, lambda model: KVQ(config, model=model), config.to_dict())
+
+
+def list_peers() -> Iterator[Candidate]:
+    """Yield transformers' quantized caches; building one that this version lacks raises its own error."""
+    for label, options in PEERS.items():
+        yield Candidate(label, _peer_builder(options), {"transformers": dict(options)}, is_peer=True)
+
+
+def _peer_builder(options: Mapping[str, Any]) -> Callable[[PreTrainedModel], Cache]:
+    return lambda model: QuantizedCache(config=model.config, **options)
+
+
+def count_held_bytes(cache: Cache) -> int:
+    """Return the bytes of the distinct storages that any cache of transformers or of ours holds."""
+    if isinstance(cache, KVQ):
+        return cache.memory().total_bytes
+    return report_memory(cache.layers).total_bytes
+
+
+def count_full_precision_bytes(cache: Cache, reference: Cache) -> int:
+    """Return the bytes of the same tokens in full precision."""
+    return cache.memory().full_precision_bytes if isinstance(cache, KVQ) else count_held_bytes(reference)
+
+
+def history_errors(cache: Cache, reference: Cache, bins: int) -> list[float] | None:
+    """Return the relative error of the states that attention reads, by distance from the newest token.
+
+    Args:
+        cache: the cache under test.
+        reference: full precision, after the same tokens.
+        bins: runs of equal length; the first one has the newest tokens.
+
+    Returns:
+        Root mean square error over that of the states, for each run, over all layers, keys and values; None for a
+        cache whose history cannot be read, or one that is not ours.
+    """
+    if not isinstance(cache, KVQ):
+        return None
+    wrong, total = torch.zeros(bins), torch.zeros(bins)
+    filled = [(index, layer) for index, layer in enumerate(reference.layers) if layer.is_initialized]
+    for index, layer in filled:
+        for found, expected in zip(cache.materialize(index), (layer.keys, layer.values), strict=True):
+            runs = zip(_runs_back(found - expected, bins), _runs_back(expected, bins), strict=True)
+            for place, (difference, states) in enumerate(runs):
+                wrong[place] += difference.float().square().sum().cpu()
+                total[place] += states.float().square().sum().cpu()
+    relative: list[float] = (wrong / total.clamp_min(1e-30)).sqrt().tolist()
+    return relative
+
+
+def _runs_back(states: torch.Tensor, bins: int) -> tuple[torch.Tensor, ...]:
+    return states.flip(2).tensor_split(bins, dim=2)

@@ -1,0 +1,93 @@
+"""Records as a table and as a JSON document."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from kvq import __version__
+from kvq.evaluation.quality.record import QualityRecord
+from kvq.evaluation.quality.run import EvaluationPlan
+
+COLUMNS = (
+    "cache",
+    "perplexity",
+    "change",
+    "KL (95 %)",
+    "KL p99",
+    "top-1",
+    "needle",
+    "bits K / V",
+    "held",
+    "smaller",
+)
+_DISTRIBUTIONS = ("torch", "transformers", "optimum-quanto", "hqq")
+
+
+def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
+    """Return a row of cells under `COLUMNS` for full precision and for each record."""
+    measured = [record for record in records if not record.failure]
+    rows = []
+    if measured:
+        plain = measured[0]
+        rows.append(
+            ("full precision", f"{plain.reference_perplexity:.4g}", *["-"] * 6, _mebibytes(plain.full_precision_bytes))
+        )
+    rows = [(*row, "1.00x") for row in rows]
+    return [*rows, *map(_row, measured)]
+
+
+def list_failures(records: Sequence[QualityRecord]) -> list[str]:
+    """Return a line for each cache that could not be measured."""
+    return [f"{record.label}: not measured: {record.failure}" for record in records if record.failure]
+
+
+def describe_run(plan: EvaluationPlan, model_name: str, records: Sequence[QualityRecord]) -> dict[str, Any]:
+    """Return everything measured, and what it was measured with, as plain values."""
+    return {
+        "model": model_name,
+        "dtype": str(plan.model.dtype).removeprefix("torch."),
+        "text": plan.text.name,
+        "text_digest": plan.text.digest,
+        "sequences": len(plan.text.sequences),
+        "length": plan.text.sequences.shape[1],
+        "prefill": plan.prefill,
+        "step": plan.step,
+        "machine": f"{platform.system()} {platform.machine()}, {plan.model.device.type}",
+        "python": platform.python_version(),
+        "versions": {"kvq": __version__, **_versions()},
+        "records": [record.to_dict() for record in records],
+    }
+
+
+def _row(record: QualityRecord) -> tuple[str, ...]:
+    bits = "-" if record.bits_key is None else f"{record.bits_key:.2f} / {record.bits_value:.2f}"
+    return (
+        record.label,
+        f"{record.perplexity:.4g}",
+        f"{record.ppl_change:+.2%}",
+        str(record.kl),
+        f"{record.kl_p99:.2e}",
+        f"{record.top1:.2%}",
+        "-" if math.isnan(record.needle) else f"{record.needle:.1%}",
+        bits,
+        _mebibytes(record.held_bytes),
+        f"{record.compression:.2f}x",
+    )
+
+
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

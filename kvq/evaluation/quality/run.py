@@ -1,0 +1,231 @@
+"""Measuring caches on a text: batch by batch, each against full precision on the same tokens.
+
+A run may be stopped at any time: what is finished lies in a folder, a file for each cache and batch, and the next run
+with the same model, text and settings goes on behind it. Several processes share the batches between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvq.cache import KVQ
+from kvq.evaluation.quality.candidates import (
+    Candidate,
+    count_full_precision_bytes,
+    count_held_bytes,
+    history_errors,
+)
+from kvq.evaluation.quality.forcing import force_tokens
+from kvq.evaluation.quality.metrics import TokenScores
+from kvq.evaluation.quality.needle import NeedleTask, answer_exactly
+from kvq.evaluation.quality.processes import Processes
+from kvq.evaluation.quality.record import BatchResult, QualityRecord, summarize
+from kvq.evaluation.quality.text import TokenText
+
+DISTANCE_BINS = 8
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is measured, and how.
+
+    Attributes:
+        model: a causal model.
+        text: the sequences to be read.
+        candidates: the caches.
+        needles: questions about a fact in a long text, or None.
+        prefill: tokens of each sequence that are read at once; later ones are scored.
+        step: tokens of each later forward; 1 as in generation.
+        batch_size: sequences read together.
+    """
+
+    model: PreTrainedModel
+    text: TokenText
+    candidates: Sequence[Candidate]
+    needles: NeedleTask | None
+    prefill: int = 128
+    step: int = 1
+    batch_size: int = 8
+
+    @property
+    def batches(self) -> int:
+        """How many batches the sequences make."""
+        return math.ceil(len(self.text.sequences) / self.batch_size)
+
+    @property
+    def units(self) -> int:
+        """What progress is counted in: one cache on one batch, full precision among them."""
+        return self.batches * (len(self.candidates) + 1)
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of all but the candidates."""
+        parts = [self.text.digest, self.prefill, self.step, self.batch_size, str(self.model.dtype)]
+        if self.needles:
+            parts.append(hashlib.sha256(self.needles.prompts.numpy().tobytes()).hexdigest())
+        parts += [f"{name} {weight.detach().double().sum().item()!r}" for name, weight in self.model.named_parameters()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def evaluate(
+    plan: EvaluationPlan,
+    *,
+    parts: Path | None = None,
+    processes: Processes | None = None,
+    on_progress: Callable[[str], None] = lambda label: None,  # noqa: ARG005
+) -> list[QualityRecord]:
+    """Measure all candidates of a plan.
+
+    Args:
+        plan: what to measure.
+        parts: folder for what is finished, or None; needed to go on after an interruption.
+        processes: among which the batches are shared; this one alone unless given.
+        on_progress: called after each cache and batch with the label of what comes next.
+
+    Returns:
+        A record for each candidate, in their order; the same in every process.
+    """
+    processes = processes or Processes()
+    finished = _Parts(parts, plan)
+    failures: dict[str, str] = {}
+    own: list[tuple[str, int, Any]] = []
+    for index in range(processes.index, plan.batches, processes.count):
+        for label, result in _measure_batch(plan, index, finished, failures, on_progress):
+            own.append((label, index, result))
+    gathered = sorted(processes.gather(own), key=lambda entry: entry[1])
+    failures = dict(processes.gather(list(failures.items())))
+    return [_summarize(plan, candidate, gathered, failures) for candidate in plan.candidates]
+
+
+def _summarize(
+    plan: EvaluationPlan, candidate: Candidate, gathered: Sequence[tuple[str, int, Any]], failures: Mapping[str, str]
+) -> QualityRecord:
+    if candidate.label in failures:
+        return QualityRecord(candidate.label, candidate.settings, candidate.is_peer, failure=failures[candidate.label])
+    results = [result for label, _, result in gathered if label == candidate.label]
+    needles = [answer for _, answers in results for answer in answers]
+    return summarize(candidate, [batch for batch, _ in results], needles, 8 * plan.model.dtype.itemsize)
+
+
+def _measure_batch(
+    plan: EvaluationPlan,
+    index: int,
+    finished: _Parts,
+    failures: dict[str, str],
+    on_progress: Callable[[str], None],
+) -> Iterator[tuple[str, Any]]:
+    """Yield label and result of each candidate on one batch; full precision is run only where one is missing."""
+    reference: _Reference | None = None
+    for candidate in plan.candidates:
+        on_progress(candidate.label)
+        result = finished.find(candidate, index)
+        if result is None and candidate.label not in failures:
+            reference = reference or _Reference.run(plan, index)
+            try:
+                result = _measure(plan, candidate, index, reference)
+            except Exception as error:
+                if not candidate.is_peer:
+                    raise
+                # A peer that this version of transformers lacks, or that cannot serve the model, is told of as such.
+                failures[candidate.label] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            finished.keep(candidate, index, result)
+        if result is not None:
+            yield candidate.label, result
+    on_progress("full precision")
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Full precision on one batch.
+
+    Attributes:
+        tokens: int64 `[B, L]`, on the model's device.
+        logits: for each step, in the model's dtype.
+        cache: after the last token.
+    """
+
+    tokens: torch.Tensor
+    logits: list[torch.Tensor]
+    cache: Cache
+
+    @classmethod
+    def run(cls, plan: EvaluationPlan, index: int) -> _Reference:
+        rows = slice(index * plan.batch_size, (index + 1) * plan.batch_size)
+        tokens = plan.text.sequences[rows].to(plan.model.device)
+        cache = DynamicCache(config=plan.model.config)
+        return cls(tokens, list(force_tokens(plan.model, tokens, cache, prefill=plan.prefill, step=plan.step)), cache)
+
+
+def _measure(
+    plan: EvaluationPlan, candidate: Candidate, index: int, reference: _Reference
+) -> tuple[BatchResult, list[tuple[float, bool]]]:
+    cache = candidate.build(plan.model)
+    steps = force_tokens(plan.model, reference.tokens, cache, prefill=plan.prefill, step=plan.step)
+    targets = reference.tokens[:, plan.prefill :]
+    scores, done = [], 0
+    for logits, expected in zip(steps, reference.logits, strict=True):
+        count = logits.shape[1]
+        scores.append(TokenScores.compare(logits, expected, targets[:, done : done + count]))
+        done += count
+    memory = cache.memory() if isinstance(cache, KVQ) else None
+    batch = BatchResult(
+        scores=TokenScores.concatenate(scores, dim=1).select(plan.text.scored[plan.prefill :]),
+        held_bytes=count_held_bytes(cache),
+        full_precision_bytes=count_full_precision_bytes(cache, reference.cache),
+        errors_by_distance=history_errors(cache, reference.cache, DISTANCE_BINS),
+        bits=(memory.effective_bits_key, memory.effective_bits_value) if memory else (None, None),
+    )
+    return batch, _answer_needles(plan, candidate, index)
+
+
+def _answer_needles(plan: EvaluationPlan, candidate: Candidate, index: int) -> list[tuple[float, bool]]:
+    """Answer the share of the questions that falls to this batch."""
+    if plan.needles is None:
+        return []
+    share = math.ceil(len(plan.needles.prompts) / plan.batches)
+    rows = slice(index * share, (index + 1) * share)
+    build = lambda: candidate.build(plan.model)  # noqa: E731  # a name for what is passed on
+    return list(answer_exactly(plan.model, plan.needles, build, batch_size=plan.batch_size, rows=rows))
+
+
+class _Parts:
+    """Results of single batches on disk; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None, plan: EvaluationPlan) -> None:
+        self.folder = folder
+        self.digest = plan.digest if folder else ""
+
+    def find(self, candidate: Candidate, index: int) -> Any:
+        """Return the result of an earlier run, or None."""
+        path = self._path(candidate, index)
+        if path is None or not path.is_file():
+            return None
+        kept = torch.load(path, weights_only=True)
+        batch = BatchResult(TokenScores(**kept["scores"]), bits=tuple(kept["bits"]), **kept["batch"])
+        return batch, [tuple(answer) for answer in kept["needles"]]
+
+    def keep(self, candidate: Candidate, index: int, result: tuple[BatchResult, list[tuple[float, bool]]]) -> None:
+        """Write a result; a file is whole or not there."""
+        path = self._path(candidate, index)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch, needles = result
+        facts = {name: getattr(batch, name) for name in ("held_bytes", "full_precision_bytes", "errors_by_distance")}
+        kept = {"batch": facts, "scores": asdict(batch.scores), "bits": list(batch.bits), "needles": needles}
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(kept, unfinished)
+        unfinished.replace(path)
+
+    def _path(self, candidate: Candidate, index: int) -> Path | None:
+        return self.folder / f"{self.digest}-{candidate.digest}-{index}.pt" if self.folder else None

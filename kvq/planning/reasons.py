@@ -1,0 +1,68 @@
+"""Why a layer is held as it is, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from kvq.config import KVQCacheConfig
+from kvq.config.selection import find_selector
+from kvq.layer import KVQLayer
+
+_KEPT = {
+    "DynamicLayer": "kept by transformers",
+    "LinearAttentionLayer": "linear attention, a state of fixed size",
+    "LinearAttentionAndFullAttentionLayer": "linear and full attention in one layer",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "linear and sliding attention in one layer",
+    "DummyLayer": "reads another layer's keys and values, or none",
+}
+UNSUPPORTED = {
+    "LinearAttentionLayer": "the states of linear attention",
+    "LinearAttentionAndFullAttentionLayer": "layers with both linear and full attention",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "layers with both linear and sliding attention",
+}
+"""What kvq does not quantize whatever the configuration says, by class of the layer."""
+
+
+class Reasons:
+    """Explains layers of one cache.
+
+    Args:
+        config: of the cache.
+        model_config: of the text model.
+        layers: of the cache.
+    """
+
+    def __init__(self, config: KVQCacheConfig, model_config: PretrainedConfig, layers: list[Any]) -> None:
+        self.config = config
+        self.layers = layers
+        self.is_latent = bool(getattr(model_config, "kv_lora_rank", None))
+
+    def explain(self, layer_idx: int, outline: Any) -> str:
+        """Return why a layer is held as it is.
+
+        Args:
+            layer_idx: index of the layer.
+            outline: the layer of transformers' own cache.
+        """
+        window = getattr(outline, "sliding_window", None)
+        entry = find_selector(self.config.layers, layer_idx, len(self.layers))
+        place = "default" if entry is None else f"layers[{entry!r}]"
+        if isinstance(self.layers[layer_idx], KVQLayer):
+            return "; ".join(filter(None, (place, self._why_sliding(window), self._latent)))
+        if entry is not None and self.config.layers[entry].full_precision:
+            return f"{place}: full_precision"
+        if type(outline).__name__ == "DynamicSlidingWindowLayer":
+            return f"sliding window of {window} tokens, kept by transformers"
+        return _KEPT.get(type(outline).__name__, f"{type(outline).__name__}, kept by transformers")
+
+    @property
+    def _latent(self) -> str:
+        return "latent attention: keys are the latent, values the rope part" if self.is_latent else ""
+
+    def _why_sliding(self, window: int | None) -> str:
+        if window is None:
+            return ""
+        why = "sliding: quantize" if self.config.sliding == "quantize" else "the model has no other layers"
+        return f"sliding window of {window} tokens, quantized since {why}"

@@ -1,0 +1,185 @@
+"""Layers that take tokens without data: the product's own layers on torch's meta device.
+
+What is allocated when is decided by the code that decides it in a real cache, so that there is no second set of
+formulas. Only the quantizing itself is left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kvq.config import ResolvedLayer, ResolvedSide
+from kvq.errors import ModelError
+from kvq.layer import KVQLayer
+from kvq.memory import LayerMemory, report_memory
+from kvq.store.chunks import ChunkedStore
+from kvq.store.sinks import SinkTokens
+from kvq.store.window import TokenBuffer
+
+META = torch.device("meta")
+
+GROWING_KINDS = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+}
+"""Layers of transformers all of whose growth comes from `update`."""
+FIXED_KINDS = {"DummyLayer", "LinearAttentionLayer"}
+"""Layers of transformers that hold the same after any number of tokens."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a layer holds at two moments.
+
+    Attributes:
+        prompt: right after the prompt.
+        later: after some more tokens, one at a time.
+        peak_bytes: the most held on the model's device at any time up to then.
+        offloaded_bytes: held in the memory of the host right after the prompt.
+    """
+
+    prompt: LayerMemory
+    later: LayerMemory
+    peak_bytes: int
+    offloaded_bytes: int
+
+
+class Rehearsal:
+    """One layer of a cache, which can be filled any number of times.
+
+    Args:
+        layer: of the cache, not yet filled: a `KVQLayer`, or one of transformers.
+        outline: the layer of transformers' own cache after one token, on the meta device.
+
+    Raises:
+        KVQError: what the layer would raise at its first update.
+        ModelError: it is a kind of layer whose growth is not known here.
+    """
+
+    def __init__(self, layer: Any, outline: Any) -> None:
+        self.outline = outline
+        self.kind = type(outline).__name__
+        self.quantized: KVQLayer | None = None
+        self.is_offloaded = False
+        if self.kind not in GROWING_KINDS | FIXED_KINDS:
+            raise ModelError(
+                f"layers of type {self.kind} hold more than keys and values, and how that grows is not known from the "
+                "configuration alone; measure it with cache.memory()"
+            )
+        if isinstance(layer, KVQLayer) and self.states is not None:
+            self.quantized = _build_quantized(layer, *self.states)
+            self.is_offloaded = layer.settings.device is not None and layer.settings.device.type == "cpu"
+
+    @property
+    def states(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values of one token, `[B, H, 1, D]` on the meta device; None where the layer gets none."""
+        keys, values = getattr(self.outline, "keys", None), getattr(self.outline, "values", None)
+        return None if keys is None or values is None else (keys, values)
+
+    @property
+    def horizon(self) -> int:
+        """Tokens after which everything that generating allocates has been seen once."""
+        return self.quantized.flush_length if self.quantized is not None else 1
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for layers that hold equally many bytes after equally many tokens."""
+        window = getattr(self.outline, "sliding_window", None)
+        shapes = tuple((tuple(one.shape), one.dtype) for one in self.states or ())
+        return self.kind, window, shapes, _measure(self.outline).total_bytes, self._quantized_signature()
+
+    def run(self, context: int, horizon: int, *, full_precision: bool = False) -> Moments:
+        """Fill the layer with a prompt and then token by token.
+
+        Args:
+            context: tokens of the prompt, at least 1.
+            horizon: tokens after it, at least 1.
+            full_precision: fill transformers' own layer instead.
+        """
+        layer = self._renew() if self.quantized is not None and not full_precision else copy.deepcopy(self.outline)
+        self._feed(layer, context - (0 if isinstance(layer, KVQLayer) else 1))
+        steps = [_measure(layer)]
+        for _ in range(horizon):
+            self._feed(layer, 1)
+            steps.append(_measure(layer))
+        offloaded = [_chunk_bytes(step) if self.is_offloaded else 0 for step in steps]
+        peak = max(step.total_bytes - away for step, away in zip(steps, offloaded, strict=True))
+        return Moments(steps[0], steps[-1], peak, offloaded[0])
+
+    def _feed(self, layer: Any, count: int) -> None:
+        if self.states is None or self.kind in FIXED_KINDS or not count:
+            return
+        keys, values = (one.expand(-1, -1, count, -1) for one in self.states)
+        if isinstance(layer, KVQLayer):
+            layer.update(keys, values, packed=True)  # handles, which decode nothing
+        else:
+            layer.update(keys, values)
+
+    def _quantized_signature(self) -> Hashable:
+        if self.quantized is None:
+            return None
+        settings = self.quantized.settings
+        parts = tuple(
+            (
+                tuple(sorted((name, part.shape, str(part.dtype)) for name, part in side.quantizer.layout().items())),
+                side.quantizer.block_length,
+                sum(constant.nbytes for constant in side.quantizer.constants().values()),
+            )
+            for _, side in self.quantized.sides()
+        )
+        return parts, settings.residual_length, settings.sink_length, self.is_offloaded
+
+    def _renew(self) -> KVQLayer:
+        """Return the quantized layer, emptied and with its buffers on the meta device."""
+        layer = self.quantized
+        if layer is None or self.states is None:
+            raise ModelError(f"a layer of type {self.kind} gets no states")
+        for (_, side), like in zip(layer.sides(), self.states, strict=True):
+            side.store = _UnwrittenStore(side.quantizer, like.shape[0], like.shape[1], META)
+            side.window = TokenBuffer(side.flush_length, like[:, :, :0])
+            side.sinks = SinkTokens(side.sinks.length, side.sinks.starts)
+        return layer
+
+
+class _UnwrittenStore(ChunkedStore):
+    """A store that opens the chunks it would open, and quantizes nothing."""
+
+    def _calls(self, states: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+        del states
+        return iter(())
+
+
+def _build_quantized(layer: KVQLayer, keys: torch.Tensor, values: torch.Tensor) -> KVQLayer:
+    """Return a layer with the real quantizers for states like these, built on the CPU."""
+    own = KVQLayer(layer.layer_idx, _anywhere(layer.settings))
+    empty = [torch.empty_like(one[:, :, :0], device="cpu") for one in (keys, values)]
+    own.check_states(*empty)
+    own.lazy_initialization(*empty)
+    return own
+
+
+def _anywhere(settings: ResolvedLayer) -> ResolvedLayer:
+    """Return settings without what ties them to a device that need not be here."""
+    return replace(settings, device=None, key=_on_cpu(settings.key), value=_on_cpu(settings.value))
+
+
+def _on_cpu(side: ResolvedSide) -> ResolvedSide:
+    accepted = side.backend.capabilities
+    if not accepted.device_types or "cpu" in accepted.device_types:
+        return side
+    return replace(side, backend=replace(side.backend, capabilities=replace(accepted, device_types=())))
+
+
+def _measure(layer: Any) -> LayerMemory:
+    return report_memory([layer]).layers[0]
+
+
+def _chunk_bytes(memory: LayerMemory) -> int:
+    return sum(side.chunk_bytes for side in (memory.key, memory.value) if side is not None)
