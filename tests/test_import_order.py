@@ -167,6 +167,8 @@ def test_nothing_names_a_backend_but_the_default():
     names = own_backend_names()
     assert {"quanto", "hqq"} <= names
     named = {name: found for name, path in KVQ.items() if (found := find_backend_names(path.read_text("utf-8"), names))}
+    peers = named.pop("kvq.evaluation.quality.candidates")  # transformers' caches, which have names of their own
+    assert set(peers) <= {"quanto", "hqq"}
     assert named == {"kvq.config.cache_config": ["quanto"]}
     assert 'DEFAULT_BACKEND = "quanto"' in KVQ["kvq.config.cache_config"].read_text(encoding="utf-8")
 

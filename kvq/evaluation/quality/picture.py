@@ -21,7 +21,9 @@ def draw_records(records: Sequence[QualityRecord], path: Path, title: str) -> No
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvaluationError("a picture needs matplotlib: pip install 'kvq[plot]' from the checkout") from error
+        raise EvaluationError(
+            "a picture needs matplotlib, the extra `plot`: pip install '.[plot]' in the checkout of kvq"
+        ) from error
     shown = [record for record in records if not record.failure]
     if not shown:
         raise EvaluationError("there is nothing to draw: no cache could be measured")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from kvq import __version__
 from kvq.evaluation.quality.record import QualityRecord
 from kvq.evaluation.quality.run import EvaluationPlan
+from kvq.requirements import find_version
 
 COLUMNS = (
     "cache",
@@ -24,7 +25,6 @@ COLUMNS = (
     "held",
     "smaller",
 )
-_DISTRIBUTIONS = ("torch", "transformers", "optimum-quanto", "hqq")
 
 
 def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
@@ -58,7 +58,7 @@ def describe_run(plan: EvaluationPlan, model_name: str, records: Sequence[Qualit
         "step": plan.step,
         "machine": f"{platform.system()} {platform.machine()}, {plan.model.device.type}",
         "python": platform.python_version(),
-        "versions": {"kvq": __version__, **_versions()},
+        "versions": _versions(),
         "records": [record.to_dict() for record in records],
     }
 
@@ -83,11 +83,7 @@ def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-def _versions() -> Mapping[str, str]:
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def _versions() -> dict[str, str]:
+    """Return the versions of kvq and of what it depends on."""
+    names = [re.split(r"[^\w.-]", text)[0] for text in metadata.requires("kvq") or () if "extra ==" not in text]
+    return {name: version for name in ("kvq", *names) if (version := find_version(name))}
