@@ -41,8 +41,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="ID",
-            help="Instead of a file: stdlib-calibration or stdlib-report (Python's own source), recall (for the "
-            "embedded model), or ID[:CONFIGURATION[:SPLIT]] of the hub.",
+            help="Instead of a file: stdlib-calibration or stdlib-report (Python's own source), recall-calibration "
+            "or recall-report (for the embedded model), or ID[:CONFIGURATION[:SPLIT]] of the hub.",
         ),
     ] = None,
     gate: Annotated[
@@ -57,6 +57,9 @@ def evaluate(
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
     dtype: Annotated[str, typer.Option(help="auto (the model's own), float16, bfloat16 or float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="Print too: KL by position, error by distance, answers by depth.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw quality against size into this PNG file.")] = None,
 ) -> None:
@@ -86,7 +89,9 @@ def evaluate(
         processes = _find_processes()
     records = _run(plan, out, processes)
     if processes.is_main:
-        _show(records, plan, model, out)
+        _show(records, plan, model, details=details)
+        if out is not None:
+            _write(records, plan, model, out)
         if picture is not None:
             _draw(records, picture, f"{Path(model).name} on {plan.text.name}")
     _apply_gate(records, conditions, quiet=not processes.is_main)
@@ -153,12 +158,14 @@ def _make_plan(
 ) -> EvaluationPlan:
     from kvq.evaluation.quality.needle import build_task
     from kvq.evaluation.quality.run import EvaluationPlan
-    from kvq.evaluation.quality.text import load_dataset, load_files
+    from kvq.evaluation.quality.text import BUILT_IN_TEXTS, load_dataset, load_files
 
     model, tokenizer = loaded
     shape = {"sequences": chosen.sequences, "length": chosen.length}
     if (chosen.files is None) == (chosen.dataset is None):
-        raise EvaluationError("give the text: either --text FILE or --dataset ID (built in: stdlib-report, recall)")
+        raise EvaluationError(
+            f"give the text: either --text FILE or --dataset ID (built in: {', '.join(BUILT_IN_TEXTS)})"
+        )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and chosen.length > longest:
         raise EvaluationError(f"--length {chosen.length} is more than the {longest} positions of the model")
@@ -209,17 +216,24 @@ def _progress(plan: EvaluationPlan, processes: Processes) -> Iterator[Callable[[
         yield lambda label: progress.update(task, description=label, advance=1)
 
 
-def _show(records: list[QualityRecord], plan: EvaluationPlan, model: str, out: Path | None) -> None:
-    from kvq.evaluation.quality.report import COLUMNS, describe_run, list_failures, table_rows
+def _show(records: list[QualityRecord], plan: EvaluationPlan, model: str, *, details: bool) -> None:
+    from kvq.evaluation.quality.report import COLUMNS, DETAIL_COLUMNS, detail_rows, list_failures, table_rows
 
     count, length = plan.text.sequences.shape
     scored = count * int(plan.text.scored[plan.prefill :].sum())
     print_line(f"{model} on {plan.text.name}: {count} sequences of {length} tokens, {scored:,} of them scored")
     print_table(COLUMNS, table_rows(records))
+    if details:
+        print_line()
+        print_table(DETAIL_COLUMNS, detail_rows(records))
     for failure in list_failures(records):
         print_line(failure)
-    if out is not None:
-        out.write_text(json.dumps(describe_run(plan, model, records), indent=1, allow_nan=False) + "\n")
+
+
+def _write(records: list[QualityRecord], plan: EvaluationPlan, model: str, out: Path) -> None:
+    from kvq.evaluation.quality.report import describe_run
+
+    out.write_text(json.dumps(describe_run(plan, model, records), indent=1, allow_nan=False) + "\n")
 
 
 def _draw(records: list[QualityRecord], picture: Path, title: str) -> None:

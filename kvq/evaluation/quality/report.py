@@ -25,6 +25,12 @@ COLUMNS = (
     "held",
     "smaller",
 )
+DETAIL_COLUMNS = (
+    "cache",
+    "KL by position, oldest first",
+    "error of states by distance, nearest first",
+    "needle by depth",
+)
 
 
 def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
@@ -38,6 +44,20 @@ def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
         )
     rows = [(*row, "1.00x") for row in rows]
     return [*rows, *map(_row, measured)]
+
+
+def detail_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
+    """Return a row of cells under `DETAIL_COLUMNS` for each record: whether it drifts, what is lost where."""
+    return [
+        (
+            record.label,
+            _figures(record.kl_by_position),
+            _figures(record.error_by_distance or ()),
+            " ".join(f"{depth}: {rate:.0%}" for depth, rate in record.needle_by_depth.items()) or "-",
+        )
+        for record in records
+        if not record.failure
+    ]
 
 
 def list_failures(records: Sequence[QualityRecord]) -> list[str]:
@@ -77,6 +97,10 @@ def _row(record: QualityRecord) -> tuple[str, ...]:
         _mebibytes(record.held_bytes),
         f"{record.compression:.2f}x",
     )
+
+
+def _figures(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:.1e}" if number else "0" for number in numbers) or "-"
 
 
 def _mebibytes(count: float) -> str:

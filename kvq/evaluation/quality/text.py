@@ -15,10 +15,10 @@ from kvq.errors import EvaluationError
 from kvq.evaluation import recall
 from kvq.evaluation.stdlib_text import read_stdlib
 
-RECALL_TEXT = "recall"
+RECALL_SEEDS = {"recall-calibration": 1, "recall-report": 0}
 STDLIB_TEXTS = ("stdlib-calibration", "stdlib-report")
-BUILT_IN_TEXTS = (*STDLIB_TEXTS, RECALL_TEXT)
-"""What `--dataset` knows without any download."""
+BUILT_IN_TEXTS = (*STDLIB_TEXTS, *RECALL_SEEDS)
+"""What `--dataset` knows without any download: of each text one part to choose settings on, one to report on."""
 MAX_RECORDS = 160
 """Most records of a recall text: what the embedded model was trained for."""
 
@@ -70,8 +70,8 @@ def load_dataset(name: str, tokenizer: PreTrainedTokenizerBase, *, sequences: in
     Raises:
         EvaluationError: there is no such dataset, it cannot be reached, or it is too short.
     """
-    if name == RECALL_TEXT:
-        return _sample_recall(tokenizer, sequences, length)
+    if name in RECALL_SEEDS:
+        return _sample_recall(name, tokenizer, sequences, length)
     if name in STDLIB_TEXTS:
         part: Any = name.removeprefix("stdlib-")
         return _cut(name, (text for _, text in read_stdlib(part)), tokenizer, sequences, length)
@@ -114,6 +114,11 @@ def _read_hub(name: str) -> Iterator[str]:
 
 def _cut(name: str, texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, sequences: int, length: int) -> TokenText:
     """Encode texts one after another and take evenly spaced sequences, each led by the begin-of-text token."""
+    if is_recall_tokenizer(tokenizer):
+        raise EvaluationError(
+            f"the embedded model knows the words of its own task only and cannot read {name!r}; "
+            f"use --dataset {' or '.join(RECALL_SEEDS)}"
+        )
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens: list[int] = []
     for text in texts:
@@ -129,20 +134,20 @@ def _cut(name: str, texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, se
     return TokenText(name, cut, torch.ones(length, dtype=torch.bool))
 
 
-def _sample_recall(tokenizer: PreTrainedTokenizerBase, sequences: int, length: int) -> TokenText:
+def _sample_recall(name: str, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int) -> TokenText:
     """Draw documents of the recall task: records, then as many questions about them as there is room for.
 
     Records and names are random and cannot be foretold: only the answers are scored.
     """
     if not is_recall_tokenizer(tokenizer):
-        raise EvaluationError(f"the text {RECALL_TEXT!r} is made of the words of the embedded model; use another text")
+        raise EvaluationError(f"the text {name!r} is made of the words of the embedded model; use another text")
     records = min(MAX_RECORDS, -(-(length - 1) // (recall.RECORD_LENGTH + recall.QUESTION_LENGTH)))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(RECALL_SEEDS[name])
     batch = recall.sample_recall_batch(sequences, records, records, generator=generator)
     tokens = torch.cat([batch.context, batch.questions.flatten(1)], dim=1)
     if tokens.shape[1] < length:
-        raise EvaluationError(f"a text of {RECALL_TEXT!r} has at most {tokens.shape[1]} tokens; ask for shorter ones")
+        raise EvaluationError(f"a text of {name!r} has at most {tokens.shape[1]} tokens; ask for shorter ones")
     context = batch.context.shape[1]
     place = (torch.arange(tokens.shape[1]) - context) % recall.QUESTION_LENGTH
     answers = (torch.arange(tokens.shape[1]) >= context) & (place >= 2)
-    return TokenText(RECALL_TEXT, tokens[:, :length], answers[:length])
+    return TokenText(name, tokens[:, :length], answers[:length])

@@ -1,0 +1,137 @@
+"""`kvq eval` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from kvq.cli import app
+
+SMALL = ("--dataset", "recall-report", "--sequences", "2", "--length", "300", "--step", "16", "--batch-size", "1")
+QUICK = (*SMALL, "--needles", "0", "--no-peers")
+
+
+@pytest.fixture
+def run_eval(run_kvq, tmp_path):
+    """Return a function that runs `kvq eval` beside some configurations, without network."""
+    (tmp_path / "k4v4.yaml").write_text("{nbits_k: 4, nbits_v: 4, residual_length: 32}")
+    (tmp_path / "k2v2.yaml").write_text("{nbits_k: 2, nbits_v: 2, residual_length: 32}")
+    (tmp_path / "faulty.yaml").write_text("nbits: 4")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "k4v4.yaml").write_text("nbits_v: 4")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    return lambda *args: run_kvq("eval", *args, HF_HUB_OFFLINE=1)
+
+
+@pytest.fixture
+def invoke(run_eval, tmp_path, monkeypatch):
+    """Return a function that runs `kvq eval` beside the same configurations, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return lambda *args: CliRunner().invoke(app, ["eval", *args])
+
+
+def test_a_run_is_a_table_a_file_and_a_picture(run_eval, tmp_path):
+    configs = ("--config", "k4v4.yaml", "--config", "k2v2.yaml")
+    outputs = ("--out", "all.json", "--picture", "all.png", "--details")
+    done = run_eval(*SMALL, "--needles", "1", "--no-peers", *configs, *outputs, "--gate", "kl<0.001,compression>1.5")
+    assert done.returncode == 1
+    assert "error: the gate is not met" in done.stderr
+    assert "k2v2: kl<0.001 is not met" in done.stderr
+    assert "k4v4" not in done.stderr
+    table, _, details = done.stdout.partition("\n\n")
+    rows = {line.split("  ")[0]: line for line in table.splitlines()[2:]}
+    assert set(rows) == {"full precision", "k4v4", "k2v2"}
+    assert details.startswith("cache")
+    assert "KL by position" in details
+    found = json.loads((tmp_path / "all.json").read_text())
+    four, two = found["records"][:2]
+    assert (four["label"], two["label"]) == ("k4v4", "k2v2")
+    assert four["kl"]["mean"] < two["kl"]["mean"]
+    assert four["settings"]["residual_length"] == 32
+    assert len(four["kl_by_sequence"]) == found["sequences"] == 2
+    assert sum(four["needle_by_depth"].values()) == pytest.approx(5 * four["needle"])
+    assert f"{four['compression']:.2f}x" in rows["k4v4"]
+    assert {"kvq", "torch", "transformers"} <= set(found["versions"])
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "all.json.parts").exists()
+
+
+def test_a_gate_that_is_met_exits_with_zero(run_eval):
+    done = run_eval(*QUICK, "--config", "k4v4.yaml", "--gate", "kl<0.1,top1>0.5")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "the gate is met: kl<0.1, top1>0.5"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "no/such", *QUICK], "model 'no/such' cannot be loaded"),
+        (["--model", ".", *QUICK], "model '.' cannot be loaded"),
+        ([], "give the text: either --text FILE or --dataset ID"),
+        (["--text", "k4v4.yaml", "--dataset", "recall-report"], "give the text: either"),
+        (["--text", "none.txt"], "the embedded model knows the words of its own task only"),
+        (["--dataset", "stdlib-report"], "use --dataset recall-calibration or recall-report"),
+        (["--dataset", "recall-report", "--length", "5000"], "--length 5000 is more than the"),
+        (["--dataset", "recall-report", "--length", "200", "--prefill", "200"], "leaves nothing of --length 200"),
+        ([*QUICK, "--gate", "kl<-1"], "can never be met"),
+        ([*QUICK, "--gate", "klx<1"], "did you mean 'kl'?"),
+        ([*QUICK, "--config", "none.yaml"], "none.yaml"),
+        ([*QUICK, "--config", "faulty.yaml"], "nbits: is unknown"),
+        ([*QUICK, "-c", "k4v4.yaml", "-c", "other/k4v4.yaml"], "two configurations have the same file name"),
+        ([*QUICK, "--dtype", "int8"], "dtype 'int8' is not accepted"),
+        ([*QUICK, "--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
+        ([*QUICK, "--out", "no/such/folder.json"], "'no/such/folder.json' cannot be written"),
+    ],
+)
+def test_what_is_wrong_is_told_and_nothing_is_measured(invoke, args, message):
+    done = invoke(*args)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert message in " ".join(done.stderr.split())
+
+
+def test_an_error_is_one_line_without_a_traceback(run_eval):
+    done = run_eval("--model", "no/such", *QUICK)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: model 'no/such' cannot be loaded")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_keeps_what_is_finished(run_eval, tmp_path):
+    args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", "--out", "all.json", "--step", "1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "kvq", "eval", *args]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "all.json.parts"
+    while not list(parts.glob("*.pt")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert "the same command goes on where this one was" in stderr
+    assert "Traceback" not in stderr
+    assert 1 <= len(list(parts.glob("*.pt"))) < 4
+    assert run_eval(*args).returncode == 0
+    resumed = json.loads((tmp_path / "all.json").read_text())
+    assert run_eval(*args[:-4], "--out", "anew.json", "--step", "1").returncode == 0
+    assert resumed["records"] == json.loads((tmp_path / "anew.json").read_text())["records"]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(run, run_eval, tmp_path):
+    args = (*QUICK, "--config", "k4v4.yaml", "--needles", "1")
+    assert run_eval(*args, "--out", "one.json").returncode == 0
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
+    done = run(*launcher, *options, "--module", "kvq", "eval", *args, "--out", "two.json", HF_HUB_OFFLINE=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("full precision") == 1
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["records"] == two["records"]

@@ -1,0 +1,176 @@
+"""What is measured of a cache, against arithmetic in float64, DynamicCache and a forward over the whole text."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvq import KVQ
+from kvq.evaluation.quality.candidates import Candidate, count_held_bytes, history_errors, list_peers
+from kvq.evaluation.quality.forcing import force_tokens
+from kvq.evaluation.quality.metrics import Estimate, TokenScores, bin_means
+from kvq.evaluation.quality.needle import DEPTHS, answer_exactly, build_task
+from kvq.evaluation.quality.record import compare_kl
+from kvq.evaluation.quality.run import evaluate
+
+LENGTH = 400
+NEVER_FULL = {"residual_length": 4096}
+
+
+def test_scores_are_those_of_float64():
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 2, 3, 50, generator=generator) * 4
+    targets = torch.randint(50, (2, 3), generator=generator)
+    scores = TokenScores.compare(logits, reference, targets)
+
+    def softmax(numbers):
+        powers = np.exp(numbers - numbers.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    p, q = softmax(reference.double().numpy()), softmax(logits.double().numpy())
+    assert np.allclose(scores.kl, (p * np.log(p / q)).sum(-1), rtol=1e-5)
+    pick = targets.numpy()[..., None]
+    assert np.allclose(scores.nll, -np.log(np.take_along_axis(q, pick, -1))[..., 0], rtol=1e-5)
+    assert np.allclose(scores.reference_nll, -np.log(np.take_along_axis(p, pick, -1))[..., 0], rtol=1e-5)
+    assert np.array_equal(scores.agreement, (p.argmax(-1) == q.argmax(-1)).astype(np.float32))
+    other_way = (q * np.log(q / p)).sum(-1)
+    assert not np.allclose(scores.kl, other_way, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "mean", "half_width"),
+    [
+        ([1.0, 2.0, 3.0], 2.0, 4.303 * 1 / math.sqrt(3)),
+        ([0.0, 1.0], 0.5, 12.706 * math.sqrt(0.5) / math.sqrt(2)),
+        ([float(number) for number in range(31)], 15.0, 2.042 * 9.0921 / math.sqrt(31)),
+    ],
+)
+def test_an_interval_is_that_of_student(parts, mean, half_width):
+    found = Estimate.of_parts(torch.tensor(parts))
+    assert found.mean == pytest.approx(mean)
+    assert found.half_width == pytest.approx(half_width, rel=5e-3)
+    assert (found.low, found.high) == (found.mean - found.half_width, found.mean + found.half_width)
+
+
+def test_one_part_has_no_interval():
+    assert math.isnan(Estimate.of_parts(torch.tensor([3.0])).half_width)
+
+
+def test_positions_are_averaged_in_runs():
+    assert bin_means(torch.tensor([[1.0, 3, 5, 7], [3, 5, 7, 9]]), 2) == [3, 7]
+
+
+@pytest.mark.parametrize("step", [1, 16])
+def test_forced_steps_say_what_one_forward_says(loaded, text, step):
+    model, tokens = loaded[0], text.sequences[:2]
+    with torch.inference_mode():
+        whole = model(tokens).logits[:, 127:-1]
+    forced = torch.cat(list(force_tokens(model, tokens, DynamicCache(), prefill=128, step=step)), dim=1)
+    assert forced.shape == whole.shape
+    assert len(whole.argmax(-1).unique()) >= 8
+    assert (forced - whole).abs().max() < 1e-3 * whole.abs().max()
+
+
+def test_a_cache_that_quantizes_nothing_costs_nothing(make_plan, loaded, text):
+    (record,) = evaluate(make_plan({"exact": NEVER_FULL}))
+    assert record.kl.mean < 1e-9
+    assert record.top1 == 1
+    assert abs(record.ppl_change) < 1e-6
+    assert max(record.error_by_distance) == 0
+    with torch.inference_mode():
+        logits = loaded[0](text.sequences).logits[:, 127:-1].double()
+    likely = logits.log_softmax(-1).gather(-1, text.sequences[:, 128:, None])[..., 0]
+    assert record.reference_perplexity == pytest.approx(math.exp(-likely[:, text.scored[128:]].mean()), rel=1e-4)
+
+
+def test_bits_are_seen(make_plan):
+    fields = {bits: {"nbits_k": bits, "nbits_v": bits, "residual_length": 32} for bits in (8, 4, 2)}
+    exact, eight, four, two = evaluate(make_plan({"exact": NEVER_FULL, **{f"{b}": fields[b] for b in fields}}))
+    assert exact.kl.mean < eight.kl.mean < four.kl.mean < two.kl.mean
+    assert exact.held_bytes > eight.held_bytes > four.held_bytes > two.held_bytes
+    assert exact.compression == pytest.approx(1, rel=0.2)  # the window grows by steps
+    assert 32 * eight.held_bytes / eight.full_precision_bytes == eight.effective_bits
+    assert compare_kl(two, four).low > 0
+
+
+def test_errors_are_those_of_the_states_that_attention_reads(loaded, text):
+    tokens = text.sequences[:2]
+    cache, reference = KVQ(model=loaded[0], residual_length=50, nbits_v=4), DynamicCache()
+    with torch.inference_mode():
+        for held in (cache, reference):
+            loaded[0](tokens, past_key_values=held)
+    found = history_errors(cache, reference, 4)
+    wrong, total = np.zeros(4), np.zeros(4)
+    for index, layer in enumerate(reference.layers):
+        for ours, theirs in zip(cache.materialize(index), (layer.keys, layer.values), strict=True):
+            difference, states = (ours - theirs).double().numpy(), theirs.double().numpy()
+            for place in range(4):  # 400 tokens: runs of 100, the first one behind position 300
+                run = slice(400 - 100 * (place + 1), 400 - 100 * place)
+                wrong[place] += (difference[:, :, run] ** 2).sum()
+                total[place] += (states[:, :, run] ** 2).sum()
+    assert found == pytest.approx(list(np.sqrt(wrong / total)), rel=1e-4)
+    assert 0 < found[0] < found[1]  # half of the nearest run is in the window
+
+
+def test_held_bytes_are_those_of_the_report(make_plan, loaded, text):
+    (record,) = evaluate(make_plan({"defaults": {}}, batch_size=5))
+    cache = KVQ(model=loaded[0])
+    list(force_tokens(loaded[0], text.sequences, cache, prefill=128, step=16))
+    assert record.held_bytes == cache.memory().total_bytes / 5
+    assert (record.bits_key, record.bits_value) == (
+        cache.memory().effective_bits_key,
+        cache.memory().effective_bits_value,
+    )
+
+
+def test_the_batch_size_changes_nothing_but_the_grouping(make_plan):
+    labelled = {"defaults": {}}
+    (one,), (other,) = (evaluate(make_plan(labelled, batch_size=size)) for size in (1, 5))
+    assert one.kl_by_sequence == pytest.approx(other.kl_by_sequence, rel=1e-2)
+    assert one.needle_by_depth == other.needle_by_depth == {}
+
+
+def test_the_recall_model_finds_its_needles_at_every_depth(loaded, text):
+    task = build_task(loaded[1], text.sequences, length=LENGTH, per_depth=3)
+    assert task.prompts.shape[0] == 3 * len(DEPTHS)
+    for row, (prompt, answer) in enumerate(zip(task.prompts.tolist(), task.answers.tolist(), strict=True)):
+        where = next(place for place in range(len(prompt)) if prompt[place : place + 5] == [prompt[-1], *answer])
+        assert where / len(prompt) == pytest.approx(task.depths[row], abs=0.05)
+    answers = list(answer_exactly(loaded[0], task, DynamicCache, batch_size=4, rows=slice(None)))
+    assert [depth for depth, _ in answers] == list(task.depths)
+    assert sum(right for _, right in answers) >= len(answers) - 1
+
+    def build_one_bit():
+        return KVQ(nbits_k=1, nbits_v=1, backend="native", residual_length=0)
+
+    broken = list(answer_exactly(loaded[0], task, build_one_bit, batch_size=4, rows=slice(None)))
+    assert sum(right for _, right in broken) < len(answers) / 2
+
+
+def test_peers_are_measured_or_told_of(make_plan, loaded, text):
+    plan = make_plan({"ours": {"nbits_v": 4}})
+    unbuildable = Candidate("no such peer", lambda model: {}["x"], {"x": 1}, is_peer=True)
+    peers = [peer for peer in list_peers() if "quanto" in peer.label]
+    plan = type(plan)(**{**plan.__dict__, "candidates": [*plan.candidates, *peers, unbuildable]})
+    records = {record.label: record for record in evaluate(plan)}
+    assert records["no such peer"].failure == "KeyError: 'x'"
+    assert math.isnan(records["no such peer"].kl.mean)
+    four, two = records["transformers quanto 4"], records["transformers quanto 2"]
+    assert 0 < four.kl.mean < two.kl.mean
+    assert 32 / 8 < four.compression < 32 / 4.5
+    assert four.error_by_distance is None
+
+
+def test_bytes_of_a_peer_are_all_its_tensors(loaded, text):
+    peer = next(peer for peer in list_peers() if peer.label == "transformers quanto 4")
+    cache = peer.build(loaded[0])
+    list(force_tokens(loaded[0], text.sequences[:1], cache, prefill=128, step=16))
+    heads, dim, layers = 2, 64, 3
+    stored = layers * 2 * heads * dim * LENGTH
+    # 4 bits a code, scale and shift of 4 bytes each for 64 elements; what is not quantized yet has 4 bytes.
+    least, most = stored * (4 / 8 + 8 / 64), stored * (4 / 8 + 8 / 64) + layers * 2 * heads * dim * 128 * 4
+    assert least * 0.9 < count_held_bytes(cache) < most

@@ -1,0 +1,189 @@
+"""A run that is stopped and goes on, one that several processes share, and the texts, gates and pictures around it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvq.errors import EvaluationError
+from kvq.evaluation.quality.gate import METRICS, find_failures, parse_gate
+from kvq.evaluation.quality.metrics import Estimate
+from kvq.evaluation.quality.picture import draw_records, pareto_front
+from kvq.evaluation.quality.processes import Processes
+from kvq.evaluation.quality.record import QualityRecord
+from kvq.evaluation.quality.report import COLUMNS, DETAIL_COLUMNS, detail_rows, table_rows
+from kvq.evaluation.quality.run import evaluate
+from kvq.evaluation.quality.text import load_dataset, load_files
+
+LABELLED = {"four": {"nbits_v": 4}, "two": {"nbits_v": 2}}
+
+
+class Stop(BaseException):
+    """What Ctrl-C does to a run."""
+
+
+class CountingForward:
+    """Counts the forwards of a model while it is entered."""
+
+    def __init__(self, model):
+        self.model, self.count = model, 0
+
+    def __enter__(self):
+        self.handle = self.model.register_forward_pre_hook(self.add)
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+    def add(self, *_):
+        self.count += 1
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_an_interrupted_run_goes_on_where_it_stopped(make_plan, loaded, tmp_path, stop_at):
+    plan = make_plan(LABELLED)
+    seen = []
+
+    def interrupt(label):
+        seen.append(label)
+        if len(seen) == stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        evaluate(plan, parts=tmp_path / "parts", on_progress=interrupt)
+    kept = len(list((tmp_path / "parts").glob("*.pt"))) if (tmp_path / "parts").exists() else 0
+    with CountingForward(loaded[0]) as rest:
+        resumed = evaluate(plan, parts=tmp_path / "parts")
+    with CountingForward(loaded[0]) as whole:
+        assert resumed == evaluate(plan)
+    per_pass = whole.count / (plan.batches * 3)  # full precision and two candidates on each batch
+    assert rest.count <= whole.count - kept * per_pass
+    with CountingForward(loaded[0]) as again:
+        assert evaluate(plan, parts=tmp_path / "parts") == resumed
+    assert again.count == 0
+
+
+def test_a_further_configuration_is_all_that_is_measured(make_plan, loaded, tmp_path):
+    evaluate(make_plan({"four": LABELLED["four"]}), parts=tmp_path)
+    with CountingForward(loaded[0]) as forward:
+        evaluate(make_plan({"four": LABELLED["four"]}, step=16), parts=tmp_path)
+        assert forward.count == 0
+        evaluate(make_plan(LABELLED), parts=tmp_path)
+        both = forward.count
+        evaluate(make_plan(LABELLED, step=8), parts=tmp_path)
+    assert forward.count > 2 * both  # other steps are another measurement
+
+
+def test_processes_share_the_batches_and_agree(make_plan):
+    plan = make_plan(LABELLED)
+    alone = evaluate(plan)
+    shares = []
+
+    class Half(Processes):
+        """One of two processes that run after each other; the second one has what the first one gathered."""
+
+        def gather(self, entries):
+            shares.append(list(entries))
+            earlier = shares[len(shares) - 3] if self.index else []
+            return [*earlier, *entries]
+
+    (first, _) = evaluate(plan, processes=Half(0, 2))
+    assert len(first.kl_by_sequence) == 3  # the first and the last of three batches: two sequences and one
+    assert evaluate(plan, processes=Half(1, 2)) == alone
+
+
+def test_sequences_of_a_file_are_whole_and_evenly_spaced(loaded, tmp_path):
+    class Letters:
+        """A tokenizer of one token a letter."""
+
+        bos_token_id = 9999
+
+        def __len__(self):
+            return 10_000
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    path = tmp_path / "a.txt"
+    path.write_text("".join(chr(200 + place) for place in range(1000)))
+    found = load_files([path], Letters(), sequences=3, length=101)
+    assert found.sequences[:, 0].tolist() == [9999] * 3
+    assert found.sequences[:, 1].tolist() == [200, 650, 1100]
+    assert (found.sequences[:, 1:].diff() == 1).all()
+    assert found.scored.all()
+    with pytest.raises(EvaluationError, match="1000 tokens, but 11 sequences of 101"):
+        load_files([path], Letters(), sequences=11, length=101)
+
+
+def test_parts_of_a_text_are_different(loaded):
+    calibration, report = (
+        load_dataset(f"recall-{part}", loaded[1], sequences=2, length=300) for part in ("calibration", "report")
+    )
+    assert calibration.digest != report.digest
+    assert torch.equal(calibration.scored, report.scored)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("kl", "'kl' is no condition"),
+        ("", "'' is no condition"),
+        ("kl<nan", "is no condition"),
+        ("kl<0.1 top1>0.9", "is no condition"),
+        ("kl==0", "is no condition"),
+        ("klx<1", "'klx' is not measured; choose from kl, .*; did you mean 'kl'"),
+        ("top1>1", "'top1>1' can never be met: top1 lies between 0 and 1"),
+        ("kl<0", "can never be met"),
+        ("ppl_change<-1", "can never be met"),
+    ],
+)
+def test_a_gate_that_makes_no_sense_is_refused(gate, message):
+    with pytest.raises(EvaluationError, match=message):
+        parse_gate(gate)
+
+
+def test_a_gate_is_met_or_says_by_what_it_is_not():
+    record = QualityRecord("a", {}, kl=Estimate(0.04, 0.01), top1=0.97, perplexity=2.1, reference_perplexity=2.0)
+    assert list(find_failures(record, parse_gate("kl<0.05, top1>=0.97,ppl_change<=0.051"))) == []
+    assert list(find_failures(record, parse_gate("kl<0.04,top1>0.97"))) == [
+        "kl<0.04 is not met: 0.04",
+        "top1>0.97 is not met: 0.97",
+    ]
+    # What was not measured meets nothing, whichever way the condition points.
+    assert len(list(find_failures(record, parse_gate("needle>0.5,needle<0.5")))) == 2
+    assert list(find_failures(replace(record, failure="broken"), parse_gate("kl<1"))) == ["broken"]
+    assert all(math.isfinite(read(record)) for name, (read, _, _) in METRICS.items() if name in ("kl", "top1"))
+
+
+def test_the_front_is_what_nothing_beats():
+    points = {"a": (1, 9), "b": (2, 5), "c": (3, 5), "d": (4, 1), "e": (4, 2), "f": (5, 3)}
+    records = [QualityRecord(name, {}, held_bytes=x, kl=Estimate(y, 0)) for name, (x, y) in points.items()]
+    assert [one.label for one in pareto_front(records, lambda one: one.held_bytes)] == ["a", "b", "d"]
+
+
+def test_a_picture_is_drawn_and_an_empty_one_refused(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib.image")
+    records = [
+        QualityRecord(name, {}, is_peer=name == "c", held_bytes=2**20 * x, effective_bits=x, kl=Estimate(y, y / 5))
+        for name, x, y in (("a", 3, 0.1), ("b", 5, 0.01), ("c", 5, 0.05))
+    ]
+    draw_records(records, tmp_path / "a.png", "a title")
+    image = matplotlib.imread(tmp_path / "a.png")
+    assert image.shape[0] > 600
+    assert image.shape[1] > 1200
+    assert len({tuple(color) for row in image[::7, ::7] for color in row.round(1)}) > 8
+    with pytest.raises(EvaluationError, match="nothing to draw"):
+        draw_records([QualityRecord("a", {}, failure="no")], tmp_path / "b.png", "")
+
+
+def test_rows_have_a_cell_for_each_column(make_plan):
+    records = evaluate(make_plan(LABELLED))
+    assert {len(row) for row in table_rows(records)} == {len(COLUMNS)}
+    assert {len(row) for row in detail_rows(records)} == {len(DETAIL_COLUMNS)}
+    assert [row[0] for row in table_rows(records)] == ["full precision", "four", "two"]
+    failed = QualityRecord("x", {}, failure="no")
+    assert len(table_rows([*records, failed])) == 3
+    assert table_rows([failed]) == []
