@@ -5,7 +5,8 @@
     python scripts/update_readme.py --measure   # run the demo first
 
 The block `demo` comes from benchmarks/results/demo.json, which `--measure` writes and which is committed, since the run
-takes a minute or two. All other blocks are made anew each time.
+takes a minute or two; `quality` comes from what scripts/measure_quality.py has written. All other blocks are made anew
+each time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,16 @@ from typing import Any
 
 import torch
 from pydantic.fields import FieldInfo
+from quality_tables import (
+    COLUMNS,
+    COMPARISONS,
+    TEXTS,
+    comparison_rows,
+    describe_report,
+    list_failures,
+    load_report,
+    quality_rows,
+)
 
 from kvq import KVQ, KVQCacheConfig, attach, available_backends
 from kvq.cli.demo import demo as demo_command
@@ -156,6 +167,16 @@ def render_demo_row(row: dict[str, Any], plain_bytes: int) -> Sequence[str]:
     return row["backend"], row["bits"], *rates, f"{keys:.2f} / {values:.2f}", f"{held / 2**20:.2f} MiB", ratio
 
 
+def render_quality() -> str:
+    """Return what the configurations and transformers' caches cost, on both texts, and like against like."""
+    pieces = []
+    for text in TEXTS:
+        report = load_report(text)
+        pieces += [describe_report(report, text), table(COLUMNS, quality_rows(report), right=range(1, 8))]
+        pieces += [table(COMPARISONS, comparison_rows(report), right=(2, 3, 4)), list_failures(report)]
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
 def render_lengths() -> str:
     """Return how much smaller the caches of `examples/configs` are, by length."""
     rows = []
@@ -223,6 +244,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": render_demo,
     "lengths": render_lengths,
+    "quality": render_quality,
     "memory": render_memory,
     "configuration": render_configuration,
     "backends": render_backends,
