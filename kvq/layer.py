@@ -192,6 +192,10 @@ class KVQLayer(CacheLayerMixin):
             # Indexing copies and checks the caller's tensor before anything is changed.
             self._select_rows(self._row_numbers()[beam_idx.cpu()])
 
+    def count_rows(self) -> int | None:
+        """Return the rows of the batch, or None before the first update."""
+        return self._sides["key"].store.batch_size if self.is_initialized else None
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
         self._select_rows(self._row_numbers().repeat_interleave(repeats))

@@ -29,7 +29,17 @@ LEVELS = (
     ("config",),
     ("store",),
     ("attention", "layer"),
-    ("memory", "persistence", "thread_guard", "cache", "planning", "attachment"),
+    (
+        "memory",
+        "persistence",
+        "thread_guard",
+        "kept_layers",
+        "model_layers",
+        "cache",
+        "encoder_decoder",
+        "planning",
+        "attachment",
+    ),
     ("evaluation", "testing"),
     ("__init__", "cli", "__main__"),
 )
