@@ -153,10 +153,22 @@ class KVQ(Cache):
         known: bool = super().has_previous_state(*args, **kwargs)
         return known
 
+    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Return a state of a layer with convolutions, or None; as in transformers."""
+        self._check_knows_states()
+        state: torch.Tensor | None = super().get_conv_state(*args, **kwargs)
+        return state
+
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Hand a state to a layer of linear attention; as in transformers."""
+        """Hand a state to a layer with convolutions; as in transformers."""
         self._check_knows_states()
         state: torch.Tensor = super().update_conv_state(*args, **kwargs)
+        return state
+
+    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Return a state of a layer of linear attention, or None; as in transformers."""
+        self._check_knows_states()
+        state: torch.Tensor | None = super().get_recurrent_state(*args, **kwargs)
         return state
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
