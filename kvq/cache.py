@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from kvq.attention.attend import ATTENTION_NAME, register_attention
+from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
 from kvq.config.fields import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
@@ -22,7 +23,7 @@ from kvq.model_layers import DecoderConfig, build_layers
 from kvq.thread_guard import ThreadGuard
 
 
-class KVQ(Cache):
+class KVQ(CarriedStates):
     """A quantized KV cache.
 
     Args:
@@ -147,42 +148,6 @@ class KVQ(Cache):
         chosen = indices.cpu()
         self._select_rows(lambda rows: rows[chosen])
 
-    def has_previous_state(self, *args: Any, **kwargs: Any) -> bool:
-        """Return whether a layer of linear attention holds a state; as in transformers."""
-        self._check_knows_states()
-        known: bool = super().has_previous_state(*args, **kwargs)
-        return known
-
-    def get_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """Return a state of a layer with convolutions, or None; as in transformers."""
-        self._check_knows_states()
-        state: torch.Tensor | None = super().get_conv_state(*args, **kwargs)
-        return state
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Hand a state to a layer with convolutions; as in transformers."""
-        self._check_knows_states()
-        state: torch.Tensor = super().update_conv_state(*args, **kwargs)
-        return state
-
-    def get_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """Return a state of a layer of linear attention, or None; as in transformers."""
-        self._check_knows_states()
-        state: torch.Tensor | None = super().get_recurrent_state(*args, **kwargs)
-        return state
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Hand a state to a layer of linear attention; as in transformers."""
-        self._check_knows_states()
-        state: torch.Tensor = super().update_recurrent_state(*args, **kwargs)
-        return state
-
-    def update_indexer(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Hand keys to the indexer of a layer of sparse attention; as in transformers."""
-        self._check_knows_states()
-        keys: torch.Tensor = super().update_indexer(*args, **kwargs)
-        return keys
-
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQ:
         """Return an independent copy that belongs to the same model."""
         other = type(self).__new__(type(self))
@@ -231,13 +196,6 @@ class KVQ(Cache):
             count = layer.count_rows() if isinstance(layer, KVQLayer) else count_rows(layer)
             if count is not None:
                 select_rows(layer, choose(torch.arange(count)))
-
-    def _check_knows_states(self) -> None:
-        if self._model_config is None:
-            raise ModelError(
-                "this model has layers that carry states of their own (linear attention, convolutions, indexers), of "
-                "which a cache without a model does not know: pass `model=`, as in KVQ(config, model=model)"
-            )
 
     def _check_order(self, layer: KVQLayer, key_states: torch.Tensor) -> None:
         """Check, where no model tells how its layers use the cache, that they are filled in step.
