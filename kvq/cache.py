@@ -16,7 +16,7 @@ from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
 from kvq.config.fields import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
-from kvq.kept_layers import count_rows, fork_layer, reset_layer, select_rows
+from kvq.kept_layers import carries_sum, count_rows, fork_layer, reset_layer, select_rows
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
 from kvq.model_layers import DecoderConfig, build_layers
@@ -133,6 +133,21 @@ class KVQ(CarriedStates):
         """Let layers keep what a crop may have to bring back; see `KVQLayer.activate_past_recording`."""
         self._records_past = True
         super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, and quantize what was put off while the past was recorded; see `KVQLayer.crop`.
+
+        Raises:
+            CacheStateError: a layer carries a state that is the sum of all tokens, from which none can be taken back.
+            StatesError: the number is positive.
+        """
+        stuck = [index for index, layer in enumerate(self.layers) if carries_sum(layer)]
+        if tokens_to_remove < 0 and stuck:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): layers {stuck} carry states of linear attention, which cannot go back; "
+                "copy or fork the cache before the tokens that may have to go"
+            )
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything; the next update may bring states of another shape."""

@@ -41,3 +41,8 @@ def reset_layer(layer: Any) -> None:
         layer.keys = layer.values = None
         layer.is_initialized = False
     layer.reset()
+
+
+def carries_sum(layer: Any) -> bool:
+    """Return whether a layer holds a state that no crop can put back; transformers crops the rest and leaves that."""
+    return any(getattr(layer, "is_recurrent_states_initialized", {}).values())
