@@ -16,7 +16,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest eval-harness mutants soak lint types examples plugin wheel readme venv clean
+.PHONY: help demo test test-fast test-oldest eval-harness mutants soak lint types examples plugin wheel models readme venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ eval-harness: .venv-eval/installed ## test the model type of lm-evaluation-harne
 mutants: venv ## break the code line by line and show that the tests turn red (minutes)
 	$(BIN)/python tests/mutants/run.py -n $(WORKERS)
 
-soak: venv ## run the state machines with a hundred times the examples
+soak: venv ## run the state machines with ten times the examples
 	OMP_NUM_THREADS=1 KVQ_EXAMPLES=soak $(BIN)/pytest $(PYTEST_FLAGS) tests/invariants/test_cache_operations.py
 
 lint: venv ## ruff: rules and format
@@ -67,6 +67,9 @@ wheel: venv build/kvq ## build the wheel, install it in a clean environment, run
 	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt torch
 	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl
 	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-wheel/bin/kvq" demo
+
+models: venv ## check every kind of model and write docs/models.md
+	$(BIN)/python scripts/update_models_page.py
 
 readme: venv ## regenerate the tables of README.md
 	$(BIN)/python scripts/update_readme.py

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvq.attachment import Attachment, attach
     from kvq.cache import KVQ
     from kvq.config import KVQCacheConfig, LayerConfig
+    from kvq.encoder_decoder import EncoderDecoderKVQ
     from kvq.errors import KVQError
     from kvq.memory import MemoryReport
     from kvq.registry import available_backends, register_backend
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KVQ",
     "Attachment",
+    "EncoderDecoderKVQ",
     "KVQCacheConfig",
     "KVQError",
     "LayerConfig",
@@ -37,6 +39,7 @@ __version__ = "1.0.0.dev0"
 _HOMES = {
     "KVQ": "kvq.cache",
     "Attachment": "kvq.attachment",
+    "EncoderDecoderKVQ": "kvq.encoder_decoder",
     "KVQCacheConfig": "kvq.config",
     "KVQError": "kvq.errors",
     "LayerConfig": "kvq.config",

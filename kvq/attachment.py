@@ -5,32 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
+from kvq.attachable import PREPARE_CACHE, find_generating_model
 from kvq.attention.attend import ATTENTION_NAME, register_attention
 from kvq.cache import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
+from kvq.encoder_decoder import EncoderDecoderKVQ
 from kvq.errors import CacheStateError, ModelError
 from kvq.user_warnings import warn_user
 
-_HOOK = "_prepare_cache_for_generation"
+_BATCHING = "init_continuous_batching"
 
 
 def attach(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None,
     **overrides: Any,
 ) -> Attachment:
     """Give every `generate` of `model` a fresh `KVQ` and the attention that reads it.
 
+    An encoder-decoder model gets an `EncoderDecoderKVQ`. A draft model of assisted generation keeps the cache that it
+    has by itself, unless it is attached too. Continuous batching (`generate_batch`) is refused meanwhile.
+
     Takes effect at once and until `detach()`, or the end of a `with` block. A `past_key_values` or
     `cache_implementation` of the user's own wins.
 
     Args:
-        model: a model of transformers that generates.
+        model: a model of transformers that generates, compiled or not, or an adapter of PEFT around one.
         config: as for `KVQ`.
         **overrides: as for `KVQ`.
 
@@ -38,35 +44,35 @@ def attach(
         ConfigError: the configuration is wrong.
         ModelError: the model does not generate, or nothing in it would be quantized.
     """
-    return Attachment(model, resolve_config(config, **overrides))
+    return Attachment(find_generating_model(model), resolve_config(config, **overrides))
 
 
 class Attachment:
     """A model with a quantized cache; undone by `detach()` or by leaving a `with` block.
 
     Attributes:
-        model: the model.
+        model: the model of transformers.
         config: the configuration of its caches.
-        cache: the cache of the latest `generate`, or None before the first.
+        cache: the cache of the latest `generate`, or None before the first; not that of a draft.
     """
 
     def __init__(self, model: PreTrainedModel, config: KVQCacheConfig) -> None:
-        if not isinstance(model, PreTrainedModel) or not hasattr(model, _HOOK):
-            raise ModelError(f"{type(model).__name__} is not a model of transformers that generates")
-        KVQ(config, model=model)  # refuses now what could only fail at the first generate
         self.model = model
         self.config = config
-        self.cache: KVQ | None = None
-        self._shadowed = vars(model).get(_HOOK)
+        self.cache: KVQ | EncoderDecoderKVQ | None = None
+        self._build_cache(None)  # refuses now what could only fail at the first generate
+        self._hooks = {PREPARE_CACHE: self._prepare_cache, _BATCHING: self._refuse_batching}
+        self._shadowed = {name: vars(model).get(name) for name in self._hooks}
         self._original: Callable[..., Any]
-        outer = getattr(self._shadowed, "__self__", None)
+        outer = getattr(self._shadowed[PREPARE_CACHE], "__self__", None)
         # The innermost attachment wins: it goes past the others to what the model does by itself.
-        self._original = outer._original if isinstance(outer, Attachment) else getattr(model, _HOOK)
+        self._original = outer._original if isinstance(outer, Attachment) else getattr(model, PREPARE_CACHE)
         self._attention = [(known, known._attn_implementation) for known in _configs(model)]
         register_attention()
         try:
             model.set_attn_implementation(ATTENTION_NAME)
-            setattr(model, _HOOK, self._prepare_cache)
+            for name, hook in self._hooks.items():
+                setattr(model, name, hook)
         except BaseException:
             self._restore_attention()
             raise
@@ -92,12 +98,13 @@ class Attachment:
         """
         if not self._active:
             return
-        if vars(self.model).get(_HOOK) != self._prepare_cache:
+        if vars(self.model).get(PREPARE_CACHE) != self._prepare_cache:
             raise CacheStateError("the model was attached again later; detach in the reverse order")
-        if self._shadowed is None:
-            delattr(self.model, _HOOK)
-        else:
-            setattr(self.model, _HOOK, self._shadowed)
+        for name, shadowed in self._shadowed.items():
+            if shadowed is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, shadowed)
         self._restore_attention()
         self._active = False
 
@@ -108,6 +115,11 @@ class Attachment:
     def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Let transformers prepare its cache and put ours in the place of a plain one that it made itself."""
         given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, (Cache, tuple)):
+            raise ModelError(
+                f"past_key_values={type(given).__name__} does not go with an attached cache, whose attention reads "
+                "layers of keys and values; detach first"
+            )
         chosen = getattr(generation_config, "cache_implementation", None)
         if given is None and chosen is not None:
             warn_user(
@@ -115,10 +127,36 @@ class Attachment:
                 "this generate is not quantized; set it to None to use the attached one"
             )
         result = self._original(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and chosen is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
-            self.cache = KVQ(self.config, model=self.model, padding=_left_padding(model_kwargs.get("attention_mask")))
-            model_kwargs["past_key_values"] = self.cache
+        if given is None and chosen is None and _is_plain(model_kwargs.get("past_key_values")):
+            cache = self._build_cache(model_kwargs)
+            model_kwargs["past_key_values"] = cache
+            if getattr(generation_config, "is_assistant", False):
+                cache.activate_past_recording()
+            else:
+                self.cache = cache
         return result
+
+    def _build_cache(self, model_kwargs: Mapping[str, Any] | None) -> KVQ | EncoderDecoderKVQ:
+        """Return a cache for a `generate` with these arguments, or for none in particular."""
+        mask = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
+        padding = _left_padding((model_kwargs or {}).get(mask))
+        kind = EncoderDecoderKVQ if self.model.config.is_encoder_decoder else KVQ
+        return kind(self.config, model=self.model, padding=padding)
+
+    def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Stand in for what every way to continuous batching begins with."""
+        del args, kwargs
+        raise ModelError(
+            "generate_batch and the rest of continuous batching keep pages of full-precision states, in which an "
+            "attached cache has no place; call generate, or detach first"
+        )
+
+
+def _is_plain(cache: Any) -> bool:
+    """Return whether a cache is the one that transformers makes where nobody asks for another."""
+    if type(cache) is EncoderDecoderCache:
+        return type(cache.self_attention_cache) is DynamicCache
+    return type(cache) is DynamicCache
 
 
 def _left_padding(attention_mask: object) -> list[int] | None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from kvq.attention.attend import ATTENTION_NAME, register_attention
+from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
 from kvq.config.fields import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
+from kvq.kept_layers import carries_sum, count_rows, fork_layer, reset_layer, select_rows
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
+from kvq.model_layers import DecoderConfig, build_layers
 from kvq.thread_guard import ThreadGuard
 
 
-class KVQ(Cache):
+class KVQ(CarriedStates):
     """A quantized KV cache.
 
     Args:
@@ -48,14 +51,27 @@ class KVQ(Cache):
         padding: Sequence[int] | None = None,
         **overrides: Any,
     ) -> None:
-        self.config = resolve_config(config, **overrides)
-        self._model_config = _text_config(model)
+        self._fill(resolve_config(config, **overrides), None if model is None else _find_decoder(model), padding)
+
+    @classmethod
+    def of_decoder(cls, config: KVQCacheConfig, decoder: DecoderConfig, padding: Sequence[int] | None = None) -> KVQ:
+        """Return a cache for one of the attentions of an encoder-decoder model; raises what the constructor raises."""
+        cache = cls.__new__(cls)
+        cache._fill(config, decoder, padding)
+        return cache
+
+    def _fill(self, config: KVQCacheConfig, decoder: DecoderConfig | None, padding: Sequence[int] | None) -> None:
+        self.config = config
+        self._model_config = None if decoder is None else decoder.layers
+        self._attention_config = None if decoder is None else decoder.attention
         self._padding = _check_padding(padding)
+        self._records_past = False
         self._thread_guard = ThreadGuard()
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
             raise ConfigError([fault])
-        super().__init__(layers=self._build_layers())
+        layers = [] if self._model_config is None else build_layers(self.config, self._model_config, self._padding)
+        super().__init__(layers=layers)
         register_attention()
 
     def update(
@@ -104,55 +120,60 @@ class KVQ(Cache):
         return (keys, values) if isinstance(layer, KVQLayer) else (keys.clone(), values.clone())
 
     def fork(self) -> KVQ:
-        """Return an independent cache with the same tokens that shares the finished chunks.
+        """Return an independent cache with the same tokens that shares what neither of the two will write to.
+
+        These are the finished chunks of quantized layers, and keys and values of transformers' own attention layers.
+        """
+        other = copy.copy(self)
+        other._thread_guard = ThreadGuard()
+        other.layers = [layer.fork() if isinstance(layer, KVQLayer) else fork_layer(layer) for layer in self.layers]
+        return other
+
+    def activate_past_recording(self) -> None:
+        """Let layers keep what a crop may have to bring back; see `KVQLayer.activate_past_recording`."""
+        self._records_past = True
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, and quantize what was put off while the past was recorded; see `KVQLayer.crop`.
 
         Raises:
-            CacheStateError: the cache has layers of transformers, which cannot be shared.
+            CacheStateError: a layer carries a state that is the sum of all tokens, from which none can be taken back.
+            StatesError: the number is positive.
         """
-        foreign = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, KVQLayer)})
-        if foreign:
-            raise CacheStateError(f"a cache with {', '.join(foreign)} cannot be forked; use copy.deepcopy")
-        other = KVQ(self.config, model=self._model_config, padding=self._padding)
-        other.layers = [layer.fork() for layer in self.layers]
-        return other
+        stuck = [index for index, layer in enumerate(self.layers) if carries_sum(layer)]
+        if tokens_to_remove < 0 and stuck:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): layers {stuck} carry states of linear attention, which cannot go back; "
+                "copy or fork the cache before the tokens that may have to go"
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything; the next update may bring states of another shape."""
+        for layer in self.layers:
+            reset_layer(layer)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
+        self._select_rows(lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices` of the batch, integers or a mask."""
+        chosen = indices.cpu()
+        self._select_rows(lambda rows: rows[chosen])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQ:
         """Return an independent copy that belongs to the same model."""
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        memo[id(self._model_config)] = self._model_config
+        for config in (self._model_config, self._attention_config):
+            memo[id(config)] = config
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
 
     def __repr__(self) -> str:
         return f"KVQ({len(self.layers)} layers, {self.get_seq_length()} tokens)"
-
-    def _build_layers(self) -> list[Any]:
-        """Return transformers' own list of layers with the plain ones replaced; all, where nothing else is there."""
-        if self._model_config is None:
-            return []
-        layers: list[Any] = DynamicCache(config=self._model_config).layers
-        replaced = {index for index, layer in enumerate(layers) if type(layer) is DynamicLayer}
-        sliding = {index for index, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer}
-        if self.config.sliding == "quantize" or not replaced:
-            replaced |= sliding
-        settings = {index: self.config.for_layer(index, len(layers)) for index in replaced}
-        quantized = {index for index in replaced if not settings[index].full_precision}
-        if not quantized:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-            raise ModelError(
-                f"nothing in this model would be quantized: its layers are {kinds or 'none'}, and `layers` keeps "
-                f"{len(replaced)} of them in full precision; use DynamicCache, or choose fewer exceptions"
-            )
-        if getattr(self._model_config, "kv_lora_rank", None) and any(settings[i].value.nbits < 8 for i in quantized):
-            raise ModelError(
-                "the values that this model caches are the rope part of its keys (multi-head latent attention), "
-                "which takes no fewer than 8 bits: set nbits_v=8"
-            )
-        return [
-            KVQLayer(index, settings[index], self._padding) if index in quantized else layer
-            for index, layer in enumerate(layers)
-        ]
 
     def _update_layer(
         self, layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -181,7 +202,15 @@ class KVQ(Cache):
         while len(self.layers) <= layer_idx:
             settings = self.config.for_layer(len(self.layers))
             own = KVQLayer(len(self.layers), settings, self._padding)
+            own.record_past = self._records_past
             self.layers.append(DynamicLayer() if settings.full_precision else own)
+
+    def _select_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Change the batch of every layer that holds something; `choose` takes the numbers of its rows."""
+        for layer in self.layers:
+            count = layer.count_rows() if isinstance(layer, KVQLayer) else count_rows(layer)
+            if count is not None:
+                select_rows(layer, choose(torch.arange(count)))
 
     def _check_order(self, layer: KVQLayer, key_states: torch.Tensor) -> None:
         """Check, where no model tells how its layers use the cache, that they are filled in step.
@@ -200,7 +229,7 @@ class KVQ(Cache):
             )
 
     def _reads_packed(self) -> bool:
-        config = self._model_config
+        config = self._attention_config
         return config is not None and getattr(config, "_attn_implementation", None) == ATTENTION_NAME
 
 
@@ -236,15 +265,11 @@ def _check_padding(padding: Sequence[int] | None) -> tuple[int, ...] | None:
     return tuple(count for count in counts if count is not None)
 
 
-def _text_config(model: PreTrainedModel | PretrainedConfig | None) -> PretrainedConfig | None:
-    if model is None:
-        return None
-    config = model if isinstance(model, PretrainedConfig) else getattr(model, "config", None)
-    if not isinstance(config, PretrainedConfig):
-        raise ModelError(f"model={type(model).__name__} is neither a model of transformers nor its configuration")
-    if getattr(config, "is_encoder_decoder", False):
+def _find_decoder(model: PreTrainedModel | PretrainedConfig) -> DecoderConfig:
+    decoder = DecoderConfig.of(model)
+    if decoder.is_encoder_decoder:
         raise ModelError(
-            f"{type(config).__name__} describes an encoder-decoder model, which this version does not quantize; "
-            "use transformers' own cache"
+            f"{type(decoder.attention).__name__} describes an encoder-decoder model, whose cache is two in one: use "
+            "EncoderDecoderKVQ(config, model=model) in its place, or attach(model, config), which does so by itself"
         )
-    return config.get_text_config(decoder=True)
+    return decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
 
 _STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DEFERRED_LENGTH = 256
+"""Newest tokens that a crop may still take back without a trace, while the past is recorded: none of them lets older
+ones be quantized. Assisted decoding proposes some 20 at a time; a flag that is forgotten costs no more than these."""
 
 
 class KVQLayer(CacheLayerMixin):
@@ -38,6 +42,7 @@ class KVQLayer(CacheLayerMixin):
         self.settings = settings
         self.padding = padding
         self.is_initialized = False
+        self.record_past = False
         self.version = 0
         self._sides: dict[Side, LayerSide] = {}
 
@@ -112,16 +117,14 @@ class KVQLayer(CacheLayerMixin):
         if not was_initialized:
             self.lazy_initialization(key_states, value_states)
         views = self._sides["key"].view(key_states), self._sides["value"].view(value_states)
-        checkpoint = {name: side.checkpoint() for name, side in self._sides.items()}
+        deferred = DEFERRED_LENGTH if self.record_past else 0
         try:
-            flush_count = self._flush_count(self.get_seq_length() + key_states.shape[2])
-            self._sides["key"].append(key_states, flush_count)
-            self._sides["value"].append(value_states, flush_count)
+            with self._undone_on_error():
+                flush_count = self._flush_count(self.get_seq_length() + key_states.shape[2] - deferred)
+                self._sides["key"].append(key_states, flush_count)
+                self._sides["value"].append(value_states, flush_count)
         except BaseException:
-            if was_initialized:
-                for name, side in self._sides.items():
-                    side.restore(checkpoint[name])
-            else:
+            if not was_initialized:
                 self._sides, self.is_initialized = {}, False
             raise
         self.version += 1
@@ -144,23 +147,36 @@ class KVQLayer(CacheLayerMixin):
         """Return length and offset of the keys that the next forward of `query_length` tokens sees."""
         return self.get_seq_length() + query_length, 0
 
+    def activate_past_recording(self) -> None:
+        """Let `update` put off quantizing until `crop` says what stays: at least the newest `DEFERRED_LENGTH` tokens.
+
+        After a crop the store is then the one that the surviving tokens make when they come one at a time.
+        """
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens.
+        """Forget the newest tokens and quantize what was put off while the past was recorded, also for 0 tokens.
 
         Args:
             tokens_to_remove: zero or negative, as transformers counts since 5.18. Up to `residual_length` tokens come
-                from the window; a deeper crop returns the survivors of a cut group to it as dequantized states.
+                from the window, and while the past is recorded `DEFERRED_LENGTH` more; a deeper crop returns the
+                survivors of a cut group to it as dequantized states.
 
         Raises:
             StatesError: the number is positive.
         """
         if tokens_to_remove > 0:
             raise StatesError(f"crop({tokens_to_remove}) is not supported; pass a negative number of tokens to remove")
-        if tokens_to_remove == 0 or not self.is_initialized:
+        if not self.is_initialized:
             return
         length = max(0, self.get_seq_length() + tokens_to_remove)
-        for side in self._sides.values():
-            side.truncate(length)
+        flush_count = self._flush_count(length)
+        if tokens_to_remove == 0 and not flush_count:
+            return
+        with self._undone_on_error():
+            for side in self._sides.values():
+                side.truncate(length)
+                side.append(side.window.view()[:, :, :0], flush_count)
         self.version += 1
 
     def reset(self) -> None:
@@ -175,6 +191,10 @@ class KVQLayer(CacheLayerMixin):
         if self.is_initialized:
             # Indexing copies and checks the caller's tensor before anything is changed.
             self._select_rows(self._row_numbers()[beam_idx.cpu()])
+
+    def count_rows(self) -> int | None:
+        """Return the rows of the batch, or None before the first update."""
+        return self._sides["key"].store.batch_size if self.is_initialized else None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -194,11 +214,22 @@ class KVQLayer(CacheLayerMixin):
     def fork(self) -> KVQLayer:
         """Return an independent layer that shares the present chunks."""
         other = KVQLayer(self.layer_idx, self.settings, self.padding)
-        other.is_initialized = self.is_initialized
+        other.is_initialized, other.record_past = self.is_initialized, self.record_past
         if self.is_initialized:
             other.dtype, other.device = self.dtype, self.device
             other._sides = {name: side.fork() for name, side in self._sides.items()}
         return other
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Hold again what is held now if the block fails."""
+        checkpoints = [(side, side.checkpoint()) for side in self._sides.values()]
+        try:
+            yield
+        except BaseException:
+            for side, checkpoint in checkpoints:
+                side.restore(checkpoint)
+            raise
 
     def _select_rows(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
@@ -211,7 +242,7 @@ class KVQLayer(CacheLayerMixin):
         return torch.arange(self._sides["key"].store.batch_size if self.is_initialized else 0)
 
     def _flush_count(self, total: int) -> int:
-        """Return how many tokens leave the window when the layer holds `total` tokens."""
+        """Return how many tokens leave the window when the layer holds `total` tokens that will stay."""
         target = (total - self.settings.residual_length) // self.flush_length * self.flush_length
         return max(0, target - self._sides["key"].store.length)
 

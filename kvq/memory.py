@@ -33,6 +33,7 @@ class SideMemory:
         elements: stored elements, B * H * stored tokens * D.
         chunk_bytes: all bytes of the chunks, slack included.
         index_bytes: the order of the batch, where it was changed.
+        survivor_bytes: what crops left of groups that they cut, kept from being quantized a third time.
     """
 
     backend: str
@@ -45,11 +46,12 @@ class SideMemory:
     elements: int
     chunk_bytes: int
     index_bytes: int = 0
+    survivor_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """All bytes of this side."""
-        exact = self.window_bytes + self.sink_bytes
+        exact = self.window_bytes + self.sink_bytes + self.survivor_bytes
         return self.packed_bytes + exact + self.slack_bytes + self.constant_bytes + self.index_bytes
 
     @property
@@ -227,6 +229,7 @@ def _describe_side(layer: KVQLayer, name: Side, side: LayerSide) -> SideMemory:
         elements=side.store.batch_size * side.store.num_heads * side.store.length * _head_dim(side),
         chunk_bytes=chunk_bytes,
         index_bytes=sum(_nbytes(rows) for rows in side.store.row_indices()),
+        survivor_bytes=sum(_nbytes(group.states) for group in side.survivors.groups),
     )
 
 
@@ -237,6 +240,7 @@ def _layer_tensors(layer: object) -> Iterator[torch.Tensor]:
             yield from side.store.row_indices()
             yield from side.quantizer.constants().values()
             yield side.window.buffer
+            yield from (group.states for group in side.survivors.groups)
             if side.sinks.states is not None:
                 yield side.sinks.states
         return

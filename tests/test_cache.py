@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache
 from kvq import KVQ, KVQCacheConfig
 from kvq.errors import CacheStateError, ConfigError, ModelError, StatesError
 from kvq.layer import KVQLayer
+from kvq.plugin_api import Capabilities
 
 SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
 
@@ -167,9 +169,28 @@ def test_copies_are_independent():
         assert (other.get_seq_length(), cache.get_seq_length()) == (400, 300)
 
 
-def test_a_cache_with_foreign_layers_does_not_fork():
-    with pytest.raises(CacheStateError, match="DynamicSlidingWindowLayer cannot be forked"):
-        KVQ(model=gemma2()).fork()
+def test_a_fork_shares_what_transformers_never_writes_to():
+    cache = KVQ(model=gemma2(), residual_length=32, q_group_size=32)
+    for layer in range(4):
+        cache.update(*states(100, batch=2), layer)
+    cache.activate_past_recording()
+    for layer in range(4):
+        cache.update(*states(5, batch=2), layer)
+    before = [cache.materialize(layer) for layer in range(4)]
+    other = cache.fork()
+    assert kinds(other) == kinds(cache)
+    assert other.layers[0].keys.data_ptr() == cache.layers[0].keys.data_ptr()
+    other.crop(-3)
+    other.reorder_cache(torch.tensor([1, 0]))
+    for layer in range(4):
+        other.update(*states(5, batch=2), layer)
+    for layer in range(4):
+        for found, expected in zip(cache.materialize(layer), before[layer], strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(other.materialize(layer)[0][:, :, -6], before[layer][0][[1, 0], :, -4])
+    other.reset()
+    assert (cache.get_seq_length(), other.get_seq_length()) == (105, 0)
+    assert torch.equal(cache.materialize(0)[0], before[0][0])
 
 
 def test_a_cache_survives_pickling():
@@ -195,11 +216,15 @@ def test_full_precision_layers_without_a_model():
     assert kinds(cache) == ["DynamicLayer", "kvq"]
 
 
-def test_the_rope_part_of_latent_attention_takes_no_fewer_than_8_bits():
+def test_the_rope_part_of_latent_attention_takes_no_fewer_than_8_bits(testing_backend):
     config = transformers.DeepseekV3Config(num_hidden_layers=2, **{**SMALL, "num_key_value_heads": 2})
-    with pytest.raises(ModelError, match="nbits_v=8"):
-        KVQ(model=config)
-    assert kinds(KVQ(model=config, nbits_k=8, nbits_v=8)) == ["kvq"] * 2
+    bits = [(layer.settings.key.nbits, layer.settings.value.nbits) for layer in KVQ(model=config).layers]
+    assert bits == [(4, 8)] * 2, "the default of 2 bits for the values is raised where they are no values"
+    assert KVQ(model=config, nbits_k=8, nbits_v=8).layers[0].settings.value.nbits == 8
+    assert KVQ(model=llama()).layers[0].settings.value.nbits == 2
+    capable = replace(testing_backend, capabilities=Capabilities(nbits=(2, 4)))
+    with pytest.raises(ModelError, match="no fewer than 8 bits, and backend 'testing' has no such codes"):
+        KVQ(model=config, backend=capable)
 
 
 def test_a_copy_follows_the_attention_of_the_same_model():

@@ -29,7 +29,8 @@ LEVELS = (
     ("config",),
     ("store",),
     ("attention", "layer"),
-    ("memory", "persistence", "thread_guard", "cache", "planning", "attachment"),
+    ("memory", "persistence", "thread_guard", "kept_layers", "carried_states", "model_layers", "cache"),
+    ("encoder_decoder", "planning", "attachable", "attachment"),
     ("evaluation", "testing"),
     ("__init__", "cli", "__main__"),
 )

@@ -272,7 +272,6 @@ def test_what_is_unsupported_and_uncertain_is_said():
         (transformers.T5Config(), {}, ModelError, "encoder-decoder"),
         (transformers.MambaConfig(hidden_size=64, num_hidden_layers=2), {}, ModelError, "nothing in this model"),
         (transformers.CLIPTextConfig(), {}, ModelError, "no model of transformers that generates text"),
-        (FAMILIES["deepseek 3"](), {}, ModelError, "set nbits_v=8"),
         (FAMILIES["llama"](), dict(nbits_k=5), ConfigError, "nbits_k"),
         (FAMILIES["llama"](), dict(layers={"7": {"nbits_k": 8}}), ConfigError, "chooses no layer"),
         (FAMILIES["llama"](), dict(axis_key="per_token", q_group_size=2, nbits_k=8), ConfigError, "effective bits"),

@@ -90,6 +90,9 @@ class KVQCacheConfig(FrozenModel):
     sliding: Literal["keep", "quantize"] = Field(
         default="keep", description="sliding-window layers: keep transformers' bounded layers, or quantize them"
     )
+    cross_attention: Literal["keep", "quantize"] = Field(
+        default="keep", description="encoder-decoder models: cross-attention in full precision, or quantized too"
+    )
     layers: dict[str, LayerConfig] = Field(
         default_factory=dict,
         description='per-layer settings by index, `"a-b"`, `"first:N"` or `"last:N"`; see `LayerConfig`',

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from kvq.config import KVQCacheConfig
 from kvq.config.selection import find_selector
 from kvq.layer import KVQLayer
+from kvq.model_layers import LATENT_VALUE_BITS, is_latent
 
 _KEPT = {
     "DynamicLayer": "kept by transformers",
@@ -37,7 +38,7 @@ class Reasons:
     def __init__(self, config: KVQCacheConfig, model_config: PretrainedConfig, layers: list[Any]) -> None:
         self.config = config
         self.layers = layers
-        self.is_latent = bool(getattr(model_config, "kv_lora_rank", None))
+        self.is_latent = is_latent(model_config)
 
     def explain(self, layer_idx: int, outline: Any) -> str:
         """Return why a layer is held as it is.
@@ -59,7 +60,8 @@ class Reasons:
 
     @property
     def _latent(self) -> str:
-        return "latent attention: keys are the latent, values the rope part" if self.is_latent else ""
+        part = f"latent attention: keys are the latent, values the rope part, at {LATENT_VALUE_BITS} bits or more"
+        return part if self.is_latent else ""
 
     def _why_sliding(self, window: int | None) -> str:
         if window is None:

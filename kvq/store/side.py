@@ -16,6 +16,7 @@ import torch
 from kvq.quantizer import Quantizer
 from kvq.store.chunks import ChunkedStore, StoreView
 from kvq.store.sinks import SinkTokens
+from kvq.store.survivors import SurvivorLog
 from kvq.store.window import TokenBuffer
 
 
@@ -60,10 +61,10 @@ class SideView:
         self._decode(history[:, :, :stored], 0)
         return _fill(history, stored, exact)
 
-    def decode_stored(self, start: int) -> torch.Tensor:
-        """Return the stored tokens from `start`, a multiple of the block length, as states."""
+    def decode_stored(self, start: int, stop: int) -> torch.Tensor:
+        """Return the stored tokens from `start` to `stop`, multiples of the block length, as states."""
         like = self.like
-        shape = (like.shape[0], like.shape[1], self.store.length - start, like.shape[3])
+        shape = (like.shape[0], like.shape[1], stop - start, like.shape[3])
         out = torch.empty(shape, dtype=like.dtype, device=like.device)
         self._decode(out, start)
         return out
@@ -101,6 +102,7 @@ class LayerSide:
         self.sinks = sinks
         self.store = ChunkedStore(quantizer, like.shape[0], like.shape[1], device)
         self.window = TokenBuffer(flush_length, like[:, :, :0].detach())
+        self.survivors = SurvivorLog()
 
     def view(self, new: torch.Tensor | None = None) -> SideView:
         """Return what is held now, followed by `new`."""
@@ -125,19 +127,24 @@ class LayerSide:
     def truncate(self, length: int) -> None:
         """Forget the tokens from position `length` on; survivors of a cut group return to the window as states."""
         stored = self.store.length
+        self.survivors = self.survivors.before(length)
         if length >= stored:
             self.window.truncate(length - stored)
             return
         kept = length // self.flush_length * self.flush_length
-        survivors = self.view().decode_stored(kept)[:, :, : length - kept]
+        if kept < length:
+            decoded = self.view().decode_stored(kept, kept + self.flush_length)
+            self.survivors = self.survivors.cut(kept, decoded[:, :, : length - kept])
+        left = self.survivors.groups[-1].states if kept < length else self.window.view()[:, :, :0]
         self.store.truncate(kept)
-        self.window.set(survivors)
+        self.window.set(left)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row `i` of the batch what was row `rows[i]`."""
         self.store.select_rows(rows)
         self.window.select_rows(rows)
         self.sinks = self.sinks.select_rows(rows.tolist())
+        self.survivors = self.survivors.select_rows(rows)
 
     def fork(self) -> LayerSide:
         """Return an independent side that shares the present chunks.
@@ -148,15 +155,16 @@ class LayerSide:
         other.quantizer = self.quantizer if self.store.length else copy.deepcopy(self.quantizer)
         other.flush_length = self.flush_length
         other.store, other.window, other.sinks = self.store.fork(other.quantizer), self.window.copy(), self.sinks.copy()
+        other.survivors = self.survivors
         return other
 
-    def checkpoint(self) -> tuple[Any, Any, torch.Tensor | None]:
-        """Return what `restore` needs to undo an append."""
-        return self.store.checkpoint(), self.window.checkpoint(), self.sinks.states
+    def checkpoint(self) -> tuple[Any, Any, torch.Tensor | None, SurvivorLog]:
+        """Return what `restore` needs to undo a truncation, an append, or both."""
+        return self.store.checkpoint(), self.window.checkpoint(), self.sinks.states, self.survivors
 
-    def restore(self, checkpoint: tuple[Any, Any, torch.Tensor | None]) -> None:
+    def restore(self, checkpoint: tuple[Any, Any, torch.Tensor | None, SurvivorLog]) -> None:
         """Hold what was held at the checkpoint."""
-        store, window, self.sinks.states = checkpoint
+        store, window, self.sinks.states, self.survivors = checkpoint
         self.store.restore(store)
         self.window.restore(window)
 

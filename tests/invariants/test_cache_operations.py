@@ -1,12 +1,13 @@
 """Invariant 4: through every operation of a cache the same as DynamicCache, but for the quantization."""
 
 import copy
+import pickle
 from collections import Counter
 from typing import ClassVar
 
 import pytest
 import torch
-from drawn_cases import DTYPES, QUANTIZATIONS, cases, example_count, is_same, stored_bytes, stored_length
+from drawn_cases import DTYPES, QUANTIZATIONS, cases, example_count, feed, is_same, stored_bytes, stored_length
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvq import KVQ
 from kvq.errors import StatesError
+from kvq.layer import DEFERRED_LENGTH
 
 MAX_ROWS = 8
 STEP_COUNT = 25
@@ -151,11 +153,19 @@ class BesideDynamicCache(Operations):
         for cache in (self.ours, self.theirs):
             getattr(cache, operation)(argument)
 
-    @rule(copier=st.sampled_from([KVQ.fork, copy.deepcopy]))
+    @rule(copier=st.sampled_from([KVQ.fork, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]))  # noqa: S301
     def go_on_with_a_copy(self, copier):
         self.count("copy")
         self.forks.append((self.ours, copy.deepcopy(self.theirs)))
         self.ours = copier(self.ours)
+
+    @rule()
+    def record_the_past(self):
+        self.count("record")
+        for cache in (self.ours, self.theirs):
+            cache.activate_past_recording()
+            cache.crop(0)
+        assert (self.ours.is_croppable, len(self.ours)) == (self.theirs.is_croppable, len(self.theirs))
 
     @rule(tokens=st.integers(0, 9))
     def ask_for_mask_sizes(self, tokens):
@@ -187,6 +197,7 @@ class BesideItsOwnStates(Operations):
         self.layer = self.case.layer()
         self.held = [side[:, :, :0] for side in self.case.states(1)]
         self.left_behind = None
+        self.survivors = {}
         self.add(data.draw(st.just(0) | st.just(self.case.tokens)))
 
     @property
@@ -229,16 +240,34 @@ class BesideItsOwnStates(Operations):
 
     def apply(self, method, argument, rows=None):
         before = stored_bytes(self.layer)
+        stored = stored_length(self.layer) if self.layer.is_initialized else 0
         getattr(self.layer, method)(argument)
         if rows is None:
-            kept = max(0, self.length + argument)
-            self.held = [side[:, :, :kept] for side in self.held]
+            self.expect_crop(max(0, self.length + argument), stored)
         else:
             self.held = [side[rows] for side in self.held]
+            self.survivors = {start: [side[rows] for side in states] for start, states in self.survivors.items()}
             before = {part: tensor[rows] for part, tensor in before.items()}
             self.batch, self.starts = len(rows), [self.starts[row] for row in rows]
         if self.layer.is_initialized:
             self.assert_prefix(before, stored_length(self.layer))
+
+    def expect_crop(self, kept, stored):
+        """Expect what was given out, but for survivors of a group that was cut before: these as they were then."""
+        self.held = [side[:, :, :kept] for side in self.held]
+        self.survivors = {
+            start: [side[:, :, : kept - start] for side in states]
+            for start, states in self.survivors.items()
+            if start < kept
+        }
+        start = kept // self.case.flush_length * self.case.flush_length
+        if kept < stored and start < kept:
+            known = self.survivors.get(start, [side[:, :, :0] for side in self.held])
+            self.held = [
+                torch.cat([side[:, :, :start], old, side[:, :, start + old.shape[2] :]], dim=2)
+                for side, old in zip(self.held, known, strict=True)
+            ]
+            self.survivors[start] = [side[:, :, start:] for side in self.held]
 
     @precondition(lambda self: self.layer.is_initialized)
     @rule(copier=st.sampled_from([lambda layer: layer.fork(), copy.deepcopy]))
@@ -278,6 +307,56 @@ class BesideItsOwnStates(Operations):
                 assert is_same(layer.values, held[1])
 
 
+class WhileThePastIsRecorded(RuleBasedStateMachine):
+    """A layer that gets drafts and takes part of them back, beside one that gets what stays, token by token."""
+
+    steps: ClassVar = Counter()
+
+    @initialize(quantization=st.sampled_from(QUANTIZATIONS), data=st.data())
+    def start(self, quantization, data):
+        self.case = data.draw(cases(quantization))
+        self.layer, self.grown = self.case.layer(), self.case.layer()
+        self.layer.activate_past_recording()
+        self.drafted, self.seed = [side[:, :, :0] for side in self.case.states(1)], 0
+        self.draft(self.case.tokens)
+
+    @rule(tokens=st.integers(1, 9) | st.integers(0, 60))
+    def draft(self, tokens):
+        self.seed += 1
+        new = self.case.states(tokens, self.seed)
+        self.steps["update", self.layer.is_initialized] += 1
+        self.layer.update(*new, packed=True)
+        self.drafted = [torch.cat(pair, dim=2) for pair in zip(self.drafted, new, strict=True)]
+        self.verify_bound()
+
+    @rule(removed=st.integers(0, 9) | st.integers(0, DEFERRED_LENGTH))
+    def take_back(self, removed):
+        removed = min(removed, self.drafted[0].shape[2])
+        before = stored_length(self.layer)
+        self.layer.crop(-removed)
+        self.steps["crop", stored_length(self.layer) > before] += 1
+        kept = [side[:, :, : side.shape[2] - removed] for side in self.drafted]
+        feed(self.grown, kept, [1] * kept[0].shape[2])
+        self.drafted = [side[:, :, :0] for side in self.drafted]
+        if not self.grown.is_initialized:
+            return
+        expected = stored_bytes(self.grown)
+        found = stored_bytes(self.layer)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[part], expected[part]) for part in expected)
+        assert is_same(self.layer.keys, self.grown.keys)
+        assert is_same(self.layer.values, self.grown.values)
+
+    @rule(copier=st.sampled_from([lambda layer: layer.fork(), copy.deepcopy]))
+    def go_on_with_a_copy(self, copier):
+        self.steps["copy", stored_length(self.layer) > 0] += 1
+        self.layer = copier(self.layer)
+
+    def verify_bound(self):
+        longest = max(self.case.residual_length + DEFERRED_LENGTH + self.case.flush_length, self.case.flush_length)
+        assert all(side.window.length < longest for _, side in self.layer.sides())
+
+
 class OutOfMemoryError(Exception):
     """What a quantizer may raise at any time."""
 
@@ -313,14 +392,16 @@ def test_the_rows_of_a_reorder_stay_with_the_caller(rows):
     assert held == other.memory().total_bytes
 
 
-def run_machine(machine, examples, record_property):
+def run_machine(
+    machine, examples, record_property, operations=("update", "crop", "reorder", "repeat", "select", "copy")
+):
     """Run a state machine; a run that left out an operation, or did it on an empty cache only, fails too."""
     machine.steps.clear()
     chosen = settings(max_examples=example_count(examples), stateful_step_count=STEP_COUNT)
     run_state_machine_as_test(machine, settings=chosen)
     record_property("steps", machine.steps.total())
     telling = {operation: machine.steps[operation, True] for operation, _ in machine.steps if operation != "nothing"}
-    assert telling.keys() >= {"update", "crop", "reorder", "repeat", "select", "copy"}
+    assert telling.keys() >= set(operations)
     assert min(telling.values()) >= LEAST_TELLING_STEPS, telling
 
 
@@ -330,3 +411,7 @@ def test_beside_dynamic_cache(record_property):
 
 def test_beside_its_own_states(record_property):
     run_machine(BesideItsOwnStates, 80, record_property)
+
+
+def test_while_the_past_is_recorded(record_property):
+    run_machine(WhileThePastIsRecorded, 30, record_property, operations=("update", "crop", "copy"))

@@ -1,0 +1,49 @@
+"""From what a user calls a model to the model of transformers that a cache is attached to, or why there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvq.errors import ModelError
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+"""The method of transformers that makes the cache of a `generate`."""
+
+
+def find_generating_model(model: Any) -> PreTrainedModel:
+    """Return the model of transformers within `model` whose `generate` runs.
+
+    Args:
+        model: such a model; what `torch.compile` made of it; or an adapter around it that tells by `get_base_model()`
+            what it is around, as PEFT's do.
+
+    Raises:
+        ModelError: there is none, or its `generate` would not use an attached cache.
+    """
+    if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        raise ModelError(
+            f"{type(model).__name__} copies a model to several devices, each of which would need a cache of its own; "
+            "it does not generate: attach to model.module"
+        )
+    inner = _unwrap(model)
+    if not isinstance(inner, PreTrainedModel) or not hasattr(inner, PREPARE_CACHE):
+        raise ModelError(f"{type(model).__name__} is not a model of transformers that generates")
+    if not inner._supports_default_dynamic_cache():
+        raise ModelError(
+            f"{type(inner).__name__} brings a cache of its own kind and takes no other, so that nothing is quantized"
+        )
+    return inner
+
+
+def _unwrap(model: Any) -> Any:
+    while not isinstance(model, PreTrainedModel):
+        if isinstance(compiled := getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = compiled
+        elif callable(find := getattr(model, "get_base_model", None)):
+            model = find()
+        else:
+            break
+    return model

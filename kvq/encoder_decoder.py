@@ -1,0 +1,106 @@
+"""`EncoderDecoderKVQ`, the cache of models that attend to an encoder too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvq.cache import KVQ, resolve_config
+from kvq.config import KVQCacheConfig
+from kvq.errors import ModelError
+from kvq.kept_layers import fork_layer, reset_layer
+from kvq.memory import MemoryReport, report_memory
+from kvq.model_layers import DecoderConfig
+
+
+class EncoderDecoderKVQ(EncoderDecoderCache):
+    """A quantized cache for encoder-decoder models: T5, BART, Whisper.
+
+    Self-attention, which grows with every token, is quantized. Cross-attention holds the encoder's states, as many as
+    the input has; with `cross_attention="quantize"` they are quantized too, else they stay in full precision.
+
+    Args:
+        config: as for `KVQ`.
+        model: the model or its configuration.
+        padding: tokens of left padding of the decoder's input in each row.
+        **overrides: single fields, which win over `config`.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        BackendError: the backend cannot be had.
+        ModelError: the model is no encoder-decoder model, or nothing in it would be quantized.
+
+    Example:
+        >>> cache = EncoderDecoderKVQ(nbits_k=4, nbits_v=4, model=model)  # doctest: +SKIP
+        >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None,
+        *,
+        model: PreTrainedModel | PretrainedConfig,
+        padding: Sequence[int] | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.config = resolve_config(config, **overrides)
+        decoder = DecoderConfig.of(model)
+        if not decoder.is_encoder_decoder:
+            raise ModelError(f"{type(decoder.layers).__name__} describes no encoder-decoder model; use KVQ")
+        own = KVQ.of_decoder(self.config, decoder, padding)
+        cross: Cache = DynamicCache()
+        if self.config.cross_attention == "quantize":
+            # Cross-attention sees the whole input, also in layers whose self-attention slides.
+            cross = KVQ.of_decoder(self.config.replace(sliding="quantize"), decoder)
+        super().__init__(own, cross)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers of the self-attention."""
+        layers: list[Any] = self.self_attention_cache.layers
+        return layers
+
+    def memory(self) -> MemoryReport:
+        """Return the bytes held; the layers of the cross-attention come after those of the self-attention."""
+        return report_memory([*self.layers, *self.cross_attention_cache.layers])
+
+    def materialize(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of a layer's self-attention as fresh full-precision tensors `[B, H, T, D]`.
+
+        Raises:
+            CacheStateError: the layer holds nothing yet.
+        """
+        states: tuple[torch.Tensor, torch.Tensor] = self.self_attention_cache.materialize(layer_idx)
+        return states
+
+    def fork(self) -> EncoderDecoderKVQ:
+        """Return an independent cache with the same tokens; see `KVQ.fork`."""
+        other = copy.copy(self)
+        other.is_updated = dict(self.is_updated)
+        other.self_attention_cache = self.self_attention_cache.fork()
+        other.cross_attention_cache = _fork(self.cross_attention_cache)
+        return other
+
+    def reset(self) -> None:
+        """Forget everything; the next update may bring states of another shape."""
+        for layer in [*self.layers, *self.cross_attention_cache.layers]:
+            reset_layer(layer)
+        for layer_idx in self.is_updated:
+            self.is_updated[layer_idx] = False
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Accept every operation: what transformers reserves for its dynamic caches, ours do too."""
+
+
+def _fork(cross: Cache) -> Cache:
+    if isinstance(cross, KVQ):
+        return cross.fork()
+    other = copy.copy(cross)
+    other.layers = [fork_layer(layer) for layer in cross.layers]
+    return other

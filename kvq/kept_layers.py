@@ -1,0 +1,48 @@
+"""What a cache does with the layers that stay those of transformers, where their own methods fall short.
+
+Their states of linear attention know `reorder_cache` but neither repetition nor selection, and layers with both kinds
+of state do either to one of them only; before 5.18 a reset turns tokens into zeros instead of forgetting them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_NEVER_WRITTEN = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers whose tensors are replaced and never written to, once `reset_layer` is what resets them."""
+
+
+def fork_layer(layer: Any) -> Any:
+    """Return an independent layer; keys and values are shared where nothing writes to them."""
+    return copy.copy(layer) if type(layer) in _NEVER_WRITTEN else copy.deepcopy(layer)
+
+
+def select_rows(layer: Any, rows: torch.Tensor) -> None:
+    """Make row `i` of the batch what was row `rows[i]`, int64 `[B']`, which may be more or fewer than before."""
+    if hasattr(layer, "reorder_cache"):
+        layer.reorder_cache(rows)
+
+
+def count_rows(layer: Any) -> int | None:
+    """Return the rows of the batch that a layer holds, or None where it holds nothing."""
+    states = [getattr(layer, "keys", None)]
+    for name in ("conv_states", "recurrent_states"):
+        states += getattr(layer, name, {}).values()
+    return next((one.shape[0] for one in states if one is not None and one.numel()), None)
+
+
+def reset_layer(layer: Any) -> None:
+    """Forget everything that a layer holds."""
+    if isinstance(layer, DynamicLayer):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+    layer.reset()
+
+
+def carries_sum(layer: Any) -> bool:
+    """Return whether a layer holds a state that no crop can put back; transformers crops the rest and leaves that."""
+    return any(getattr(layer, "is_recurrent_states_initialized", {}).values())
