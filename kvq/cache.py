@@ -17,6 +17,7 @@ from kvq.config.fields import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
+from kvq.persistence import CacheFile, ModelReference, write_layers
 from kvq.thread_guard import ThreadGuard
 
 
@@ -50,7 +51,9 @@ class KVQ(Cache):
     ) -> None:
         self.config = resolve_config(config, **overrides)
         self._model_config = _text_config(model)
+        self._model = ModelReference(model)
         self._padding = _check_padding(padding)
+        self.token_ids: torch.Tensor | None = None
         self._thread_guard = ThreadGuard()
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
@@ -103,6 +106,55 @@ class KVQ(Cache):
         keys, values = layer.keys, layer.values
         return (keys, values) if isinstance(layer, KVQLayer) else (keys.clone(), values.clone())
 
+    def save(
+        self,
+        path: str | Path,
+        *,
+        model: PreTrainedModel | PretrainedConfig | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> None:
+        """Write the cache to a file, in place of one that is there; killed at any moment, the old one or the new stays.
+
+        Args:
+            path: of the file, safetensors.
+            model: the model whose states these are, for `load` to check; by default that of `KVQ(model=...)`.
+            token_ids: int64 `[B, T]`, the tokens that were fed; they come back as `token_ids`.
+
+        Raises:
+            CacheFileError: the file cannot be written.
+            CacheStateError: the cache is empty, in the middle of a forward, or has layers that no file can hold.
+            ConfigError: a backend was given as an object that no file can name.
+        """
+        owner = model or self._model.find() or self._model_config
+        write_layers(path, self.config, self.layers, padding=self._padding, model=owner, token_ids=token_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        model: PreTrainedModel | PretrainedConfig | None = None,
+        device: str | torch.device | None = None,
+    ) -> KVQ:
+        """Return the cache that a file holds; nothing in the file is executed.
+
+        Args:
+            path: of the file.
+            model: the model that goes on with it; checked against the one whose states were saved.
+            device: where the states live; default: where the layers of the model are, or the CPU.
+
+        Raises:
+            CacheFileError: the file is damaged, of another kind, newer than this release, or of another model.
+            ConfigError, BackendError: the configuration in the file cannot be had here.
+        """
+        with CacheFile(path) as file:
+            if model is not None:
+                file.check_model(model)
+            cache = cls(file.config, model=model, padding=file.header.padding)
+            cache.layers = file.read_layers(cache.layers, model, device)
+            cache.token_ids = file.read_token_ids()
+        return cache
+
     def fork(self) -> KVQ:
         """Return an independent cache with the same tokens that shares the finished chunks.
 
@@ -114,6 +166,7 @@ class KVQ(Cache):
             raise CacheStateError(f"a cache with {', '.join(foreign)} cannot be forked; use copy.deepcopy")
         other = KVQ(self.config, model=self._model_config, padding=self._padding)
         other.layers = [layer.fork() for layer in self.layers]
+        other._model, other.token_ids = self._model, self.token_ids
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQ:

@@ -143,6 +143,24 @@ class ChunkedStore:
             self._replace_last(replace(segment, used=segment.used + count))
             done += count
 
+    def append_encoded(self, parts: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
+        """Store blocks that were encoded before, in chunks like those of one `append`.
+
+        Args:
+            parts: `[B0, H, blocks, *part.shape]` for each part of the layout; copied.
+            rows: int64 `[B]`, which of the `B0` rows each row of the batch reads, or None where they are the batch.
+        """
+        held, _, total = next(iter(parts.values())).shape[:3]
+        done = 0
+        while done < total:
+            segment = self._allocate(chunk_capacity(0, total - done, self.block_length), held)
+            for name, part in segment.parts.items():
+                part.copy_(parts[name][:, :, done : done + segment.capacity])
+            order = None if rows is None else rows.to(self.device)
+            self.segments = (*self.segments, replace(segment, used=segment.capacity, rows=order))
+            done += segment.capacity
+        self._owns_last = True
+
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on, a multiple of the block length."""
         keep = length // self.block_length
@@ -234,12 +252,14 @@ class ChunkedStore:
             copy.parts[name][:, :, : segment.used].copy_(part)
         return replace(copy, used=segment.used)
 
-    def _allocate(self, capacity: int) -> Segment:
+    def _allocate(self, capacity: int, rows: int | None = None) -> Segment:
         # A tensor made under inference_mode could not be written to outside of it.
         with torch.inference_mode(False):
             parts = {
                 name: torch.empty(
-                    (self.batch_size, self.num_heads, capacity, *part.shape), dtype=part.dtype, device=self.device
+                    (rows or self.batch_size, self.num_heads, capacity, *part.shape),
+                    dtype=part.dtype,
+                    device=self.device,
                 )
                 for name, part in self.layout.items()
             }

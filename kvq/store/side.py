@@ -7,7 +7,7 @@ states and not on how the updates that brought them were split.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from kvq.quantizer import Quantizer
 from kvq.store.chunks import ChunkedStore, StoreView
+from kvq.store.constants import restore_constants
 from kvq.store.sinks import SinkTokens
 from kvq.store.window import TokenBuffer
 
@@ -149,6 +150,10 @@ class LayerSide:
         other.flush_length = self.flush_length
         other.store, other.window, other.sinks = self.store.fork(other.quantizer), self.window.copy(), self.sinks.copy()
         return other
+
+    def restore_constants(self, constants: Mapping[str, torch.Tensor]) -> None:
+        """Give the quantizer back what it had learned; see `kvq.store.constants`."""
+        restore_constants(self.quantizer, constants, self.window.view())
 
     def checkpoint(self) -> tuple[Any, Any, torch.Tensor | None]:
         """Return what `restore` needs to undo an append."""
