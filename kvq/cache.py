@@ -18,6 +18,7 @@ from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesEr
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
 from kvq.persistence import CacheFile, ModelReference, write_layers
+from kvq.relocation import move_layers, reading_ahead
 from kvq.thread_guard import ThreadGuard
 
 
@@ -155,6 +156,18 @@ class KVQ(Cache):
             cache.token_ids = file.read_token_ids()
         return cache
 
+    def move_to(self, device: str | torch.device) -> None:
+        """Move all layers to a device; what the configuration offloads stays where it is.
+
+        It is not called `to`, since accelerate calls that on whatever has it.
+
+        Raises:
+            ConfigError: the device cannot be used.
+            KVQError: a backend cannot work there; the cache is then as it was.
+        """
+        moved = move_layers(self.layers, device)
+        self.layers: list[Any] = moved
+
     def fork(self) -> KVQ:
         """Return an independent cache with the same tokens that shares the finished chunks.
 
@@ -215,7 +228,10 @@ class KVQ(Cache):
             return states
         layer.check_states(key_states, value_states)
         self._check_order(layer, key_states)
-        return layer.update(key_states, value_states, packed=self._reads_packed())
+        if not layer.is_offloaded:
+            return layer.update(key_states, value_states, packed=self._reads_packed())
+        with reading_ahead(self.layers, layer.layer_idx):
+            return layer.update(key_states, value_states, packed=self._reads_packed())
 
     @property
     def _is_in_step(self) -> bool:

@@ -29,7 +29,7 @@ LEVELS = (
     ("config",),
     ("store",),
     ("attention", "layer"),
-    ("memory", "persistence", "thread_guard", "cache", "planning", "attachment"),
+    ("memory", "relocation", "persistence", "thread_guard", "cache", "planning", "attachment"),
     ("evaluation", "testing"),
     ("__init__", "cli", "__main__"),
 )

@@ -83,7 +83,7 @@ def find_layer_devices(model: PreTrainedModel | PretrainedConfig | None, count: 
     if not isinstance(model, nn.Module):
         return [torch.device("cpu")] * count
     known: dict[int, torch.device] = {}
-    default: torch.device = model.device
+    default: torch.device = next(model.parameters()).device
     for name, module in find_key_projections(model):
         match = re.search(r"\.(\d+)\.", name)
         if match is not None:

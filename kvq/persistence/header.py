@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT_NAME = "kvq.cache"
 FORMAT_VERSION = 1
-MAX_HEAD_DIM = 1 << 13
+MAX_HEAD_DIM = 1 << 11
 """Widest head that is believed: models have up to 576, and a quantizer may build matrices of D * D."""
 MAX_TOKENS = 1 << 40
 

@@ -82,7 +82,8 @@ def fill(layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[
     """
     for name, side in layer.sides():
         header, place = _header_of(states, name), f"{prefix}.{name}"
-        side.restore_constants({part: read(f"{place}.constants.{part}") for part in side.quantizer.constants()})
+        constants = {part: read(f"{place}.constants.{part}") for part in side.quantizer.constants()}
+        side.restore_constants(constants, settled=bool(header.runs))
         for index, run in enumerate(header.runs):
             rows = None if run.rows is None else _checked_rows(read(f"{place}.runs.{index}.rows"), run.rows, place)
             parts = {part: read(f"{place}.runs.{index}.{part}") for part in side.store.layout}

@@ -6,10 +6,11 @@ of tensors that the quantizers' own layouts ask for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -21,18 +22,27 @@ from kvq.config import KVQCacheConfig
 from kvq.errors import CacheFileError
 from kvq.layer import KVQLayer
 from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
-from kvq.persistence.fingerprint import find_layer_devices, fingerprint_backends, fingerprint_model
-from kvq.persistence.header import (
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    BackendFingerprint,
-    CacheHeader,
-    LayerHeader,
-    ModelFingerprint,
-)
+from kvq.persistence.fingerprint import find_layer_devices, fingerprint_model
+from kvq.persistence.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader, LayerHeader
 from kvq.persistence.layer_format import format_of
-from kvq.store.affine import AffineCodec
+from kvq.persistence.matching import check_backends_match, check_model_matches
+from kvq.relocation import usable_device
 from kvq.user_warnings import warn_user
+
+
+@dataclass(frozen=True)
+class _HeldLayer:
+    """A layer that holds tokens, with what the header says of it and the module that knows its kind."""
+
+    layer: Any
+    states: Any
+    form: ModuleType
+    prefix: str
+    device: torch.device
+
+    def plan(self) -> Iterator[tuple[str, TensorSpec]]:
+        planned: Iterator[tuple[str, TensorSpec]] = self.form.plan(self.layer, self.states, self.prefix)
+        return planned
 
 
 class CacheFile:
@@ -63,7 +73,7 @@ class CacheFile:
                 self._container.check_checksum()
                 self._container.check_table()
                 self.header = self._parse_header()
-                self.config = KVQCacheConfig.from_mapping(self.header.config, source=str(self.path))
+                self.config = self._parse_config()
                 self._opened = opened.pop_all()
         except (CacheFileError, OSError) as error:
             raise CacheFileError(f"{self.path} cannot be loaded: {error}") from error
@@ -87,7 +97,7 @@ class CacheFile:
                 "the file does not tell of which model its states are; save it with model=... to have that checked"
             )
             return
-        _check_fingerprint(self.header.model, fingerprint_model(model))
+        check_model_matches(self.header.model, fingerprint_model(model))
 
     def read_layers(
         self,
@@ -106,27 +116,21 @@ class CacheFile:
             CacheFileError: what the file holds does not fit its configuration or the model.
             KVQError: the backend does not build a quantizer for such states.
         """
-        headers = self.header.layers
-        filled = layers or [self._new_layer(index, header) for index, header in enumerate(headers)]
+        filled = layers or [self._new_layer(index, header) for index, header in enumerate(self.header.layers)]
         self._check_kinds(filled)
-        devices = find_layer_devices(model, len(filled)) if device is None else [_check_device(device)] * len(filled)
+        devices = find_layer_devices(model, len(filled)) if device is None else [usable_device(device)] * len(filled)
         held = [
-            (layer, header.states, format_of(header), f"layers.{index}", where)
-            for index, (layer, header, where) in enumerate(zip(filled, headers, devices, strict=True))
+            _HeldLayer(layer, header.states, format_of(header), f"layers.{index}", place)
+            for index, (layer, header, place) in enumerate(zip(filled, self.header.layers, devices, strict=True))
             if header.states is not None
         ]
-        for layer, states, form, _, where in held:
-            form.prepare(layer, states, where)
-        lengths = {form.count_tokens(layer, states) for layer, states, form, _, _ in held}
-        if len(lengths) != 1 or 0 in lengths:
-            raise CacheFileError(f"its layers hold {sorted(lengths)} tokens, which is no state of a cache")
-        wanted = {
-            name: spec for layer, states, form, place, _ in held for name, spec in form.plan(layer, states, place)
-        }
-        self._check_tensors(wanted)
-        self._check_backends(filled)
-        for layer, states, form, place, _ in held:
-            form.fill(layer, states, place, self._container.read)
+        for one in held:
+            one.form.prepare(one.layer, one.states, one.device)
+        self._check_lengths({one.form.count_tokens(one.layer, one.states) for one in held})
+        self._check_tensors({name: spec for one in held for name, spec in one.plan()})
+        check_backends_match(self.header.backends, [layer for layer in filled if isinstance(layer, KVQLayer)])
+        for one in held:
+            one.form.fill(one.layer, one.states, one.prefix, self._container.read)
         return filled
 
     def read_token_ids(self) -> torch.Tensor | None:
@@ -154,13 +158,21 @@ class CacheFile:
             where = ".".join(map(str, first["loc"])) or type(content).__name__
             raise CacheFileError(f"its header is wrong at {where}: {first['msg']}") from error
 
+    def _parse_config(self) -> KVQCacheConfig:
+        config = KVQCacheConfig.from_mapping(self.header.config, source=str(self.path))
+        # The states' own type meant "with the states", also where these are on another type of device from now on.
+        with_states = config.device is not None and config.device.type == self.header.states_device
+        return config.replace(device=None) if with_states else config
+
     def _new_layer(self, index: int, header: LayerHeader) -> Any:
         if header.kind == "dynamic":
             return DynamicLayer()
         if header.kind == "sliding":
             return DynamicSlidingWindowLayer(header.sliding_window)
-        padding = self.header.padding
-        return KVQLayer(index, self.config.for_layer(index), None if padding is None else tuple(padding))
+        settings, padding = self.config.for_layer(index), self.header.padding
+        if settings.full_precision:
+            raise CacheFileError(f"layer {index} is quantized in it, and by its configuration in full precision")
+        return KVQLayer(index, settings, None if padding is None else tuple(padding))
 
     def _check_kinds(self, layers: Sequence[Any]) -> None:
         headers = self.header.layers
@@ -171,6 +183,11 @@ class CacheFile:
                 raise CacheFileError(
                     f"layer {index} is {header.kind} in it, and a {type(layer).__name__} in the cache of the model"
                 )
+
+    @staticmethod
+    def _check_lengths(lengths: set[int]) -> None:
+        if len(lengths) != 1 or 0 in lengths:
+            raise CacheFileError(f"its layers hold {sorted(lengths)} tokens, which is no state of a cache")
 
     def _check_tensors(self, planned: Mapping[str, TensorSpec]) -> None:
         found, wanted = self._container.tensors, dict(planned)
@@ -186,45 +203,6 @@ class CacheFile:
             if found[name] != spec:
                 raise CacheFileError(f"{name} is {found[name]}, and by its configuration {spec}")
 
-    def _check_backends(self, layers: Sequence[Any]) -> None:
-        """Refuse what another release of a backend may decode in another way; warn where it may only encode so."""
-        quantized = [layer for layer in layers if isinstance(layer, KVQLayer)]
-        specs = {side.backend.name: side.backend for layer in quantized for side in _settings(layer)}
-        here = fingerprint_backends(specs.values())
-        own_ways = {
-            settings.backend.name
-            for layer in quantized
-            for (_, side), settings in zip(layer.sides(), _settings(layer), strict=False)
-            if not isinstance(side.quantizer, AffineCodec)
-        }
-        if self.header.backends.keys() != here.keys():
-            raise CacheFileError(f"it names backends {sorted(self.header.backends)}, and uses {sorted(here)}")
-        for name, saved in self.header.backends.items():
-            if name in own_ways and saved != here[name]:
-                raise CacheFileError(
-                    f"backend {name!r} stores in a way of its own, and was {_release(saved)} when it was written, but is "
-                    f"{_release(here[name])} here"
-                )
-            if saved.requires != here[name].requires:
-                warn_user(
-                    f"backend {name!r} was {_release(saved)} when the file was written and is {_release(here[name])} "
-                    "here: what is stored stays as it is, what is added may be rounded in another way"
-                )
-
-
-def _check_fingerprint(saved: ModelFingerprint, here: ModelFingerprint) -> None:
-    differing = [
-        f"{name} is {saved.facts.get(name)!r} there and {here.facts.get(name)!r} here"
-        for name in sorted({*saved.facts, *here.facts})
-        if saved.facts.get(name) != here.facts.get(name)
-    ]
-    if differing:
-        raise CacheFileError(f"its states are those of another model: {'; '.join(differing)}")
-    there, own = ({sample.name: sample.digest for sample in one.weights} for one in (saved, here))
-    differing = [name for name in there.keys() & own.keys() if there[name] != own[name]]
-    if differing:
-        raise CacheFileError(f"its states are those of another model: the weights of {', '.join(differing)} differ")
-
 
 def _kind_of(layer: Any) -> tuple[str, int | None]:
     if isinstance(layer, KVQLayer):
@@ -232,21 +210,3 @@ def _kind_of(layer: Any) -> tuple[str, int | None]:
     if type(layer) is DynamicSlidingWindowLayer:
         return "sliding", layer.sliding_window
     return ("dynamic", None) if type(layer) is DynamicLayer else ("unknown", None)
-
-
-def _settings(layer: KVQLayer) -> tuple[Any, Any]:
-    return layer.settings.key, layer.settings.value
-
-
-def _release(backend: BackendFingerprint) -> str:
-    parts = [backend.origin, *(f"{name} {version}" for name, version in backend.requires.items())]
-    return " with ".join(filter(None, parts)) or "of no distribution"
-
-
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise CacheFileError(f"device {str(device)!r} cannot be used here: {error}") from error
-    return checked

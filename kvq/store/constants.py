@@ -11,13 +11,16 @@ from kvq.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 
 
-def restore_constants(quantizer: Quantizer, constants: Mapping[str, torch.Tensor], like: torch.Tensor) -> None:
+def restore_constants(
+    quantizer: Quantizer, constants: Mapping[str, torch.Tensor], like: torch.Tensor, *, settled: bool
+) -> None:
     """Write constants into a quantizer that was just built, and check that it keeps them.
 
     Args:
         quantizer: as built; its constants have the names, shapes and dtypes of `constants`.
         constants: of a quantizer built from the same spec, on any device.
         like: states `[B, H, T, D]` that give heads, head dim, dtype and device.
+        settled: whether a block was encoded with them, so that they must not change any more.
 
     Raises:
         QuantizerContractError: it does not take them, or learns anew from the next block that it encodes.
@@ -27,7 +30,7 @@ def restore_constants(quantizer: Quantizer, constants: Mapping[str, torch.Tensor
     for name, tensor in quantizer.constants().items():
         tensor.copy_(constants[name])
     # What an affine quantizer learns is in the metadata of each block: there is nothing to learn anew.
-    if not isinstance(quantizer, AffineCodec):
+    if settled and not isinstance(quantizer, AffineCodec):
         shape = (1, like.shape[1], quantizer.block_length, like.shape[3])
         ramp = torch.linspace(-1, 1, shape[1] * shape[2] * shape[3], device=like.device)
         quantizer.encode(ramp.reshape(shape).to(like.dtype))

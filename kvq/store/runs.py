@@ -8,7 +8,8 @@ from itertools import groupby
 
 import torch
 
-from kvq.store.chunks import ChunkedStore, Segment
+from kvq.store.chunks import ChunkedStore
+from kvq.store.segments import Segment
 
 
 @dataclass(frozen=True, eq=False)
