@@ -94,7 +94,7 @@ class CacheFile:
         """
         if self.header.model is None:
             warn_user(
-                "the file does not tell of which model its states are; save it with model=... to have that checked"
+                "the file does not say which model its states are of; save it with model=... to have that checked"
             )
             return
         check_model_matches(self.header.model, fingerprint_model(model))
