@@ -104,7 +104,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="PATH_OR_ID", help="a causal model; default: the embedded one, offline")
     parser.add_argument("--document", type=Path, metavar="FILE", help="a text; default: a long list")
     parser.add_argument("--question", action="append", default=[], metavar="TEXT", help="may be given several times")
-    parser.add_argument("--cache", type=Path, metavar="FILE", help="where the cache is kept; default: only for this run")
+    parser.add_argument(
+        "--cache", type=Path, metavar="FILE", help="where the cache is kept; default: only for this run"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 4, with --model 30")
     return parser.parse_args()
 

@@ -188,8 +188,8 @@ class KVQLayer(CacheLayerMixin):
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the store lives on another type of device than the states."""
-        return self.is_initialized and self._sides["key"].store.device.type != self.device.type
+        """Whether the store lives on another device than the states."""
+        return self.is_initialized and self._sides["key"].store.device != self.device
 
     def offload(self) -> None:
         """Keep the store on the CPU from now on; sinks and window stay with the states."""

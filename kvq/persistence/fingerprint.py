@@ -34,7 +34,7 @@ MODEL_FACTS = (
 )
 """What is compared of a configuration: by these the states of two models of unlike shape differ."""
 SAMPLE_COUNT = 4096
-"""Elements of a weight that are compared, evenly spread, so that each part of a fused projection is among them."""
+"""Most elements of a weight that are compared, evenly spread, so that each part of a fused projection is among them."""
 
 _KEY_NAMES = (
     # Ranked: a projection of keys alone, of latents that keys come from, of queries, keys and values together.
@@ -128,7 +128,8 @@ def _digest(module: nn.Module) -> str | None:
         return None
     local = weight.to_local() if hasattr(weight, "to_local") else weight
     flat = local.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // SAMPLE_COUNT)][:SAMPLE_COUNT].to("cpu")
+    # An odd step, so that it never runs down one column of a matrix.
+    sample = flat[:: -(-flat.numel() // SAMPLE_COUNT) | 1].to("cpu")
     values = sample.double() if sample.is_floating_point() else sample.long()
     return hashlib.sha256(repr(local.shape).encode() + values.numpy().tobytes()).hexdigest()
 
