@@ -16,7 +16,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest eval-harness mutants soak lint types examples plugin wheel models readme venv clean
+.PHONY: help demo test test-fast test-oldest eval-harness mutants soak fuzz lint types examples plugin wheel models readme venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ mutants: venv ## break the code line by line and show that the tests turn red (m
 
 soak: venv ## run the state machines with ten times the examples
 	OMP_NUM_THREADS=1 KVQ_EXAMPLES=soak $(BIN)/pytest $(PYTEST_FLAGS) tests/invariants/test_cache_operations.py
+
+fuzz: venv ## load every mutation of saved caches: each field, offset, shape, dtype, length (minutes)
+	OMP_NUM_THREADS=1 KVQ_FUZZ=all $(BIN)/pytest $(PYTEST_FLAGS) tests/persistence/test_fuzz.py
 
 lint: venv ## ruff: rules and format
 	$(BIN)/ruff check .

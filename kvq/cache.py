@@ -20,6 +20,8 @@ from kvq.kept_layers import carries_sum, count_rows, fork_layer, reset_layer, se
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
 from kvq.model_layers import DecoderConfig, build_layers
+from kvq.persistence import CacheFile, ModelReference, write_layers
+from kvq.relocation import move_layers, reading_ahead
 from kvq.thread_guard import ThreadGuard
 
 
@@ -52,6 +54,7 @@ class KVQ(CarriedStates):
         **overrides: Any,
     ) -> None:
         self._fill(resolve_config(config, **overrides), None if model is None else _find_decoder(model), padding)
+        self._model = ModelReference(model)
 
     @classmethod
     def of_decoder(cls, config: KVQCacheConfig, decoder: DecoderConfig, padding: Sequence[int] | None = None) -> KVQ:
@@ -64,8 +67,10 @@ class KVQ(CarriedStates):
         self.config = config
         self._model_config = None if decoder is None else decoder.layers
         self._attention_config = None if decoder is None else decoder.attention
+        self._model = ModelReference()
         self._padding = _check_padding(padding)
         self._records_past = False
+        self.token_ids: torch.Tensor | None = None
         self._thread_guard = ThreadGuard()
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
@@ -118,6 +123,67 @@ class KVQ(CarriedStates):
             raise CacheStateError(f"layer {layer_idx} holds no tokens yet; run the model first")
         keys, values = layer.keys, layer.values
         return (keys, values) if isinstance(layer, KVQLayer) else (keys.clone(), values.clone())
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        model: PreTrainedModel | PretrainedConfig | None = None,
+        token_ids: torch.Tensor | None = None,
+    ) -> None:
+        """Write the cache to a file, in place of one that is there; killed at any moment, the old one or the new stays.
+
+        Args:
+            path: of the file, safetensors.
+            model: the model whose states these are, for `load` to check; by default that of `KVQ(model=...)`.
+            token_ids: int64 `[B, T]`, the tokens that were fed; they come back as `token_ids`.
+
+        Raises:
+            CacheFileError: the file cannot be written.
+            CacheStateError: the cache is empty, in the middle of a forward, or has layers that no file can hold.
+            ConfigError: a backend was given as an object that no file can name.
+        """
+        owner = model or self._model.find() or self._model_config
+        write_layers(path, self.config, self.layers, padding=self._padding, model=owner, token_ids=token_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        model: PreTrainedModel | PretrainedConfig | None = None,
+        device: str | torch.device | None = None,
+    ) -> KVQ:
+        """Return the cache that a file holds; nothing in the file is executed.
+
+        Args:
+            path: of the file.
+            model: the model that goes on with it; checked against the one whose states were saved.
+            device: where the states live; default: where the layers of the model are, or the CPU.
+
+        Raises:
+            CacheFileError: the file is damaged, of another kind, newer than this release, or of another model.
+            ConfigError, BackendError: the configuration in the file cannot be had here.
+        """
+        with CacheFile(path) as file:
+            if model is not None:
+                file.check_model(model)
+            cache = cls(file.config, model=model, padding=file.header.padding)
+            cache.layers = file.read_layers(cache.layers, model, device)
+            cache.token_ids = file.read_token_ids()
+        return cache
+
+    def move_to(self, device: str | torch.device) -> None:
+        """Move all layers to a device; what the configuration offloads stays where it is.
+
+        It is not called `to`, since accelerate calls that on whatever has it.
+
+        Raises:
+            ConfigError: the device cannot be used.
+            KVQError: a backend cannot work there; the cache is then as it was.
+        """
+        moved = move_layers(self.layers, device)
+        self.layers: list[Any] = moved
 
     def fork(self) -> KVQ:
         """Return an independent cache with the same tokens that shares what neither of the two will write to.
@@ -183,7 +249,10 @@ class KVQ(CarriedStates):
             return states
         layer.check_states(key_states, value_states)
         self._check_order(layer, key_states)
-        return layer.update(key_states, value_states, packed=self._reads_packed())
+        if not layer.is_offloaded:
+            return layer.update(key_states, value_states, packed=self._reads_packed())
+        with reading_ahead(self.layers, layer.layer_idx):
+            return layer.update(key_states, value_states, packed=self._reads_packed())
 
     @property
     def _is_in_step(self) -> bool:

@@ -13,6 +13,7 @@
     ├── ModelError (ValueError)              a model that this cache cannot serve
     ├── EvaluationError (ValueError)         what was to be measured cannot be, or not like that
     ├── MissingExtraError (ImportError)      a part of kvq whose extra is not installed
+    ├── CacheFileError (ValueError)          a file that is no cache, or not the one that was asked for
     └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state
 
 Each class is also the built-in that a caller would expect, so that either can be caught. None is a `KeyError`, which
@@ -127,6 +128,10 @@ class EvaluationError(KVQError, ValueError):
 
 class MissingExtraError(KVQError, ImportError):
     """A part of kvq needs an extra, such as `eval`, that is not installed."""
+
+
+class CacheFileError(KVQError, ValueError):
+    """A file of a cache cannot be written, or is refused; the message says why."""
 
 
 class CacheStateError(KVQError, RuntimeError):

@@ -16,6 +16,7 @@ from kvq.quantizer import Side
 from kvq.store.codec import build_codec, common_flush_length
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
+from kvq.user_warnings import warn_user
 
 _STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEFERRED_LENGTH = 256
@@ -205,11 +206,36 @@ class KVQLayer(CacheLayerMixin):
         if self.is_initialized:
             self._select_rows(self._row_numbers()[indices.cpu()])
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the store lives on another device than the states."""
+        return self.is_initialized and self._sides["key"].store.device != self.device
+
     def offload(self) -> None:
-        """Do nothing: where the store lives is decided by `device`."""
+        """Keep the store on the CPU from now on; sinks and window stay with the states."""
+        for side in self._sides.values():
+            side.offload()
 
     def prefetch(self) -> None:
-        """Do nothing, like `offload`."""
+        """Copy an offloaded store to where the states are, for what reads it until the next `offload`."""
+        for side in self._sides.values():
+            side.prefetch()
+
+    def release_prefetched(self) -> None:
+        """Forget what `prefetch` copied; what is being read stays until it is read."""
+        for side in self._sides.values():
+            side.store.release_staged()
+
+    def moved_to(self, device: torch.device) -> KVQLayer:
+        """Return an independent layer with its states on another device."""
+        other = self.fork()
+        if self.is_initialized:
+            other.device, store_device = device, _store_device(self.settings.device, device)
+            for name, side in self._sides.items():
+                like = side.window.view()[:, :, :0].to(device)
+                codec = build_codec(self.settings, name, self.layer_idx, like)
+                other._sides[name] = side.moved_to(device, codec, store_device)
+        return other
 
     def fork(self) -> KVQLayer:
         """Return an independent layer that shares the present chunks."""
@@ -290,6 +316,11 @@ def _store_device(wanted: torch.device | None, states: torch.device) -> torch.de
     # A device of the states' own type means "with the states": under a device_map the layers live on several devices,
     # and one `device=model.device` must not gather them all on the first.
     if wanted is None or wanted.type == states.type:
+        if wanted is not None and wanted.index not in (None, states.index):
+            warn_user(
+                f"device={str(wanted)!r}, but states are on {str(states)!r}: the store of a layer stays with its "
+                f"states on any device of that type; leave device out, or write {wanted.type!r}"
+            )
         return states
     try:
         torch.empty(0, device=wanted)

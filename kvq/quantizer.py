@@ -132,7 +132,9 @@ class Quantizer(Protocol):
     def constants(self) -> Mapping[str, torch.Tensor]:
         """Return what `decode_into` needs beyond the parts: codebooks, rotations, static scales.
 
-        They are counted, saved and moved once for the layer. Once the first block is encoded they must not change.
+        They are counted, saved and moved once for the layer. Once the first block is encoded they must not change, and
+        all that `encode` learned from it is in them: a loaded or moved cache builds the quantizer anew, writes into the
+        tensors that this returns, and goes on.
         """
         ...
 

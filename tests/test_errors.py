@@ -24,6 +24,7 @@ TREE = {
     "ModelError": (KVQError, ValueError),
     "EvaluationError": (KVQError, ValueError),
     "MissingExtraError": (KVQError, ImportError),
+    "CacheFileError": (KVQError, ValueError),
     "CacheStateError": (KVQError, RuntimeError),
 }
 CLASSES = {

@@ -29,7 +29,7 @@ LEVELS = (
     ("config",),
     ("store",),
     ("attention", "layer"),
-    ("memory", "persistence", "thread_guard", "kept_layers", "carried_states", "model_layers", "cache"),
+    ("memory", "relocation", "persistence", "thread_guard", "kept_layers", "carried_states", "model_layers", "cache"),
     ("encoder_decoder", "planning", "attachable", "attachment"),
     ("evaluation", "testing"),
     ("__init__", "cli", "__main__"),

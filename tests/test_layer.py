@@ -343,7 +343,9 @@ def test_where_the_store_lives():
 
     here = torch.device("cpu")
     assert _store_device(None, here) == here
-    assert _store_device(torch.device("cuda:0"), torch.device("cuda:1")) == torch.device("cuda:1")
+    with pytest.warns(UserWarning, match="device='cuda:0', but states are on 'cuda:1'"):
+        assert _store_device(torch.device("cuda:0"), torch.device("cuda:1")) == torch.device("cuda:1")
+    assert _store_device(torch.device("cuda"), torch.device("cuda:1")) == torch.device("cuda:1")
     assert _store_device(torch.device("meta"), here) == torch.device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device: 'cuda' cannot be used here"):

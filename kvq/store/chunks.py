@@ -13,6 +13,7 @@ import torch
 
 from kvq.errors import QuantizerContractError
 from kvq.quantizer import Quantizer
+from kvq.store.segments import Segment, copy_segments
 
 MAX_CHUNK_LENGTH = 2048
 """Tokens in the largest chunk."""
@@ -33,30 +34,6 @@ def chunk_capacity(stored: int, wanted: int, block_length: int) -> int:
     largest = max(1, MAX_CHUNK_LENGTH // block_length)
     size = min(largest, max(1, stored // GROWTH_DIVISOR, wanted))
     return 1 << (size.bit_length() - 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """The used blocks of one chunk, as one store sees them.
-
-    Attributes:
-        parts: the chunk, `[B, H, capacity, *part.shape]` for each part.
-        used: blocks that belong to this store.
-        capacity: blocks that the chunk has room for.
-        rows: int64 `[B']`, the chunk's row for each row of the batch; None: as they are.
-    """
-
-    parts: Mapping[str, torch.Tensor]
-    used: int
-    capacity: int
-    rows: torch.Tensor | None = None
-
-    def read(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Return blocks in batch order; views unless the batch was reordered."""
-        parts = {name: part[:, :, start:stop] for name, part in self.parts.items()}
-        if self.rows is None:
-            return parts
-        return {name: part.index_select(0, self.rows) for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -98,17 +75,22 @@ class ChunkedStore:
         batch_size: rows (B).
         num_heads: key-value heads (H).
         device: where the chunks live; parts are moved there, and back to the states' device to be decoded.
+        pinned: whether they are in memory that a GPU copies from on its own.
     """
 
-    def __init__(self, quantizer: Quantizer, batch_size: int, num_heads: int, device: torch.device) -> None:
+    def __init__(
+        self, quantizer: Quantizer, batch_size: int, num_heads: int, device: torch.device, *, pinned: bool = False
+    ) -> None:
         self.quantizer = quantizer
         self.batch_size = batch_size
         self.num_heads = num_heads
         self.device = device
+        self.pinned = pinned
         self.block_length = quantizer.block_length
         self.layout = dict(quantizer.layout())
         self.segments: tuple[Segment, ...] = ()
         self._owns_last = True
+        self._staged: dict[Segment, Segment] = {}
 
     @property
     def blocks(self) -> int:
@@ -122,7 +104,7 @@ class ChunkedStore:
 
     def view(self) -> StoreView:
         """Return what is stored now, without copying."""
-        return StoreView(self.quantizer, self.segments)
+        return StoreView(self.quantizer, tuple(self._staged.get(segment, segment) for segment in self.segments))
 
     def append(self, states: torch.Tensor, following: int = 0) -> None:
         """Quantize and store whole blocks.
@@ -142,6 +124,24 @@ class ChunkedStore:
                 self._write(segment, rows, segment.used + first, block_states)
             self._replace_last(replace(segment, used=segment.used + count))
             done += count
+
+    def append_encoded(self, parts: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
+        """Store blocks that were encoded before, in chunks like those of one `append`.
+
+        Args:
+            parts: `[B0, H, blocks, *part.shape]` for each part of the layout; copied.
+            rows: int64 `[B]`, which of the `B0` rows each row of the batch reads, or None where they are the batch.
+        """
+        held, _, total = next(iter(parts.values())).shape[:3]
+        done = 0
+        while done < total:
+            segment = self._allocate(chunk_capacity(0, total - done, self.block_length), held)
+            for name, part in segment.parts.items():
+                part.copy_(parts[name][:, :, done : done + segment.capacity])
+            order = None if rows is None else rows.to(self.device)
+            self.segments = (*self.segments, replace(segment, used=segment.capacity, rows=order))
+            done += segment.capacity
+        self._owns_last = True
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on, a multiple of the block length."""
@@ -175,9 +175,27 @@ class ChunkedStore:
             quantizer: of the new store; decodes what is shared.
         """
         self._owns_last = False
-        other = ChunkedStore(quantizer, self.batch_size, self.num_heads, self.device)
+        other = ChunkedStore(quantizer, self.batch_size, self.num_heads, self.device, pinned=self.pinned)
         other.segments, other._owns_last = self.segments, False
         return other
+
+    def moved_to(self, device: torch.device, quantizer: Quantizer, *, pinned: bool) -> ChunkedStore:
+        """Return an independent store on another device; on the same one it shares the present chunks."""
+        if device == self.device:
+            return self.fork(quantizer)
+        other = ChunkedStore(quantizer, self.batch_size, self.num_heads, device, pinned=pinned)
+        other.segments = copy_segments(self.segments, device, pinned=pinned)
+        return other
+
+    def stage(self, device: torch.device) -> None:
+        """Keep copies of the chunks on a device, for views to read; what is written goes to the chunks."""
+        waiting = tuple(segment for segment in self.segments if segment not in self._staged)
+        kept = {segment: self._staged[segment] for segment in self.segments if segment in self._staged}
+        self._staged = kept | dict(zip(waiting, copy_segments(waiting, device, pinned=False), strict=True))
+
+    def release_staged(self) -> None:
+        """Forget the staged copies; views that were taken keep theirs."""
+        self._staged = {}
 
     def checkpoint(self) -> tuple[tuple[Segment, ...], bool]:
         """Return what `restore` needs to undo appends made from now on."""
@@ -189,7 +207,7 @@ class ChunkedStore:
 
     def tensors(self) -> Iterator[tuple[torch.Tensor, float]]:
         """Yield each tensor of the chunks with the share of it that is in use."""
-        for segment in self.segments:
+        for segment in (*self.segments, *self._staged.values()):
             for part in segment.parts.values():
                 yield part, segment.used / segment.capacity
 
@@ -234,12 +252,15 @@ class ChunkedStore:
             copy.parts[name][:, :, : segment.used].copy_(part)
         return replace(copy, used=segment.used)
 
-    def _allocate(self, capacity: int) -> Segment:
+    def _allocate(self, capacity: int, rows: int | None = None) -> Segment:
         # A tensor made under inference_mode could not be written to outside of it.
         with torch.inference_mode(False):
             parts = {
                 name: torch.empty(
-                    (self.batch_size, self.num_heads, capacity, *part.shape), dtype=part.dtype, device=self.device
+                    (rows or self.batch_size, self.num_heads, capacity, *part.shape),
+                    dtype=part.dtype,
+                    device=self.device,
+                    pin_memory=self.pinned,
                 )
                 for name, part in self.layout.items()
             }

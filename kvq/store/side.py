@@ -7,7 +7,7 @@ states and not on how the updates that brought them were split.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from kvq.quantizer import Quantizer
 from kvq.store.chunks import ChunkedStore, StoreView
+from kvq.store.constants import restore_constants
 from kvq.store.sinks import SinkTokens
 from kvq.store.survivors import SurvivorLog
 from kvq.store.window import TokenBuffer
@@ -83,6 +84,11 @@ def _fill(out: torch.Tensor, start: int, parts: list[torch.Tensor]) -> torch.Ten
     return out
 
 
+def _pins(store: torch.device, states: torch.device) -> bool:
+    """Return whether a store is in memory that a GPU copies from on its own, while the processor goes on."""
+    return store.type == "cpu" and states.type == "cuda"
+
+
 class LayerSide:
     """Keys or values of one layer.
 
@@ -100,7 +106,7 @@ class LayerSide:
         self.quantizer = quantizer
         self.flush_length = flush_length
         self.sinks = sinks
-        self.store = ChunkedStore(quantizer, like.shape[0], like.shape[1], device)
+        self.store = ChunkedStore(quantizer, like.shape[0], like.shape[1], device, pinned=_pins(device, like.device))
         self.window = TokenBuffer(flush_length, like[:, :, :0].detach())
         self.survivors = SurvivorLog()
 
@@ -157,6 +163,41 @@ class LayerSide:
         other.store, other.window, other.sinks = self.store.fork(other.quantizer), self.window.copy(), self.sinks.copy()
         other.survivors = self.survivors
         return other
+
+    def restore_constants(self, constants: Mapping[str, torch.Tensor], *, settled: bool) -> None:
+        """Give a new quantizer what an equal one had learned; see `kvq.store.constants`."""
+        restore_constants(self.quantizer, constants, self.window.view(), settled=settled)
+
+    def moved_to(self, device: torch.device, quantizer: Quantizer, store_device: torch.device) -> LayerSide:
+        """Return an independent side on other devices.
+
+        Args:
+            device: of the exact states.
+            quantizer: built for states on that device.
+            store_device: of the quantized ones.
+        """
+        other = LayerSide.__new__(LayerSide)
+        other.quantizer, other.flush_length = quantizer, self.flush_length
+        other.window = TokenBuffer(self.window.step, self.window.view().to(device))
+        other.sinks = self.sinks.moved_to(device)
+        other.survivors = self.survivors.moved_to(device)
+        other.store = self.store.moved_to(store_device, quantizer, pinned=_pins(store_device, device))
+        other.restore_constants(self.quantizer.constants(), settled=bool(self.store.length))
+        return other
+
+    def offload(self) -> None:
+        """Keep the store on the CPU from now on, and nothing of it beside the states."""
+        self.store.release_staged()
+        cpu = torch.device("cpu")
+        if self.store.device.type != cpu.type:
+            pinned = _pins(cpu, self.window.buffer.device)
+            self.store = self.store.moved_to(cpu, self.quantizer, pinned=pinned)
+
+    def prefetch(self) -> None:
+        """Copy a store that lives elsewhere to where the states are, for the next read."""
+        device = self.window.buffer.device
+        if self.store.device != device:
+            self.store.stage(device)
 
     def checkpoint(self) -> tuple[Any, Any, torch.Tensor | None, SurvivorLog]:
         """Return what `restore` needs to undo a truncation, an append, or both."""

@@ -76,6 +76,12 @@ class SinkTokens:
         """Return an independent copy."""
         return self.select_rows(list(range(len(self.starts))))
 
+    def moved_to(self, device: torch.device) -> SinkTokens:
+        """Return an independent copy on another device."""
+        other = self.copy()
+        other.states = None if other.states is None else other.states.to(device)
+        return other
+
     def _keep(self, states: torch.Tensor, position: int) -> None:
         if self.states is None:
             batch, heads, _, dim = states.shape

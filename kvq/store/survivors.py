@@ -62,6 +62,10 @@ class SurvivorLog:
             return SurvivorLog((*self.groups[:-1], Survivors(start, states)))
         return SurvivorLog((*self.groups, Survivors(start, states)))
 
+    def moved_to(self, device: torch.device) -> SurvivorLog:
+        """Return the log with its states on a device."""
+        return SurvivorLog(tuple(replace(group, states=group.states.to(device)) for group in self.groups))
+
     def select_rows(self, rows: torch.Tensor) -> SurvivorLog:
         """Return the log of a batch whose row `i` was row `rows[i]`."""
         return SurvivorLog(

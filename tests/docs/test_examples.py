@@ -45,7 +45,13 @@ def token_counts(text):
 
 
 def test_every_example_is_tested_and_described():
-    assert [path.name for path in EXAMPLES] == ["chat.py", "compare_backends.py", "custom_backend.py", "quickstart.py"]
+    assert [path.name for path in EXAMPLES] == [
+        "chat.py",
+        "compare_backends.py",
+        "custom_backend.py",
+        "long_document_qa.py",
+        "quickstart.py",
+    ]
     described = (ROOT / "examples" / "README.md").read_text()
     assert [path.name for path in (*EXAMPLES, *CONFIGS) if path.name not in described] == []
 
@@ -83,6 +89,27 @@ def test_custom_backend_generates(run_example):
     printed = run_example("custom_backend.py")
     assert said("generated", printed) == said("right", printed)
     assert "clipping 5 bit" in printed
+
+
+@pytest.mark.slow
+def test_long_document_qa_answers_and_reads_once(run_here, tmp_path):
+    first = run_here("long_document_qa.py", "--cache", tmp_path / "document.safetensors")
+    assert said("answer", first) == said("right", first)
+    assert len(said("answer", first)) == 8
+    assert "read now: 961 tokens" in first
+    again = run_here("long_document_qa.py", "--cache", tmp_path / "document.safetensors")
+    assert "read before:" in again
+    assert again.partition("loaded:")[2] == first.partition("loaded:")[2]
+
+
+def test_long_document_qa_takes_another_model_and_document(run_here, foreign_model, tmp_path):
+    (tmp_path / "text.txt").write_text("abc" * 200)
+    printed = run_here(
+        "long_document_qa.py", "--model", foreign_model, "--document", tmp_path / "text.txt", "--question", "What?",
+        "--max-new-tokens", 6,
+    )  # fmt: skip
+    assert "loaded: 600 tokens" in printed
+    assert printed.count("question:") == 1
 
 
 def test_custom_backend_takes_another_model(run_here, foreign_model, monkeypatch):

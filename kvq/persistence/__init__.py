@@ -1,0 +1,12 @@
+"""Files of caches: safetensors with a header that tells what is in them, written whole or not at all.
+
+Owns the format, its checks and the fingerprints of model and backends. It knows layers, and no cache.
+"""
+
+from __future__ import annotations
+
+from kvq.persistence.model_reference import ModelReference
+from kvq.persistence.reading import CacheFile
+from kvq.persistence.writing import write_layers
+
+__all__ = ["CacheFile", "ModelReference", "write_layers"]

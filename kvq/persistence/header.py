@@ -1,0 +1,122 @@
+"""What the header of a file says: the configuration, the fingerprints, and the shape of what each layer holds.
+
+Owns the words of the format. Everything is bounded here, so that what reads a checked header may rely on it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_NAME = "kvq.cache"
+FORMAT_VERSION = 1
+MAX_HEAD_DIM = 1 << 11
+"""Widest head that is believed: models have up to 576, and a quantizer may build matrices of D * D."""
+MAX_TOKENS = 1 << 40
+
+Heads = Annotated[int, Field(ge=1, le=1 << 13)]
+HeadDim = Annotated[int, Field(ge=1, le=MAX_HEAD_DIM)]
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Tokens = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+StatesDtype = Literal["float16", "bfloat16", "float32"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RunHeader(_Strict):
+    """Blocks of a store that share one batch order."""
+
+    blocks: Count
+    rows: Count | None = Field(description="rows that the run holds where an index maps the batch to them; else null")
+
+
+class SideHeader(_Strict):
+    """Keys or values of a quantized layer."""
+
+    heads: Heads
+    head_dim: HeadDim
+    sinks: bool
+    runs: list[RunHeader]
+
+
+class QuantizedStates(_Strict):
+    """What a quantized layer holds."""
+
+    dtype: StatesDtype
+    starts: list[Tokens] = Field(min_length=1, description="position of the first real token of each row")
+    window: Tokens
+    key: SideHeader
+    value: SideHeader
+
+
+class PlainStates(_Strict):
+    """What a layer of transformers holds."""
+
+    dtype: StatesDtype
+    batch_size: Count
+    tokens: Tokens = Field(description="tokens that the tensors hold")
+    seen: Count = Field(description="tokens that the layer was given; those of a sliding layer may be gone")
+    key: tuple[Heads, HeadDim]
+    value: tuple[Heads, HeadDim]
+
+
+class QuantizedHeader(_Strict):
+    """A `KVQLayer`; `states` is null where it holds nothing."""
+
+    kind: Literal["quantized"] = "quantized"
+    states: QuantizedStates | None
+
+
+class DynamicHeader(_Strict):
+    """A `DynamicLayer` of transformers."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    states: PlainStates | None
+
+
+class SlidingHeader(_Strict):
+    """A `DynamicSlidingWindowLayer` of transformers."""
+
+    kind: Literal["sliding"] = "sliding"
+    sliding_window: Count
+    states: PlainStates | None
+
+
+LayerHeader = QuantizedHeader | DynamicHeader | SlidingHeader
+
+
+class WeightsSample(_Strict):
+    """A digest of fixed elements of a key projection."""
+
+    name: str
+    digest: str
+
+
+class ModelFingerprint(_Strict):
+    """What tells one model from another: facts of its configuration and samples of its weights."""
+
+    facts: dict[str, Any]
+    weights: list[WeightsSample]
+
+
+class BackendFingerprint(_Strict):
+    """Where a backend came from, and the versions of the distributions that it requires."""
+
+    origin: str
+    requires: dict[str, str | None]
+
+
+class CacheHeader(_Strict):
+    """All that a file says beside the numbers themselves."""
+
+    kvq_version: str
+    config: dict[str, Any]
+    states_device: str = Field(description="type of the device that the states were on")
+    padding: list[Tokens] | None
+    token_ids: tuple[Count, Count] | None
+    model: ModelFingerprint | None
+    backends: dict[str, BackendFingerprint]
+    layers: list[Annotated[LayerHeader, Field(discriminator="kind")]]

@@ -1,0 +1,77 @@
+"""Whether a file belongs to the model and to the backends that are here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvq.backend_spec import BackendSpec
+from kvq.errors import CacheFileError
+from kvq.layer import KVQLayer
+from kvq.persistence.fingerprint import fingerprint_backends
+from kvq.persistence.header import BackendFingerprint, ModelFingerprint
+from kvq.store.affine import AffineCodec
+from kvq.user_warnings import warn_user
+
+
+def check_model_matches(saved: ModelFingerprint, here: ModelFingerprint) -> None:
+    """Check that states that were saved are those of the model here.
+
+    Weights are compared where both sides have them: a configuration alone has none.
+
+    Raises:
+        CacheFileError: they are of another model.
+    """
+    differing = [
+        f"{name} is {saved.facts.get(name)!r} there and {here.facts.get(name)!r} here"
+        for name in sorted({*saved.facts, *here.facts})
+        if saved.facts.get(name) != here.facts.get(name)
+    ]
+    if differing:
+        raise CacheFileError(f"its states are those of another model: {'; '.join(differing)}")
+    there, own = ({sample.name: sample.digest for sample in one.weights} for one in (saved, here))
+    common = there.keys() & own.keys()
+    names = sorted(name for name in common or there if there[name] != own.get(name) and own)
+    if names:
+        raise CacheFileError(f"its states are those of another model: the weights of {', '.join(names)} differ")
+
+
+def check_backends_match(saved: Mapping[str, BackendFingerprint], layers: Sequence[KVQLayer]) -> None:
+    """Refuse what another release of a backend may decode in another way; warn where it may only encode so.
+
+    Args:
+        saved: what the file says of each backend.
+        layers: prepared for what the file holds.
+
+    Raises:
+        CacheFileError: a backend with a representation of its own is of another release here.
+    """
+    chosen = {name: backend for layer in layers for name, backend in _backends(layer).items()}
+    here = fingerprint_backends(chosen.values())
+    own_ways = {
+        (layer.settings.key if name == "key" else layer.settings.value).backend.name
+        for layer in layers
+        for name, side in layer.sides()
+        if not isinstance(side.quantizer, AffineCodec)
+    }
+    if saved.keys() != here.keys():
+        raise CacheFileError(f"it names the backends {sorted(saved)}, and its configuration {sorted(here)}")
+    for name, release in saved.items():
+        if name in own_ways and release != here[name]:
+            raise CacheFileError(
+                f"backend {name!r} stores in a way of its own, and was {_describe(release)} when the file was written, "
+                f"but is {_describe(here[name])} here"
+            )
+        if release.requires != here[name].requires:
+            warn_user(
+                f"backend {name!r} was {_describe(release)} when the file was written and is {_describe(here[name])} "
+                "here: what is stored stays as it is, what is added may be rounded in another way"
+            )
+
+
+def _backends(layer: KVQLayer) -> dict[str, BackendSpec]:
+    return {side.backend.name: side.backend for side in (layer.settings.key, layer.settings.value)}
+
+
+def _describe(backend: BackendFingerprint) -> str:
+    parts = [backend.origin, *(f"{name} {version}" for name, version in backend.requires.items())]
+    return " with ".join(filter(None, parts)) or "of no distribution"

@@ -1,0 +1,145 @@
+"""A quantized layer in a file: what the header says of it, which tensors it needs, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from kvq.errors import CacheFileError
+from kvq.layer import KVQLayer
+from kvq.persistence.container import SavedTensor, TensorSpec
+from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader
+from kvq.quantizer import Side
+from kvq.store.runs import find_runs
+from kvq.store.side import LayerSide
+from kvq.store.sinks import SinkTokens
+
+ROWS_DTYPE = torch.int64
+
+
+def describe(layer: KVQLayer) -> QuantizedHeader:
+    """Return what the header says of a layer; one that holds no tokens is as good as new."""
+    if not layer.get_seq_length():
+        return QuantizedHeader(states=None)
+    sides = dict(layer.sides())
+    key = sides["key"]
+    states = QuantizedStates(
+        dtype=str(layer.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by the model
+        starts=list(key.sinks.starts),
+        window=key.window.length,
+        key=_describe_side(key),
+        value=_describe_side(sides["value"]),
+    )
+    return QuantizedHeader(states=states)
+
+
+def collect(layer: KVQLayer, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
+    """Yield the tensors of a layer that holds tokens, by name."""
+    for name, side in layer.sides():
+        yield from ((f"{prefix}.{name}.{part}", tensor) for part, tensor in _collect_side(side))
+
+
+def prepare(layer: KVQLayer, states: QuantizedStates, device: torch.device) -> None:
+    """Build the quantizers of a layer for states like those in the file; nothing is read yet."""
+    dtype = getattr(torch, states.dtype)
+    batch_size, padding = len(states.starts), layer.padding
+    shapes = [(batch_size, side.heads, 0, side.head_dim) for side in (states.key, states.value)]
+    # The padding is of the batch that the cache began with; that of the present one is in `starts`.
+    layer.padding = None
+    layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+    layer.padding = padding
+    for _, side in layer.sides():
+        side.sinks = SinkTokens(side.sinks.length, tuple(states.starts))
+
+
+def count_tokens(layer: KVQLayer, states: QuantizedStates) -> int:
+    """Return the tokens that a prepared layer will hold."""
+    return states.window + sum(run.blocks for run in states.key.runs) * layer.side("key").store.block_length
+
+
+def plan(layer: KVQLayer, states: QuantizedStates, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
+    """Yield the tensors that the file must have for a prepared layer, by name.
+
+    Raises:
+        CacheFileError: keys and values do not fit together.
+    """
+    for name, side in layer.sides():
+        header = _header_of(states, name)
+        stored = sum(run.blocks for run in header.runs) * side.store.block_length
+        if stored % side.flush_length or stored + states.window != count_tokens(layer, states):
+            raise CacheFileError(f"{prefix}: {stored} tokens are stored of the {name}s, which is no number of flushes")
+        if header.sinks is not bool(side.sinks.length) and (stored or header.sinks):
+            raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
+        yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in _plan_side(side, header, states))
+
+
+def fill(layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
+    """Put what the file holds into a prepared layer.
+
+    Raises:
+        CacheFileError: a batch index leads nowhere, or the backend does not take its constants back.
+    """
+    for name, side in layer.sides():
+        header, place = _header_of(states, name), f"{prefix}.{name}"
+        constants = {part: read(f"{place}.constants.{part}") for part in side.quantizer.constants()}
+        side.restore_constants(constants, settled=bool(header.runs))
+        for index, run in enumerate(header.runs):
+            rows = None if run.rows is None else _checked_rows(read(f"{place}.runs.{index}.rows"), run.rows, place)
+            parts = {part: read(f"{place}.runs.{index}.{part}") for part in side.store.layout}
+            side.store.append_encoded(parts, rows)
+        side.window.set(read(f"{place}.window").to(side.window.buffer.device))
+        if header.sinks:
+            side.sinks.states = read(f"{place}.sinks").to(side.window.buffer.device)
+
+
+def _describe_side(side: LayerSide) -> SideHeader:
+    window = side.window.view()
+    return SideHeader(
+        heads=window.shape[1],
+        head_dim=window.shape[3],
+        sinks=side.sinks.states is not None,
+        runs=[
+            RunHeader(blocks=run.blocks, rows=None if run.rows is None else run.row_count)
+            for run in find_runs(side.store)
+        ],
+    )
+
+
+def _collect_side(side: LayerSide) -> Iterator[tuple[str, SavedTensor]]:
+    for name, tensor in side.quantizer.constants().items():
+        yield f"constants.{name}", SavedTensor.of(tensor)
+    for index, run in enumerate(find_runs(side.store)):
+        if run.rows is not None:
+            yield f"runs.{index}.rows", SavedTensor.of(run.rows)
+        for name, part in side.store.layout.items():
+            spec = TensorSpec((run.row_count, side.store.num_heads, run.blocks, *part.shape), part.dtype)
+            yield f"runs.{index}.{name}", SavedTensor(spec, lambda run=run, name=name: run.read(name))  # type: ignore[misc]
+    yield "window", SavedTensor.of(side.window.view())
+    if side.sinks.states is not None:
+        yield "sinks", SavedTensor.of(side.sinks.states)
+
+
+def _plan_side(side: LayerSide, header: SideHeader, states: QuantizedStates) -> Iterator[tuple[str, TensorSpec]]:
+    batch_size, dtype = len(states.starts), getattr(torch, states.dtype)
+    for name, tensor in side.quantizer.constants().items():
+        yield f"constants.{name}", TensorSpec(tuple(tensor.shape), tensor.dtype)
+    for index, run in enumerate(header.runs):
+        if run.rows is not None:
+            yield f"runs.{index}.rows", TensorSpec((batch_size,), ROWS_DTYPE)
+        for name, part in side.store.layout.items():
+            shape = (batch_size if run.rows is None else run.rows, header.heads, run.blocks, *part.shape)
+            yield f"runs.{index}.{name}", TensorSpec(shape, part.dtype)
+    yield "window", TensorSpec((batch_size, header.heads, states.window, header.head_dim), dtype)
+    if header.sinks:
+        yield "sinks", TensorSpec((batch_size, header.heads, side.sinks.length, header.head_dim), dtype)
+
+
+def _header_of(states: QuantizedStates, name: Side) -> SideHeader:
+    return states.key if name == "key" else states.value
+
+
+def _checked_rows(rows: torch.Tensor, count: int, place: str) -> torch.Tensor:
+    if int(rows.min()) < 0 or int(rows.max()) >= count:
+        raise CacheFileError(f"{place}: the order of the batch names rows outside the {count} that are there")
+    return rows

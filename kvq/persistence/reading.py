@@ -1,0 +1,212 @@
+"""From a file to the layers of a cache.
+
+A file is refused before anything is built from it: first the container, then the header, then the model, then the plan
+of tensors that the quantizers' own layouts ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvq.config import KVQCacheConfig
+from kvq.errors import CacheFileError
+from kvq.layer import KVQLayer
+from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
+from kvq.persistence.fingerprint import find_layer_devices, fingerprint_model
+from kvq.persistence.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader, LayerHeader
+from kvq.persistence.layer_format import format_of
+from kvq.persistence.matching import check_backends_match, check_model_matches
+from kvq.relocation import usable_device
+from kvq.user_warnings import warn_user
+
+
+@dataclass(frozen=True)
+class _HeldLayer:
+    """A layer that holds tokens, with what the header says of it and the module that knows its kind."""
+
+    layer: Any
+    states: Any
+    form: ModuleType
+    prefix: str
+    device: torch.device
+
+    def plan(self) -> Iterator[tuple[str, TensorSpec]]:
+        planned: Iterator[tuple[str, TensorSpec]] = self.form.plan(self.layer, self.states, self.prefix)
+        return planned
+
+
+class CacheFile:
+    """A file whose container and header are sound; what they say is checked as it is used.
+
+    It is open for the time of a `with` block, and every refusal within names it.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        header: what the file says of itself.
+        config: of the cache.
+
+    Raises:
+        CacheFileError: the file is no cache, or one that this version does not read.
+        ConfigError, BackendError: the configuration in it cannot be had here.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> CacheFile:
+        try:
+            with ExitStack() as opened:
+                self._container = ContainerReader(opened.enter_context(self.path.open("rb", buffering=0)))
+                self._check_format()
+                self._container.check_checksum()
+                self._container.check_table()
+                self.header = self._parse_header()
+                self.config = self._parse_config()
+                self._opened = opened.pop_all()
+        except (CacheFileError, OSError) as error:
+            raise CacheFileError(f"{self.path} cannot be loaded: {error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._opened.close()
+        if isinstance(error, (CacheFileError, OSError)):
+            raise CacheFileError(f"{self.path} cannot be loaded: {error}") from error
+
+    def check_model(self, model: PreTrainedModel | PretrainedConfig) -> None:
+        """Check that the states in the file are those of `model`; warn where the file does not tell.
+
+        Raises:
+            CacheFileError: they are of another model.
+        """
+        if self.header.model is None:
+            warn_user(
+                "the file does not say which model its states are of; save it with model=... to have that checked"
+            )
+            return
+        check_model_matches(self.header.model, fingerprint_model(model))
+
+    def read_layers(
+        self,
+        layers: list[Any],
+        model: PreTrainedModel | PretrainedConfig | None,
+        device: str | torch.device | None,
+    ) -> list[Any]:
+        """Return the layers of the cache, filled.
+
+        Args:
+            layers: as a new cache of this configuration has them; where it has none, they are made.
+            model: whose layers tell where the states live, or None.
+            device: where the states of all layers live, or None: with the model, else on the CPU.
+
+        Raises:
+            CacheFileError: what the file holds does not fit its configuration or the model.
+            KVQError: the backend does not build a quantizer for such states.
+        """
+        filled = layers or [self._new_layer(index, header) for index, header in enumerate(self.header.layers)]
+        self._check_kinds(filled)
+        devices = find_layer_devices(model, len(filled)) if device is None else [usable_device(device)] * len(filled)
+        held = [
+            _HeldLayer(layer, header.states, format_of(header), f"layers.{index}", place)
+            for index, (layer, header, place) in enumerate(zip(filled, self.header.layers, devices, strict=True))
+            if header.states is not None
+        ]
+        for one in held:
+            one.form.prepare(one.layer, one.states, one.device)
+        self._check_lengths({one.form.count_tokens(one.layer, one.states) for one in held})
+        self._check_tensors({name: spec for one in held for name, spec in one.plan()})
+        check_backends_match(self.header.backends, [layer for layer in filled if isinstance(layer, KVQLayer)])
+        for one in held:
+            one.form.fill(one.layer, one.states, one.prefix, self._container.read)
+        return filled
+
+    def read_token_ids(self) -> torch.Tensor | None:
+        """Return the token ids `[B, T]` that were saved with the cache, or None; only after `read_layers`."""
+        return None if self.header.token_ids is None else self._container.read("token_ids")
+
+    def _check_format(self) -> None:
+        found = self._container.metadata
+        if found.get("format") != FORMAT_NAME:
+            raise CacheFileError("it is a safetensors file, but of something else than a cache of kvq")
+        version = found.get("format_version", "")
+        if version != str(FORMAT_VERSION):
+            raise CacheFileError(
+                f"it has format version {version!r}, and this release of kvq reads version {FORMAT_VERSION}; "
+                "use the release that wrote it, or a newer one"
+            )
+
+    def _parse_header(self) -> CacheHeader:
+        content = parse_json(self._container.metadata.get("cache", ""), "its description of the cache")
+        try:
+            # As JSON, where a list is what a tuple is written as.
+            return CacheHeader.model_validate_json(self._container.metadata["cache"])
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or type(content).__name__
+            raise CacheFileError(f"its header is wrong at {where}: {first['msg']}") from error
+
+    def _parse_config(self) -> KVQCacheConfig:
+        config = KVQCacheConfig.from_mapping(self.header.config, source=str(self.path))
+        # The states' own type meant "with the states", also where these are on another type of device from now on.
+        with_states = config.device is not None and config.device.type == self.header.states_device
+        return config.replace(device=None) if with_states else config
+
+    def _new_layer(self, index: int, header: LayerHeader) -> Any:
+        if header.kind == "dynamic":
+            return DynamicLayer()
+        if header.kind == "sliding":
+            return DynamicSlidingWindowLayer(header.sliding_window)
+        settings, padding = self.config.for_layer(index), self.header.padding
+        if settings.full_precision:
+            raise CacheFileError(f"layer {index} is quantized in it, and by its configuration in full precision")
+        return KVQLayer(index, settings, None if padding is None else tuple(padding))
+
+    def _check_kinds(self, layers: Sequence[Any]) -> None:
+        headers = self.header.layers
+        if len(layers) != len(headers):
+            raise CacheFileError(f"it has {len(headers)} layers, and the cache of the model has {len(layers)}")
+        for index, (layer, header) in enumerate(zip(layers, headers, strict=True)):
+            if _kind_of(layer) != (header.kind, getattr(header, "sliding_window", None)):
+                raise CacheFileError(
+                    f"layer {index} is {header.kind} in it, and a {type(layer).__name__} in the cache of the model"
+                )
+
+    @staticmethod
+    def _check_lengths(lengths: set[int]) -> None:
+        if len(lengths) != 1 or 0 in lengths:
+            raise CacheFileError(f"its layers hold {sorted(lengths)} tokens, which is no state of a cache")
+
+    def _check_tensors(self, planned: Mapping[str, TensorSpec]) -> None:
+        found, wanted = self._container.tensors, dict(planned)
+        if self.header.token_ids is not None:
+            wanted["token_ids"] = TensorSpec(self.header.token_ids, torch.int64)
+        if wanted.keys() != found.keys():
+            lost, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+            raise CacheFileError(
+                f"by its configuration it has other tensors: {len(lost)} are missing {lost[:2]}, "
+                f"{len(extra)} are too many {extra[:2]}"
+            )
+        for name, spec in wanted.items():
+            if found[name] != spec:
+                raise CacheFileError(f"{name} is {found[name]}, and by its configuration {spec}")
+
+
+def _kind_of(layer: Any) -> tuple[str, int | None]:
+    if isinstance(layer, KVQLayer):
+        return "quantized", None
+    if type(layer) is DynamicSlidingWindowLayer:
+        return "sliding", layer.sliding_window
+    return ("dynamic", None) if type(layer) is DynamicLayer else ("unknown", None)

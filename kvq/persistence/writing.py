@@ -1,0 +1,125 @@
+"""From the layers of a cache to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvq.config import KVQCacheConfig
+from kvq.errors import CacheFileError, CacheStateError
+from kvq.layer import KVQLayer
+from kvq.persistence.atomic import written_atomically
+from kvq.persistence.container import SavedTensor, is_storable, write_container
+from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model
+from kvq.persistence.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader, LayerHeader
+from kvq.persistence.layer_format import describe_layer, format_of
+
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of transformers whose whole state is keys, values and a count; others are refused."""
+
+
+def write_layers(
+    path: str | Path,
+    config: KVQCacheConfig,
+    layers: Sequence[Any],
+    *,
+    padding: tuple[int, ...] | None,
+    model: PreTrainedModel | PretrainedConfig | None,
+    token_ids: torch.Tensor | None,
+) -> None:
+    """Write the layers of a cache, in place of a file that is there.
+
+    Args:
+        path: of the file.
+        config: of the cache.
+        layers: of the cache.
+        padding: tokens of left padding in each row that the cache was built with, or None.
+        model: whose states the layers hold, or None where that is not known.
+        token_ids: int64 `[B, T]`, the tokens that the states are of, or None.
+
+    Raises:
+        CacheFileError: the file cannot be written; what was there before is unchanged.
+        CacheStateError: a layer is of a kind that the format does not know, or a forward was cut short.
+        ConfigError: a backend was given as an object that no file can name.
+    """
+    _check_layers(layers)
+    header = CacheHeader(
+        kvq_version=metadata.version("kvq"),
+        config=config.to_dict(),
+        states_device=_states_device(layers),
+        padding=None if padding is None else list(padding),
+        token_ids=None if token_ids is None else _shape_of_ids(token_ids, layers),
+        model=None if model is None else fingerprint_model(model),
+        backends=fingerprint_backends(
+            side.backend
+            for layer in layers
+            if isinstance(layer, KVQLayer)
+            for side in (layer.settings.key, layer.settings.value)
+        ),
+        layers=_describe(layers),
+    )
+    tensors = dict(_collect(header.layers, layers))
+    if token_ids is not None:
+        tensors["token_ids"] = SavedTensor.of(token_ids)
+    for name, tensor in tensors.items():
+        if not is_storable(tensor.spec.dtype):
+            raise CacheFileError(f"{path} cannot be written: {name} is {tensor.spec.dtype}, which no file can hold")
+    facts = {"format": FORMAT_NAME, "format_version": str(FORMAT_VERSION), "cache": header.model_dump_json()}
+    try:
+        with written_atomically(Path(path)) as file:
+            write_container(file, facts, tensors)
+    except OSError as error:
+        raise CacheFileError(f"{path} cannot be written: {error}") from error
+
+
+def _check_layers(layers: Sequence[Any]) -> None:
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, KVQLayer) and type(layer) not in PLAIN_LAYERS:
+            raise CacheStateError(
+                f"layer {index} is a {type(layer).__name__}, whose states no file of this version can hold; "
+                "run the prompt again in place of saving it"
+            )
+    lengths = {layer.get_seq_length() for layer in layers} - {0}
+    if not lengths:
+        raise CacheStateError("the cache holds no tokens yet; run the model before it is saved")
+    if len(lengths) > 1:
+        raise CacheStateError(
+            f"the layers hold {' and '.join(map(str, sorted(lengths)))} tokens; a forward was cut short, so that the "
+            "cache is no beginning of any text"
+        )
+
+
+def _describe(layers: Sequence[Any]) -> list[LayerHeader]:
+    try:
+        return [describe_layer(layer) for layer in layers]
+    except ValidationError as error:
+        raise CacheStateError(f"the cache has states that no file can hold: {error}") from error
+
+
+def _collect(headers: Iterable[LayerHeader], layers: Iterable[Any]) -> Iterable[tuple[str, SavedTensor]]:
+    for index, (header, layer) in enumerate(zip(headers, layers, strict=True)):
+        if header.states is not None:
+            place = f"layers.{index}"
+            yield from format_of(header).collect(layer, place)
+
+
+def _states_device(layers: Iterable[Any]) -> str:
+    device: torch.device = next(layer.device for layer in layers if layer.get_seq_length())
+    return device.type
+
+
+def _shape_of_ids(token_ids: torch.Tensor, layers: Iterable[Any]) -> tuple[int, int]:
+    tokens = max(layer.get_seq_length() for layer in layers)
+    if token_ids.dim() != 2 or token_ids.dtype is not torch.int64 or token_ids.shape[1] < tokens:
+        raise CacheStateError(
+            f"token_ids are {token_ids.dtype} {list(token_ids.shape)}; torch.int64 [batch, tokens] is needed, with no "
+            f"fewer than the {tokens} tokens that the cache holds"
+        )
+    return token_ids.shape[0], token_ids.shape[1]

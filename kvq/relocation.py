@@ -1,0 +1,93 @@
+"""Layers on other devices: moved for good, or read ahead from where they are offloaded to.
+
+It knows layers, and no cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+from kvq.errors import ConfigError, Fault
+from kvq.layer import KVQLayer
+
+
+def move_layers(layers: Sequence[Any], device: str | torch.device) -> list[Any]:
+    """Return the layers with their states on a device; those given stay as they are.
+
+    Raises:
+        ConfigError: the device cannot be used.
+        KVQError: a backend cannot work there.
+    """
+    wanted = usable_device(device)
+    return [layer.moved_to(wanted) if isinstance(layer, KVQLayer) else _moved(layer, wanted) for layer in layers]
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device that holds data, with its index.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError([Fault(("device",), f"{str(device)!r} cannot be used here: {error}")]) from error
+    if found.type == "meta":
+        raise ConfigError([Fault(("device",), "'meta' holds no data; choose a device such as 'cpu' or 'cuda:0'")])
+    return found
+
+
+@contextmanager
+def reading_ahead(layers: Sequence[Any], layer_idx: int) -> Iterator[None]:
+    """Read an offloaded layer within the block, and begin to bring the next one, around the end, after it.
+
+    The copies of a layer are dropped with the block: what was returned to the attention keeps them as long as it needs.
+    On a GPU they travel on a stream of their own while the model computes.
+    """
+    layer = layers[layer_idx]
+    device = layer.device
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+    try:
+        yield
+    finally:
+        layer.release_prefetched()
+    following = [*layers[layer_idx + 1 :], *layers[:layer_idx]]
+    coming = next((one for one in following if isinstance(one, KVQLayer) and one.is_offloaded), None)
+    if coming is not None:
+        with _on_side_stream(coming.device):
+            coming.prefetch()
+
+
+def _on_side_stream(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type != "cuda":
+        return nullcontext()
+    # Memory of an earlier copy, which the model may still read, is used again on that stream: it waits for the model.
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _moved(layer: Any, device: torch.device) -> Any:
+    """Return a layer of transformers with every tensor in it on a device."""
+    other = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(other, name, value.to(device))
+        elif isinstance(value, dict):
+            moved = {key: one.to(device) if isinstance(one, torch.Tensor) else one for key, one in value.items()}
+            setattr(other, name, moved)
+        elif isinstance(value, torch.device):
+            setattr(other, name, device)
+    return other

@@ -1,0 +1,46 @@
+"""A model that transformers splits over two processes: the same tokens, and half of the cache in each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parent / "tensor_parallel_run.py"
+
+
+def results(command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(found) for found in re.findall(r"^.*rank \d: (\{.*\})$", done.stdout, re.MULTILINE)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    (whole,) = results([RUN, "whole", tmp_path])
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    halves = results([*run, RUN, "split", tmp_path])
+    assert min(len(set(row)) for row in whole["tokens"]) >= 8
+    assert whole["stored"] > 0
+    assert len(halves) == 2
+    for half in halves:
+        assert half["tokens"] == whole["tokens"]
+        assert half["heads"] * 2 == whole["heads"]
+        assert half["packed"] * 2 == whole["packed"]
+        assert half["bytes"] * 2 == whole["bytes"]
+        assert half["loaded"] == half["packed"]
