@@ -46,7 +46,8 @@ def describe_report(report: dict[str, Any], text: str) -> str:
     """Return the sentence above a table."""
     return (
         f"{TEXTS[text][0].upper()}{TEXTS[text][1:]}: {report['sequences']} texts of {report['length']:,} tokens, "
-        f"{report['length'] - report['prefill']} of each read from the cache in steps of {report['step']}; {report['dtype']}."
+        f"{report['length'] - report['prefill']} of each "
+        f"read from the cache in steps of {report['step']}; {report['dtype']}."
     )
 
 

@@ -206,11 +206,12 @@ def _run(plan: EvaluationPlan, out: Path | None, processes: Processes) -> list[Q
 
 @contextmanager
 def _progress(plan: EvaluationPlan, processes: Processes) -> Iterator[Callable[[str], None]]:
-    """Show a bar with the time left, in the main process, for its share of the work."""
+    """Show a bar with the time left, in the main process, for its share of the work; only in a terminal."""
     left = TextColumn("left"), TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left
     console = get_console(stderr=True)
-    shown = Progress(*columns, console=console, transient=True, disable=not processes.is_main)
+    is_seen = processes.is_main and console.is_terminal
+    shown = Progress(*columns, console=console, transient=True, disable=not is_seen)
     with shown as progress:
         task = progress.add_task("full precision", total=-(-plan.units // processes.count))
         yield lambda label: progress.update(task, description=label, advance=1)

@@ -105,7 +105,7 @@ def test_an_error_is_one_line_without_a_traceback(run_eval):
 
 
 def test_ctrl_c_keeps_what_is_finished(run_eval, tmp_path):
-    args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", "--out", "all.json", "--step", "1"]
+    args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", "--out", "all.json", "--step", "4"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "kvq", "eval", *args]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
@@ -120,7 +120,7 @@ def test_ctrl_c_keeps_what_is_finished(run_eval, tmp_path):
     assert 1 <= len(list(parts.glob("*.pt"))) < 4
     assert run_eval(*args).returncode == 0
     resumed = json.loads((tmp_path / "all.json").read_text())
-    assert run_eval(*args[:-4], "--out", "anew.json", "--step", "1").returncode == 0
+    assert run_eval(*args[:-4], "--out", "anew.json", "--step", "4").returncode == 0
     assert resumed["records"] == json.loads((tmp_path / "anew.json").read_text())["records"]
 
 
