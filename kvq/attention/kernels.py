@@ -1,0 +1,8 @@
+"""Our own kernels, the preferred ones first."""
+
+from __future__ import annotations
+
+from kvq.attention.eager import REFERENCE
+from kvq.attention.kernel import register_kernel
+
+register_kernel(REFERENCE)
