@@ -126,7 +126,7 @@ class AffineCodec:
         out.unflatten(2, (-1, self.block_length)).copy_(states)
 
     def read_centred_codes(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return `code - 2 ** (bits - 1)`, a new tensor `[B, H, blocks, D, L]` for keys, `[B, H, blocks, L, D]` else."""
+        """Return `code - 2 ** (bits - 1)`, new: `[B, H, blocks, D, L]` for keys, `[B, H, blocks, L, D]` for values."""
         planes = {w: unpack(parts[f"codes_{w}"], w, self._token_dim) for w in plane_widths(self.bits)}
         return join_planes(planes).to(dtype).sub_(2 ** (self.bits - 1))
 
