@@ -31,7 +31,7 @@ class EagerKernel:
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""
         run = _EagerRun(request)
-        for piece in iterate_pieces(request.pair, request.query.device):
+        for piece in iterate_pieces(request.pair, request.row_count, request.query.device):
             run.add_stored(piece)
         run.add_sinks()
         run.add_exact()

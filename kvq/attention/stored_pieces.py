@@ -34,21 +34,21 @@ class StoredPiece:
     values: tuple[tuple[Parts, int], ...]
 
 
-def iterate_pieces(pair: PackedPair, device: torch.device) -> Iterator[StoredPiece]:
-    """Yield what is stored, piece by piece, on `device`."""
-    length = piece_length(pair)
+def iterate_pieces(pair: PackedPair, rows: int, device: torch.device) -> Iterator[StoredPiece]:
+    """Yield what is stored, piece by piece, on `device`; `rows` query vectors read each key-value head."""
     stored = pair.key.store.length
+    length = piece_length(pair, rows)
     for start in range(0, stored, length):
         stop = min(stored, start + length)
         keys = tuple(read_tokens(pair.key.store, start, stop, device))
         yield StoredPiece(start, stop, keys, tuple(read_tokens(pair.value.store, start, stop, device)))
 
 
-def piece_length(pair: PackedPair) -> int:
-    """Return the tokens of a piece: whole blocks of both sides."""
+def piece_length(pair: PackedPair, rows: int = 0) -> int:
+    """Return the tokens of a piece: whole blocks of both sides, so few that states and scores stay small."""
     step = math.lcm(pair.key.store.quantizer.block_length, pair.value.store.quantizer.block_length)
     batch, heads, _, head_dim = pair.key.like.shape
-    per_token = batch * heads * max(head_dim, pair.value.like.shape[3])
+    per_token = batch * heads * max(head_dim, pair.value.like.shape[3], rows)
     return max(1, PIECE_ELEMENTS // (per_token * step)) * step
 
 
