@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvq.attention.handle import PackedPair
+from kvq.attention.memo import AttentionMemo
 from kvq.config import ResolvedLayer
 from kvq.errors import ConfigError, Fault, StatesError
 from kvq.quantizer import Side
@@ -45,6 +46,7 @@ class KVQLayer(CacheLayerMixin):
         self.is_initialized = False
         self.record_past = False
         self.version = 0
+        self.attention = AttentionMemo()
         self._sides: dict[Side, LayerSide] = {}
 
     def __repr__(self) -> str:
@@ -185,6 +187,7 @@ class KVQLayer(CacheLayerMixin):
         self._sides = {}
         self.padding = None
         self.is_initialized = False
+        self.attention.clear()
         self.version += 1
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -69,6 +69,8 @@ class LayerMemory:
         kind: the class of the layer.
         tokens: tokens held.
         key, value: the two sides, or None for a layer in full precision.
+        attention: how the latest attention read the layer: the name of a kernel, or why it was materialized; empty
+            before that, and where another attention than ours is active.
         total_bytes: bytes of the distinct storages that the layer holds.
         full_precision_bytes: bytes that the same tokens take in `DynamicCache`.
     """
@@ -80,6 +82,7 @@ class LayerMemory:
     full_precision_bytes: int
     key: SideMemory | None = None
     value: SideMemory | None = None
+    attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,9 @@ class MemoryReport:
                 parts = ["-"] * 4
             sides = [_side_text(side, layer.kind) for side in (layer.key, layer.value)]
             table.add_row(name, *sides, str(layer.tokens), *parts, format_bytes(layer.total_bytes))
+        readers = sorted({layer.attention for layer in self.layers if layer.attention})
+        if readers:
+            table.caption = f"attention: {', '.join(readers)}"
         if self.shared_bytes:
             table.add_row("shared", "", "", "", "", "", "", "", f"-{format_bytes(self.shared_bytes)}")
         return table
@@ -205,7 +211,14 @@ def _describe(index: int, layer: object, held: int) -> LayerMemory:
     sides = {name: _describe_side(layer, name, side) for name, side in layer.sides()}
     full_precision = sum(_full_precision_bytes(side, layer.get_seq_length()) for _, side in layer.sides())
     return LayerMemory(
-        index, kind, layer.get_seq_length(), held, full_precision, key=sides.get("key"), value=sides.get("value")
+        index,
+        kind,
+        layer.get_seq_length(),
+        held,
+        full_precision,
+        key=sides.get("key"),
+        value=sides.get("value"),
+        attention=layer.attention.last_reader,
     )
 
 

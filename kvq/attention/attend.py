@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kvq.attention import kernels as _kernels  # noqa: F401  # registers them
+from kvq.attention.eager import REFERENCE
 from kvq.attention.handle import PackedPair, PackedStates
+from kvq.attention.kernel import Choice, choose
+from kvq.attention.memo import AttentionMemo
+from kvq.attention.request import AttentionRequest
+from kvq.attention.trial import attend_on_trial
 
 ATTENTION_NAME = "kvq"
 """The name under which transformers knows our attention."""
@@ -19,24 +26,83 @@ ATTENTION_NAME = "kvq"
 BEYOND_SDPA = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "output_attentions")
 """Arguments that scaled-dot-product attention drops or refuses; the model's own eager attention knows them."""
 
+READ_OPTIONS = frozenset({"scaling", "dropout", "is_causal", "softcap", "s_aux"})
+"""Arguments that kernels obey."""
+WITHOUT_EFFECT = frozenset({"sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states"})
+"""Arguments that say nothing which the query, the keys and the mask do not say as well."""
+
+MAX_REMEMBERED_KINDS = 64
+"""Kinds of requests that a layer remembers the choice for."""
+
 
 def attend(
     module: nn.Module, query: torch.Tensor, pair: PackedPair, attention_mask: torch.Tensor | None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend to the keys and values of a quantized layer.
 
+    A kernel reads them packed, unless the request has something that no kernel knows; then one layer's history is
+    materialized for the time of the call.
+
     Args:
         module: the model's attention module.
         query: `[B, Hq, Tq, D]`.
-        pair: keys and values of the layer; one layer's history is materialized for the time of the call.
+        pair: keys and values of the layer.
         attention_mask: boolean or additive `[B, 1, Tq, Tk]`, or None for plain causal attention.
         **options: what the model passes to its attention function.
 
     Returns:
         The output `[B, Tq, Hq, D_v]`, and the attention weights where the model's eager attention returns them.
     """
-    keys, values = pair.key.materialize(), pair.value.materialize()
-    return attend_full_precision(module, query, keys, values, attention_mask, **options)
+    memo = pair.owner.attention
+    reason = find_reason_to_materialize(query, pair, options)
+    if reason is not None:
+        memo.last_reader = f"materialized: {reason}"
+        keys, values = pair.key.materialize(), pair.value.materialize()
+        return attend_full_precision(module, query, keys, values, attention_mask, **options)
+    scaling, is_causal = options.get("scaling"), options.get("is_causal")
+    request = AttentionRequest(
+        query,
+        pair,
+        attention_mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        softcap=options.get("softcap"),
+        sink_logits=options.get("s_aux"),
+    )
+    return attend_packed(request, memo), None
+
+
+def attend_packed(request: AttentionRequest, memo: AttentionMemo) -> torch.Tensor:
+    """Return the output `[B, Tq, Hq, D_v]` by the kernel that was chosen for requests of this kind.
+
+    Args:
+        request: what is asked.
+        memo: of the layer.
+    """
+    kind = request.kind()
+    choice: Choice | None = memo.choices.get(kind)
+    if choice is not None:
+        memo.last_reader = choice.kernel.name
+        return choice.kernel.attend(request)
+    if len(memo.choices) >= MAX_REMEMBERED_KINDS:
+        memo.choices.clear()
+    memo.choices[kind], output = attend_on_trial(choose(request), REFERENCE, request)
+    memo.last_reader = memo.choices[kind].kernel.name
+    return output
+
+
+def find_reason_to_materialize(query: torch.Tensor, pair: PackedPair, options: Mapping[str, Any]) -> str | None:
+    """Return what stands against reading a layer packed, in a few words, or None."""
+    if not pair.key.store.segments and query.shape[2] > 1:
+        return "nothing is quantized yet"
+    if options.get("dropout"):
+        return "dropout"
+    if torch.is_grad_enabled() and (query.requires_grad or (pair.key.new is not None and pair.key.new.requires_grad)):
+        return "gradients"
+    for name, value in options.items():
+        if name not in READ_OPTIONS and name not in WITHOUT_EFFECT and _is_set(value):
+            return f"argument {name!r}"
+    return None
 
 
 def attend_full_precision(

@@ -13,14 +13,21 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch.utils._pytree import tree_map
 
+from kvq.attention.memo import AttentionMemo
 from kvq.errors import CacheStateError
 from kvq.store.side import SideView
 
 
-class Versioned(Protocol):
-    """What changes over time: the number tells whether it did."""
+class PairOwner(Protocol):
+    """The layer, as far as attention knows it.
+
+    Attributes:
+        version: changes with what the layer holds.
+        attention: what attention remembers of the layer.
+    """
 
     version: int
+    attention: AttentionMemo
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class PackedPair:
 
     key: SideView
     value: SideView
-    owner: Versioned
+    owner: PairOwner
 
     def handles(self) -> tuple[PackedStates, PackedStates]:
         """Return the two tensors that stand for the pair until the layer changes."""

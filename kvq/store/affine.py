@@ -114,12 +114,10 @@ class AffineCodec:
 
         In float16 a value that the error of its group carries past the largest number becomes that number.
         """
-        planes = {w: unpack(parts[f"codes_{w}"], w, self._token_dim) for w in plane_widths(self.bits)}
-        codes = join_planes(planes).to(self.compute_dtype)
+        codes = self.read_centred_codes(parts, self.compute_dtype)
         if self._token_dim == -1:
             codes = codes.transpose(-1, -2)
-        codes = codes - 2 ** (self.bits - 1)
-        scale, mid = self._read_metadata(parts)
+        scale, mid = (self._spread(metadata.to(self.compute_dtype)) for metadata in self.read_metadata(parts))
         states = codes.mul_(scale).add_(mid)
         if self.rotation is not None:
             states = self.rotation.undo(states)
@@ -127,14 +125,19 @@ class AffineCodec:
             states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
         out.unflatten(2, (-1, self.block_length)).copy_(states)
 
-    def _read_metadata(self, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scale and mid in the compute dtype, ready to broadcast over `[B, H, blocks, L, D]`."""
+    def read_centred_codes(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return `code - 2 ** (bits - 1)`, new: `[B, H, blocks, D, L]` for keys, `[B, H, blocks, L, D]` for values."""
+        planes = {w: unpack(parts[f"codes_{w}"], w, self._token_dim) for w in plane_widths(self.bits)}
+        return join_planes(planes).to(dtype).sub_(2 ** (self.bits - 1))
+
+    def read_metadata(self, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and mid in fp32: `[B, H, blocks, D]` per channel, `[B, H, blocks, L, groups]` per token."""
         scale, mid = parts["scale"].float(), parts["mid"].float()
         if self.has_exponent:
             exponent = parts["exponent"].to(torch.int32).reshape(*scale.shape[:3], *[1] * (scale.dim() - 3))
             scale = torch.ldexp(scale, exponent)
-            mid = torch.ldexp(mid, exponent) if self._shifts_mid else mid
-        return self._spread(scale.to(self.compute_dtype)), self._spread(mid.to(self.compute_dtype))
+            mid = torch.ldexp(mid, exponent) if self.shifts_mid else mid
+        return scale, mid
 
     def _spread(self, metadata: torch.Tensor) -> torch.Tensor:
         if self.per_channel:
@@ -160,7 +163,8 @@ class AffineCodec:
         return codes.transpose(-1, -2) if self._token_dim == -1 else codes
 
     @property
-    def _shifts_mid(self) -> bool:
+    def shifts_mid(self) -> bool:
+        """Whether the exponent of a block belongs to mid as well."""
         return self.spec.metadata_dtype is torch.float16
 
     def _round_metadata(self, scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -170,12 +174,12 @@ class AffineCodec:
         # float16 spans 30 binary orders of magnitude, states of bfloat16 and float32 far more: one power of two per
         # block and head, decided by that block alone, moves them into range without losing a bit.
         reach = _exponent(scale) + self.bits
-        largest = torch.maximum(_exponent(mid), reach) if self._shifts_mid else reach
+        largest = torch.maximum(_exponent(mid), reach) if self.shifts_mid else reach
         exponent = largest.flatten(3).amax(-1).sub(EXPONENT_TARGET).clamp(-120, 120)
         shift = -exponent.reshape(*exponent.shape, *[1] * (scale.dim() - 3))
         return {
             "scale": torch.ldexp(scale, shift).to(rounded["scale"]),
-            "mid": (torch.ldexp(mid, shift) if self._shifts_mid else mid).to(rounded["mid"]),
+            "mid": (torch.ldexp(mid, shift) if self.shifts_mid else mid).to(rounded["mid"]),
             "exponent": exponent.to(torch.int8),
         }
 

@@ -59,7 +59,7 @@ class SideView:
         like = self.like
         shape = (like.shape[0], like.shape[1], self.length, like.shape[3])
         history = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self._decode(history[:, :, :stored], 0)
+        self.decode_into(history[:, :, :stored], 0)
         return _fill(history, stored, exact)
 
     def decode_stored(self, start: int, stop: int) -> torch.Tensor:
@@ -67,10 +67,11 @@ class SideView:
         like = self.like
         shape = (like.shape[0], like.shape[1], stop - start, like.shape[3])
         out = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self._decode(out, start)
+        self.decode_into(out, start)
         return out
 
-    def _decode(self, out: torch.Tensor, start: int) -> None:
+    def decode_into(self, out: torch.Tensor, start: int) -> None:
+        """Write the stored tokens from `start`, a multiple of the block length, into `out` `[B, H, T, D]`."""
         self.store.decode_into(out, start)
         self.sinks.lay_over(out, start, self.store.length)
 

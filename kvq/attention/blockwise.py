@@ -1,0 +1,126 @@
+"""Many queries at once, as in chunked prefill: the history is decoded block by block for matrix products.
+
+Each piece of the history goes through torch's own flash attention, and the outputs are merged by the logarithms of
+their sums, so that one piece of states is all that is ever there. It must not know how states are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kvq.attention.request import AttentionRequest
+from kvq.attention.stored_pieces import piece_length
+from kvq.store.side import SideView
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class BlockwiseKernel:
+    """Decodes a piece of the history at a time and attends to it with torch's flash attention for processors."""
+
+    name = "blockwise"
+    device_types = frozenset({"cpu"})
+    needs_proof = False
+
+    def find_obstacle(self, request: AttentionRequest) -> str | None:
+        """Return what of the request it does not serve."""
+        pair, query = request.pair, request.query
+        if query.shape[2] == 1:
+            return "serves several queries at a time"
+        if request.softcap is not None:
+            return "does not cap scores"
+        if pair.key.like.shape[3] != pair.value.like.shape[3]:
+            return "serves keys and values of one head dim"
+        if query.dtype not in _DTYPES or query.dtype != pair.key.like.dtype:
+            return f"does not serve queries of {query.dtype} over states of {pair.key.like.dtype}"
+        return None
+
+    def attend(self, request: AttentionRequest) -> torch.Tensor:
+        """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""
+        batch, query_heads, queries, _ = request.query.shape
+        heads, sharing = query_heads // request.queries_per_head, request.queries_per_head
+        merged = _Merged(request, heads, sharing)
+        for keys, values, start in _iterate_states(request):
+            mask = _mask_of(request, start, start + keys.shape[2])
+            for place in range(sharing):
+                # Query heads `place`, `place + sharing`, ...: one for each key-value head.
+                query = request.query[:, place::sharing]
+                own_mask = mask if mask is None or mask.shape[1] == 1 else mask[:, place::sharing]
+                output, logarithm = _FLASH(query, keys, values, attn_mask=own_mask, scale=request.scaling)
+                merged.add(place, output, logarithm)
+        output = merged.output.reshape(batch, heads, sharing, queries, -1).flatten(1, 2)
+        return output.transpose(1, 2).to(request.query.dtype).contiguous()
+
+
+class _Merged:
+    """Outputs of pieces, weighted by what share of the softmax each has.
+
+    Attributes:
+        output: fp32 `[B, H, queries per head, Tq, D_v]`.
+        logarithm: fp32 `[B, H, queries per head, Tq]`, of the sum of all exponentials so far.
+    """
+
+    def __init__(self, request: AttentionRequest, heads: int, sharing: int) -> None:
+        batch, _, queries, _ = request.query.shape
+        shape = (batch, heads, sharing, queries)
+        like = request.pair.value.like
+        self.output = torch.zeros((*shape, like.shape[3]), dtype=torch.float32, device=like.device)
+        self.logarithm = self.output.new_full(shape, -torch.inf)
+        if request.sink_logits is not None:
+            self.logarithm = request.sink_logits.float().reshape(1, heads, sharing, 1).expand(shape).clone()
+
+    def add(self, place: int, output: torch.Tensor, logarithm: torch.Tensor) -> None:
+        """Take the output `[B, H, Tq, D_v]` of one piece and the logarithm `[B, H, Tq]` of its sum."""
+        before = self.logarithm[:, :, place]
+        # A row that sees nothing of a piece has a sum of 0 and an output that means nothing.
+        unseen = logarithm == -torch.inf
+        after = torch.logaddexp(before, logarithm)
+        base = after.masked_fill(after == -torch.inf, 0)
+        own = self.output[:, :, place]
+        own.mul_((before - base).exp_()[..., None])
+        share = (logarithm - base).exp_()[..., None]
+        own.add_(output.float().mul_(share).masked_fill_(unseen[..., None], 0))
+        self.logarithm[:, :, place] = after
+
+
+def _iterate_states(request: AttentionRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Yield keys and values of the history in pieces, then the exact tokens, each with its first position."""
+    pair, stored, length = request.pair, request.stored_length, piece_length(request.pair)
+    for start in range(0, stored, length):
+        count = min(length, stored - start)
+        yield _decode(pair.key, start, count), _decode(pair.value, start, count), start
+    yield _exact(pair.key), _exact(pair.value), stored
+
+
+def _decode(side: SideView, start: int, count: int) -> torch.Tensor:
+    like = side.like
+    states = like.new_empty((like.shape[0], like.shape[1], count, like.shape[3]))
+    side.decode_into(states, start)
+    return states
+
+
+def _exact(side: SideView) -> torch.Tensor:
+    return side.window if side.new is None else torch.cat([side.window, side.new], dim=2)
+
+
+def _mask_of(request: AttentionRequest, start: int, stop: int) -> torch.Tensor | None:
+    """Return the additive mask of tokens `[B or 1, Hq or 1, Tq, T]` in the dtype of the query, or None: all is seen."""
+    queries, dtype = request.query.shape[2], request.query.dtype
+    if request.mask is not None:
+        mask = request.mask[(None,) * (4 - request.mask.dim())][..., start:stop]
+    else:
+        first = request.pair.key.length - queries
+        if not request.is_causal or stop <= first + 1:
+            return None
+        positions = torch.arange(start, stop, device=request.query.device)
+        last_seen = torch.arange(first, first + queries, device=request.query.device)
+        mask = (positions <= last_seen[:, None])[None, None]
+    mask = mask.expand(-1, -1, queries, -1)
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    if mask.all():
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -1,0 +1,151 @@
+"""The kernel that calls the compiled code."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from kvq.attention.compiled.library import Library, find_problem, get_library
+from kvq.attention.compiled.plan import TYPE_NUMBERS, Plan, make_plan
+from kvq.attention.compiled.structures import PackedRequest, States
+from kvq.attention.request import AttentionRequest
+from kvq.quantizer import Quantizer
+from kvq.store.affine import AffineCodec
+
+MAX_ROWS = 64
+"""Most query vectors a key-value head for which codes are multiplied as they are; more are worth a matrix product."""
+MIN_PARALLEL_PRODUCTS = 1 << 18
+"""Products of a query element and a key element below which one thread is as fast as several."""
+ITEMS_PER_THREAD = 4
+"""Pieces of work for each thread, so that none waits long for the others."""
+MIN_SPLIT_TILES = 8
+"""Fewest tiles of tokens that are worth a piece of work of their own."""
+
+_PLAN = "compiled"
+
+
+class CompiledKernel:
+    """C, built for the machine at its first use; on processors, for affine quantizers and few queries at a time."""
+
+    name = "compiled"
+    device_types = frozenset({"cpu"})
+    needs_proof = True
+
+    def find_obstacle(self, request: AttentionRequest) -> str | None:
+        """Return what of the request it does not serve, or why it could not be built."""
+        pair, query = request.pair, request.query
+        if request.row_count > MAX_ROWS:
+            return f"serves up to {MAX_ROWS} queries for a key-value head, not {request.row_count}"
+        if query.dtype not in TYPE_NUMBERS or query.dtype != pair.key.like.dtype:
+            return f"does not serve queries of {query.dtype} over states of {pair.key.like.dtype}"
+        if request.mask is not None and request.mask.dtype not in TYPE_NUMBERS:
+            return f"does not read masks of {request.mask.dtype}"
+        obstacle = _find_obstacle_of_side(pair.key.store.quantizer) or _find_obstacle_of_side(
+            pair.value.store.quantizer
+        )
+        if obstacle is not None:
+            return obstacle
+        return find_problem()
+
+    def attend(self, request: AttentionRequest) -> torch.Tensor:
+        """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""
+        library = get_library()
+        plan = _get_plan(request)
+        batch, query_heads, queries, _ = request.query.shape
+        output = request.query.new_empty((batch, queries, query_heads, request.pair.value.like.shape[3]))
+        packed = plan.request
+        packed.output = output.data_ptr()
+        kept = _fill(packed, request), _fill_mask(packed, request), _divide(packed, library, request)
+        if library.attend(ctypes.addressof(packed)):
+            raise MemoryError("attention: no memory for the sums of a thread")
+        del kept
+        return output
+
+
+def _find_obstacle_of_side(quantizer: Quantizer) -> str | None:
+    if not isinstance(quantizer, AffineCodec):
+        return f"serves affine quantizers, not {type(quantizer).__name__}"
+    for dtype in (quantizer.scale_dtype, quantizer.spec.metadata_dtype):
+        if dtype not in (torch.float16, torch.float32):
+            return f"does not read metadata of {dtype}"
+    if quantizer.block_length % 8:
+        return f"serves groups along tokens in multiples of 8, not {quantizer.block_length}"
+    return None
+
+
+def _get_plan(request: AttentionRequest) -> Plan:
+    pair = request.pair
+    plans = pair.owner.attention.plans
+    plan: Plan | None = plans.get(_PLAN)
+    if plan is None or not plan.serves(pair) or plan.starts[0] != pair.key.sinks.starts:
+        plan = plans[_PLAN] = make_plan(pair)
+    return plan
+
+
+def _fill(packed: PackedRequest, request: AttentionRequest) -> list[torch.Tensor]:
+    """Write everything but the mask; return what must live until the call is over."""
+    query, pair = _with_contiguous_head(request.query), request.pair
+    kept = [query]
+    packed.query, packed.dtype = query.data_ptr(), TYPE_NUMBERS[query.dtype]
+    packed.query_strides[:] = query.stride()[:3]
+    packed.queries_per_head, packed.queries = request.queries_per_head, query.shape[2]
+    packed.scaling, packed.softcap = request.scaling, request.softcap or 0.0
+    packed.is_causal = request.is_causal and query.shape[2] > 1
+    for states, side in ((packed.keys, pair.key), (packed.values, pair.value)):
+        for place, tensor in enumerate((side.sinks.states if side.store.segments else None, side.window, side.new)):
+            if tensor is not None:
+                kept.append(_fill_states(states[place], tensor))
+            else:
+                states[place].data, states[place].length = None, 0
+    if request.sink_logits is None:
+        packed.sink_logits = None
+    else:
+        kept.append(request.sink_logits.float().contiguous())
+        packed.sink_logits = kept[-1].data_ptr()
+    return kept
+
+
+def _fill_states(states: States, tensor: torch.Tensor) -> torch.Tensor:
+    tensor = _with_contiguous_head(tensor)
+    states.data = tensor.data_ptr()
+    states.batch_stride, states.head_stride, states.token_stride, _ = tensor.stride()
+    states.length = tensor.shape[2]
+    return tensor
+
+
+def _fill_mask(packed: PackedRequest, request: AttentionRequest) -> torch.Tensor | None:
+    mask = request.mask
+    if mask is None:
+        packed.mask = None
+        return None
+    shape = (*request.query.shape[:3], request.pair.key.length)
+    mask = mask[(None,) * (4 - mask.dim())][..., : shape[-1]].expand(shape)
+    packed.mask, packed.mask_type = mask.data_ptr(), TYPE_NUMBERS[mask.dtype]
+    packed.mask_strides[:] = mask.stride()
+    return mask
+
+
+def _divide(packed: PackedRequest, library: Library, request: AttentionRequest) -> list[torch.Tensor]:
+    """Decide threads and pieces of work; return the room for partial results."""
+    batch, query_heads, queries, head_dim = request.query.shape
+    products = batch * query_heads * queries * head_dim * request.pair.key.length
+    threads = torch.get_num_threads() if library.run_parallel and products >= MIN_PARALLEL_PRODUCTS else 1
+    packed.threads, packed.run_parallel = threads, library.run_parallel
+    items = batch * packed.heads
+    tiles = packed.stored // packed.tile_length
+    wanted = 1 if threads == 1 else -(-threads * ITEMS_PER_THREAD // items)
+    packed.splits = splits = max(1, min(wanted, tiles // MIN_SPLIT_TILES))
+    if splits == 1:
+        return []
+    rows = items * splits * request.row_count
+    sums = torch.empty(rows * request.pair.value.like.shape[3], dtype=torch.float32)
+    state = torch.empty(rows * 2, dtype=torch.float32)
+    finished = torch.zeros(items, dtype=torch.int64)
+    packed.partial_sums, packed.partial_state = sums.data_ptr(), state.data_ptr()
+    packed.finished = finished.data_ptr()
+    return [sums, state, finished]
+
+
+def _with_contiguous_head(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,84 @@
+"""The compiled kernel as a function, loaded once in a process."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvq.attention.compiled.compiler import BuildError, build_library
+from kvq.attention.compiled.structures import IN_ORDER
+
+_LOG = logging.getLogger("kvq")
+SOURCE = Path(__file__).with_name("attend.c")
+
+
+@dataclass(frozen=True)
+class Library:
+    """What is ready to be called.
+
+    Attributes:
+        attend: takes the address of a `PackedRequest`; returns 0, or 1 where memory ran out.
+        run_parallel: address of the function of torch's own OpenMP that runs a function on several threads, so that
+            there are no second threads beside torch's; None where torch has another kind of threads.
+    """
+
+    attend: Any
+    run_parallel: int | None
+
+
+def get_library() -> Library:
+    """Return the library, built if need be.
+
+    Raises:
+        BuildError: it cannot be had; `find_problem` says why.
+    """
+    found = _load_once()
+    if isinstance(found, BuildError):
+        raise found
+    return found
+
+
+def find_problem() -> str | None:
+    """Return in one line why the library cannot be had, or None; builds it if need be."""
+    found = _load_once()
+    return str(found) if isinstance(found, BuildError) else None
+
+
+@cache
+def _load_once() -> Library | BuildError:
+    try:
+        return _load()
+    except BuildError as error:
+        _LOG.warning("attention on the CPU does without its compiled kernel and is several times slower: %s", error)
+        return error
+
+
+def _load() -> Library:
+    path = build_library(SOURCE)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded: {error}; delete it to have it built again") from error
+    loaded.kvq_sizes.argtypes, loaded.kvq_sizes.restype = (ctypes.c_int64,), ctypes.c_int64
+    for number, structure in enumerate(IN_ORDER):
+        if loaded.kvq_sizes(number) != ctypes.sizeof(structure):
+            raise BuildError(f"the compiler lays out {structure.__name__} in another way than Python's ctypes")
+    attend = loaded.kvq_attend
+    attend.argtypes, attend.restype = (ctypes.c_void_p,), ctypes.c_int
+    return Library(attend, _find_run_parallel())
+
+
+def _find_run_parallel() -> int | None:
+    """Return the address of `GOMP_parallel` in the OpenMP that torch itself is linked with."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None

@@ -1,0 +1,96 @@
+"""What stays the same from step to step of one layer: where its chunks lie, in the structures of the kernel.
+
+Owns the addresses and keeps what they point to alive. A plan holds until the store of either side changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+import torch
+
+from kvq.attention.compiled.structures import PackedRequest, PackedSegment, PackedSide
+from kvq.attention.handle import PackedPair
+from kvq.store.affine import AffineCodec
+from kvq.store.chunks import Segment, StoreView
+from kvq.store.packing import plane_widths
+
+TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
+"""As `attend.c` numbers them."""
+
+
+@dataclass
+class Plan:
+    """The request of a layer with everything filled in that its store decides.
+
+    Attributes:
+        request: the structure; what changes from call to call is written by the caller.
+        key_segments: what the addresses of the keys point into.
+        value_segments: the same for the values.
+        starts: positions of the first real tokens, as a tuple and as the array that the request points to.
+        kept: what else must live as long.
+    """
+
+    request: PackedRequest
+    key_segments: tuple[Segment, ...]
+    value_segments: tuple[Segment, ...]
+    starts: tuple[tuple[int, ...], Any]
+    kept: tuple[Any, ...]
+
+    def serves(self, pair: PackedPair) -> bool:
+        """Return whether the plan still describes what the pair holds."""
+        return self.key_segments is pair.key.store.segments and self.value_segments is pair.value.store.segments
+
+
+def make_plan(pair: PackedPair) -> Plan:
+    """Return a plan for a layer whose two quantizers are affine."""
+    request = PackedRequest()
+    kept = (_fill_side(request.key, pair.key.store), _fill_side(request.value, pair.value.store))
+    like = pair.key.like
+    request.batch, request.heads = like.shape[:2]
+    request.stored = pair.key.store.length
+    request.tile_length = lcm(request.key.block_length, request.value.block_length)
+    starts = pair.key.sinks.starts
+    array = (ctypes.c_int64 * len(starts))(*starts)
+    request.sink_starts = ctypes.addressof(array)
+    return Plan(request, pair.key.store.segments, pair.value.store.segments, (starts, array), kept)
+
+
+def _fill_side(side: PackedSide, store: StoreView) -> Any:
+    codec = store.quantizer
+    if not isinstance(codec, AffineCodec):
+        raise TypeError(f"{type(codec).__name__} is not an AffineCodec")
+    widths = plane_widths(codec.bits)
+    side.head_dim, side.block_length, side.group_length = (
+        codec.spec.head_dim,
+        codec.block_length,
+        codec.spec.group_length,
+    )
+    side.per_channel = codec.per_channel
+    side.groups = 1 if codec.per_channel else codec.groups_per_token
+    side.bits, side.plane_count = codec.bits, len(widths)
+    side.widths[: len(widths)] = widths
+    side.scale_type, side.mid_type = TYPE_NUMBERS[codec.scale_dtype], TYPE_NUMBERS[codec.spec.metadata_dtype]
+    side.shifts_mid = codec.has_exponent and codec.shifts_mid
+    if codec.rotation is not None:
+        side.signs, side.rotation_block = codec.rotation.signs.data_ptr(), codec.rotation.block_size
+    side.segment_count = len(store.segments)
+    array = (PackedSegment * max(1, len(store.segments)))()
+    for packed, segment in zip(array, store.segments, strict=False):
+        _fill_segment(packed, segment, widths)
+    side.segments = array
+    return array
+
+
+def _fill_segment(packed: PackedSegment, segment: Segment, widths: tuple[int, ...]) -> None:
+    for place, width in enumerate(widths):
+        packed.planes[place] = segment.parts[f"codes_{width}"].data_ptr()
+    packed.scale, packed.mid = segment.parts["scale"].data_ptr(), segment.parts["mid"].data_ptr()
+    if "exponent" in segment.parts:
+        packed.exponent = segment.parts["exponent"].data_ptr()
+    if segment.rows is not None:
+        packed.rows = segment.rows.data_ptr()
+    packed.used, packed.capacity = segment.used, segment.capacity

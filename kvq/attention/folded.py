@@ -1,0 +1,116 @@
+"""Dot products with packed states: scales are folded into the small operand, and the codes stay codes.
+
+Both classes satisfy `FusedScores` for one side of one layer: `FoldedAffine` for what `AffineCodec` stores, and
+`DecodedBlocks` for any other quantizer, whose blocks are decoded a few at a time. Everything is computed in fp32.
+
+The query heads that share a key-value head are handed over as R queries of one head: the query is `[B, H, R, D]`, the
+probabilities are `[B, H, R, T]`. A backend's own `FusedScores` is called in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+
+from kvq.quantizer import FusedScores, Quantizer
+from kvq.store.affine import AffineCodec
+
+_FUSED_METHODS = ("prepare_query", "scores", "mix", "finish_output")
+
+
+def find_fused(quantizer: Quantizer, head_dim: int) -> FusedScores:
+    """Return what computes attention on the packed form of a quantizer: its own way, or one of ours."""
+    if isinstance(quantizer, AffineCodec):
+        return FoldedAffine(quantizer)
+    if all(callable(getattr(quantizer, name, None)) for name in _FUSED_METHODS):
+        return cast(FusedScores, quantizer)
+    return DecodedBlocks(quantizer, head_dim)
+
+
+class FoldedAffine:
+    """`q . K = (q * scale) . code + q . mid` and `p . V = (p * scale) . code + p . mid`, with centred codes.
+
+    Args:
+        codec: of the side.
+    """
+
+    def __init__(self, codec: AffineCodec) -> None:
+        self.codec = codec
+        self.length = codec.spec.group_length
+
+    def prepare_query(self, query: torch.Tensor) -> torch.Tensor:
+        """Return `query` as the keys are stored: fp32, rotated."""
+        query = query.float()
+        return query if self.codec.rotation is None else self.codec.rotation.apply(query)
+
+    def scores(self, query: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return dot products `[B, H, R, T]` of a prepared query `[B, H, R, D]` with the keys in `parts`."""
+        codes, (scale, mid) = self.codec.read_centred_codes(parts), self.codec.read_metadata(parts)
+        query = query[:, :, None]
+        if self.codec.per_channel:
+            products = (query * scale.unsqueeze(-2)) @ codes
+            products += query @ mid.unsqueeze(-1)
+        else:
+            products = codes.new_zeros((*codes.shape[:3], query.shape[-2], codes.shape[-1]))
+            pairs = zip(query.split(self.length, dim=-1), codes.split(self.length, dim=-2), strict=True)
+            for group, (query_part, code_part) in enumerate(pairs):
+                products += (query_part @ code_part) * scale[..., None, :, group]
+                products += query_part.sum(-1, keepdim=True) * mid[..., None, :, group]
+        return products.transpose(2, 3).flatten(-2)
+
+    def mix(self, probabilities: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return `[B, H, R, D]`, the values in `parts` weighted by `probabilities` `[B, H, R, T]`."""
+        codes, (scale, mid) = self.codec.read_centred_codes(parts), self.codec.read_metadata(parts)
+        weights = probabilities.unflatten(-1, (-1, self.codec.block_length)).transpose(2, 3)
+        if self.codec.per_channel:
+            mixed = (weights @ codes) * scale.unsqueeze(-2) + weights.sum(-1, keepdim=True) * mid.unsqueeze(-2)
+        else:
+            pieces = []
+            for group, code_part in enumerate(codes.split(self.length, dim=-1)):
+                folded = weights * scale[..., None, :, group]
+                pieces.append(folded @ code_part + weights @ mid[..., :, group, None])
+            mixed = torch.cat(pieces, dim=-1)
+        total: torch.Tensor = mixed.sum(2)
+        return total
+
+    def finish_output(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Rotate the sum back."""
+        return mixed if self.codec.rotation is None else self.codec.rotation.undo(mixed)
+
+
+class DecodedBlocks:
+    """Decodes what it is given and computes with the states; the caller gives little at a time.
+
+    Args:
+        quantizer: of the side.
+        head_dim: D of the side.
+    """
+
+    def __init__(self, quantizer: Quantizer, head_dim: int) -> None:
+        self.quantizer = quantizer
+        self.head_dim = head_dim
+
+    def prepare_query(self, query: torch.Tensor) -> torch.Tensor:
+        """Return `query` in fp32."""
+        return query.float()
+
+    def scores(self, query: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return dot products `[B, H, R, T]` of a query `[B, H, R, D]` with the keys in `parts`."""
+        return query @ self._decode(parts).transpose(-1, -2)
+
+    def mix(self, probabilities: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return `[B, H, R, D]`, the values in `parts` weighted by `probabilities` `[B, H, R, T]`."""
+        return probabilities @ self._decode(parts)
+
+    def finish_output(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Return the sum as it is."""
+        return mixed
+
+    def _decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        batch, heads, blocks = next(iter(parts.values())).shape[:3]
+        shape = (batch, heads, blocks * self.quantizer.block_length, self.head_dim)
+        states = torch.empty(shape, dtype=torch.float32, device=next(iter(parts.values())).device)
+        self.quantizer.decode_into(parts, states)
+        return states

@@ -1,0 +1,66 @@
+"""What a kernel is asked to do: one attention over a quantized layer, free of the model that asks.
+
+Owns the facts by which kernels are chosen. It must not know how an answer is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from kvq.attention.handle import PackedPair
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRequest:
+    """One call of attention; every kernel that takes it computes the same numbers.
+
+    Attributes:
+        query: `[B, Hq, Tq, D_k]`, Hq a multiple of H; any strides, not to be written to.
+        pair: keys and values, Tk tokens: sinks laid over the store, then the window, then the states of this forward.
+        mask: bool (True: seen) or additive, to be broadcast to `[B, Hq, Tq, Tk]`; or None.
+        scaling: factor of the dot products.
+        is_causal: where `mask` is None, whether query `i` sees no token behind `Tk - Tq + i`.
+        softcap: bound of the scaled dot products, by `softcap * tanh(x / softcap)`; or None.
+        sink_logits: `[Hq]`, one more logit in each softmax, to which no value belongs; or None.
+    """
+
+    query: torch.Tensor
+    pair: PackedPair
+    mask: torch.Tensor | None
+    scaling: float
+    is_causal: bool = True
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+
+    @property
+    def queries_per_head(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.query.shape[1] // self.pair.key.like.shape[1]
+
+    @property
+    def row_count(self) -> int:
+        """Query vectors that read one key-value head of one batch row."""
+        return self.queries_per_head * self.query.shape[2]
+
+    @property
+    def stored_length(self) -> int:
+        """Tokens in the store."""
+        return self.pair.key.store.length
+
+    def kind(self) -> Hashable:
+        """Return what, beside the layer itself, a kernel may make its choice by; equal kinds get equal choices."""
+        query, mask = self.query, self.mask
+        return (
+            query.device,
+            query.dtype,
+            query.shape,
+            None if mask is None else mask.dtype,
+            self.softcap is None,
+            self.sink_logits is None,
+            self.pair.key.store.segments != (),
+            self.pair.key.store.quantizer,
+            self.pair.value.store.quantizer,
+        )

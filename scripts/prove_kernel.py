@@ -1,0 +1,141 @@
+"""Measure a kernel of attention on this machine: is it right, and faster than full precision?
+
+    python scripts/prove_kernel.py compiled
+
+Writes `benchmarks/results/kernel-NAME-CLASS.json`. An entry with its figures in `kvq/attention/proven.json` makes the
+kernel a default on this class of device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import kvq
+from kvq.attention import attend  # noqa: F401  # registers the kernels
+from kvq.attention.kernel import Kernel, available_kernels
+from kvq.attention.proof import device_class
+from kvq.attention.request import AttentionRequest
+from kvq.config import KVQCacheConfig
+from kvq.layer import KVQLayer
+
+HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
+LENGTHS = (8192, 32768)
+ERROR_LENGTHS = (130, 1000, 4097)
+ROUNDS = 15
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel", choices=[kernel.name for kernel in available_kernels()])
+    parser.add_argument("--device", default="cpu", help="device of torch (cpu)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(0)
+    device = torch.device(chosen.device)
+    kernel = next(kernel for kernel in available_kernels() if kernel.name == chosen.kernel)
+    record = measure(kernel, device)
+    path = RESULTS / f"kernel-{kernel.name}-{record['device_class']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=2))
+    print(path)
+
+
+def measure(kernel: Kernel, device: torch.device) -> dict[str, Any]:
+    errors = [measure_error(kernel, device, length, granularity) for length in ERROR_LENGTHS for granularity in (0, 1)]
+    speeds = [
+        measure_speed(kernel, device, length, dtype) for dtype in (torch.bfloat16, torch.float32) for length in LENGTHS
+    ]
+    return {
+        "kernel": kernel.name,
+        "device_class": device_class(device),
+        "relative_error": max(errors),
+        "speedup": min(one["speedup"] for one in speeds),
+        "speeds": speeds,
+        "shape": {"heads": HEADS, "query_heads": QUERY_HEADS, "head_dim": HEAD_DIM, "batch": 1, "bits": [4, 4]},
+        "baseline": "scaled_dot_product_attention over a preallocated buffer, queries packed by key-value head",
+        "threads": torch.get_num_threads(),
+        "rounds": ROUNDS,
+        "versions": {"kvq": kvq.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "processor": find_processor(),
+    }
+
+
+def make_request(length: int, dtype: torch.dtype, device: torch.device, **options: Any) -> AttentionRequest:
+    """Return one decode step over `length` tokens."""
+    config = KVQCacheConfig(backend="native", nbits_k=4, nbits_v=4, q_group_size=64, **options)
+    layer = KVQLayer(0, config.for_layer(0))
+    history = torch.randn(2, 1, HEADS, length - 1, HEAD_DIM, device=device).to(dtype)
+    layer.update(*history)
+    newest = torch.randn(2, 1, HEADS, 1, HEAD_DIM, device=device).to(dtype)
+    handle, _ = layer.update(*newest, packed=True)
+    query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM, device=device).to(dtype)
+    return AttentionRequest(query, handle.pair, None, HEAD_DIM**-0.5)
+
+
+def measure_error(kernel: Kernel, device: torch.device, length: int, swapped: int) -> float:
+    """Return the largest difference from dequantize-then-attend in fp64, relative to the largest output."""
+    axes = ("per_channel", "per_token")
+    request = make_request(length, torch.float32, device, axis_key=axes[swapped], axis_value=axes[1 - swapped])
+    query = request.query.double().reshape(1, HEADS, -1, HEAD_DIM)
+    keys, values = request.pair.key.materialize().double(), request.pair.value.materialize().double()
+    weights = (query @ keys.transpose(-1, -2) * request.scaling).softmax(-1)
+    expected = (weights @ values).reshape(1, 1, QUERY_HEADS, HEAD_DIM)
+    return float((kernel.attend(request).double() - expected).abs().max() / expected.abs().max())
+
+
+def measure_speed(kernel: Kernel, device: torch.device, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return medians over rounds in which kernel and baseline take turns."""
+    request = make_request(length, dtype, device)
+    keys, values = torch.randn(2, 1, HEADS, length, HEAD_DIM, device=device).to(dtype)
+    query = request.query.reshape(1, HEADS, -1, HEAD_DIM)
+
+    def attend_full_precision() -> None:
+        functional.scaled_dot_product_attention(query, keys, values)
+
+    def attend_packed() -> None:
+        kernel.attend(request)
+
+    ours, theirs = [], []
+    for _ in range(ROUNDS + 2):
+        theirs.append(take_time(attend_full_precision, device))
+        ours.append(take_time(attend_packed, device))
+    ratios = [full / packed for full, packed in zip(theirs[2:], ours[2:], strict=True)]
+    return {
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "speedup": statistics.median(ratios),
+        "speedup_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "kernel_ms": 1e3 * statistics.median(ours[2:]),
+        "baseline_ms": 1e3 * statistics.median(theirs[2:]),
+    }
+
+
+def take_time(action: Any, device: torch.device) -> float:
+    started = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def find_processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
