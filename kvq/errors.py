@@ -13,6 +13,8 @@
     ├── ModelError (ValueError)              a model that this cache cannot serve
     ├── EvaluationError (ValueError)         what was to be measured cannot be, or not like that
     ├── MissingExtraError (ImportError)      a part of kvq whose extra is not installed
+    ├── ContractViolationError (AssertionError)  a backend fails a check of `kvq.testing`
+    ├── CheckNotApplicableError (LookupError)    a check of `kvq.testing` has nothing to look at in this backend
     └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state
 
 Each class is also the built-in that a caller would expect, so that either can be caught. None is a `KeyError`, which
@@ -127,6 +129,14 @@ class EvaluationError(KVQError, ValueError):
 
 class MissingExtraError(KVQError, ImportError):
     """A part of kvq needs an extra, such as `eval`, that is not installed."""
+
+
+class ContractViolationError(KVQError, AssertionError):
+    """A backend does not do what the contract says; raised by the checks of `kvq.testing`."""
+
+
+class CheckNotApplicableError(KVQError, LookupError):
+    """A check has nothing to look at: a device that is not here, a capability that the backend has not."""
 
 
 class CacheStateError(KVQError, RuntimeError):

@@ -24,6 +24,8 @@ TREE = {
     "ModelError": (KVQError, ValueError),
     "EvaluationError": (KVQError, ValueError),
     "MissingExtraError": (KVQError, ImportError),
+    "ContractViolationError": (KVQError, AssertionError),
+    "CheckNotApplicableError": (KVQError, LookupError),
     "CacheStateError": (KVQError, RuntimeError),
 }
 CLASSES = {
