@@ -30,6 +30,7 @@ from kvq.testing.tensors import (
     check_finite,
     check_input_untouched,
     check_layout,
+    check_lost_numbers,
     check_non_contiguous,
 )
 
@@ -53,6 +54,7 @@ CASE_CHECKS: tuple[Check, ...] = (
     check_non_contiguous,
     check_deterministic,
     check_finite,
+    check_lost_numbers,
     check_decoding,
     check_constants,
     check_accuracy,

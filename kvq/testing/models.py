@@ -17,7 +17,7 @@ from kvq.evaluation.scoring import RecallScore, score_config, score_recall
 from kvq.store.codec import effective_bits
 from kvq.testing.case import HEAD_DIM, ContractCase, encode_blocks, quantized_layer, require
 
-CONTEXTS, RECORDS, QUESTIONS = 4, 100, 4
+CONTEXTS, RECORDS, QUESTIONS = 2, 60, 4
 LEAST_AGREEMENT = ((4.0, 0.95), (3.0, 0.85), (2.0, 0.6))
 """Bits from which on at least that share of the tokens must be those of full precision; fewer bits promise nothing."""
 LEAST_DISTINCT = 8

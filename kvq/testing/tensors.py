@@ -117,6 +117,19 @@ def check_finite(case: ContractCase) -> None:
                 require(not restored.any(), f"zeros in {dtype} come back as up to {float(restored.abs().max()):.3g}")
 
 
+def check_lost_numbers(case: ContractCase) -> None:
+    """What is not finite reads as NaN where it was, never as a plausible number, and other blocks do not notice."""
+    for lost in (math.nan, math.inf):
+        quantizer, states = _build(case)
+        length = quantizer.block_length
+        clean = _restore(quantizer, states)
+        states[0, 1, length + 1, 5] = lost
+        found = _restore(case.quantizer(), states)
+        require(found[0, 1, length + 1, 5].isnan(), f"{lost} comes back as {float(found[0, 1, length + 1, 5]):.3g}")
+        for name, others in (("blocks", (0, 1, slice(length))), ("heads", (0, 0))):
+            require(is_same(found[others], clean[others]), f"{lost} in one block changes other {name}")
+
+
 def check_decoding(case: ContractCase) -> None:
     """Any run of blocks decodes to what it is within the whole, and every element of the output is written."""
     for side in SIDES:
