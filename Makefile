@@ -56,14 +56,17 @@ types: venv ## mypy, strict
 examples: venv ## run every example
 	@set -e; for file in examples/*.py; do echo "$$file"; $(BIN)/python "$$file"; done
 
-plugin: venv build/kvq ## build the template plugin, install it next to kvq's wheel, test it, generate with it
+plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel in one environment, test, check, generate
 	rm -rf build/plugin
-	$(BIN)/python -m build --wheel --outdir build/plugin plugins/kvq-template
+	set -e; for folder in plugins/kvq-*; do $(BIN)/python -m build --wheel --outdir build/plugin $$folder; done
 	$(PYTHON) -m venv --clear .venv-plugin
 	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt torch
-	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl build/plugin/*.whl pytest
-	cd plugins/kvq-template && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest"
-	.venv-plugin/bin/python scripts/generate_with.py template
+	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl build/plugin/*.whl pytest pytest-xdist
+	set -e; for folder in plugins/kvq-*; do \
+		cd $$folder && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest" -q -n $(WORKERS) && cd "$(CURDIR)"; done
+	set -e; for name in template turboquant fp8; do \
+		.venv-plugin/bin/python scripts/generate_with.py $$name; done
+	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8
 
 wheel: venv build/kvq ## build the wheel, install it in a clean environment, run its demo outside the checkout
 	$(PYTHON) -m venv --clear .venv-wheel

@@ -14,6 +14,8 @@
     ├── EvaluationError (ValueError)         what was to be measured cannot be, or not like that
     ├── MissingExtraError (ImportError)      a part of kvq whose extra is not installed
     ├── CacheFileError (ValueError)          a file that is no cache, or not the one that was asked for
+    ├── ContractViolationError (AssertionError)  a backend fails a check of `kvq.testing`
+    ├── CheckNotApplicableError (LookupError)    a check of `kvq.testing` has nothing to look at in this backend
     └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state
 
 Each class is also the built-in that a caller would expect, so that either can be caught. None is a `KeyError`, which
@@ -132,6 +134,14 @@ class MissingExtraError(KVQError, ImportError):
 
 class CacheFileError(KVQError, ValueError):
     """A file of a cache cannot be written, or is refused; the message says why."""
+
+
+class ContractViolationError(KVQError, AssertionError):
+    """A backend does not do what the contract says; raised by the checks of `kvq.testing`."""
+
+
+class CheckNotApplicableError(KVQError, LookupError):
+    """A check has nothing to look at: a device that is not here, a capability that the backend has not."""
 
 
 class CacheStateError(KVQError, RuntimeError):

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQ
+from kvq.registry import get_registry
 
 PROMPT_LENGTH, NEW_LENGTH = 300, 40
 
@@ -30,7 +31,9 @@ def main(backend: str) -> None:
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config).eval()
-    cache = KVQ(model=model, backend=backend, nbits_k=4, nbits_v=4, residual_length=64)
+    nbits = get_registry().get_backend(backend).capabilities.nbits
+    bits = 4 if 4 in nbits else max(nbits)
+    cache = KVQ(model=model, backend=backend, nbits_k=bits, nbits_v=bits, residual_length=64)
     prompt = torch.randint(config.vocab_size, (1, PROMPT_LENGTH))
     tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=NEW_LENGTH, do_sample=False)
     memory = cache.memory()

@@ -25,6 +25,8 @@ TREE = {
     "EvaluationError": (KVQError, ValueError),
     "MissingExtraError": (KVQError, ImportError),
     "CacheFileError": (KVQError, ValueError),
+    "ContractViolationError": (KVQError, AssertionError),
+    "CheckNotApplicableError": (KVQError, LookupError),
     "CacheStateError": (KVQError, RuntimeError),
 }
 CLASSES = {

@@ -1,4 +1,4 @@
-"""`kvq check`: whether a configuration file is right, and what it comes to."""
+"""`kvq check`: whether a configuration file is right, or whether a backend keeps the contract."""
 
 from __future__ import annotations
 
@@ -17,28 +17,51 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A configuration: YAML or JSON.")],
+    target: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A configuration, YAML or JSON; or a backend.")],
     head_dim: Annotated[
-        int, typer.Option("--head-dim", min=1, help="Elements of one head of the model that it is meant for.")
+        int, typer.Option("--head-dim", min=1, help="FILE: elements of one head of the model that it is meant for.")
     ] = 128,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="NAME: only this check; may be given several times.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="NAME: an option of the backend, KEY=VALUE; several times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="NAME: print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
-    """Check a configuration file.
+    """Check a configuration file, or that a backend keeps the contract.
 
-    Every fault is told at once, with its place. The backends are built, so that a library that is missing is a fault,
-    and so are groups that would take as much memory as full precision.
+    FILE: every fault is told at once, with its place. The backends are built, so that a library that is missing is a
+    fault, and so are groups that would take as much memory as full precision.
 
-    Exit codes: 0 the file is right; 1 it has faults; 2 there is no such file.
+    NAME: the checks of kvq.testing are run at every width and granularity of the backend (a minute or two). What has a
+    suffix or a slash, or exists, is a file.
+
+    Exit codes: 0 all is right; 1 the file has faults, or the backend fails a check; 2 there is no such file or backend.
+
+    Keys of --json: "backend", "passed" (true or false), and "results", a list of objects with "check", "case",
+    "outcome" ("passed", "failed" or "not applicable") and "reason".
     """
-    path = _find_file(file)
+    if _is_name(target):
+        from kvq.cli.contract import check_backend
+
+        check_backend(target, only=only or [], options=option or [], as_json=as_json)
+        return
+    path = _find_file(target)
     try:
         summary = _summarize(path, head_dim)
     except (ConfigError, BackendError) as error:
         faults = [str(fault) for fault in error.faults] if isinstance(error, ConfigError) else [str(error)]
-        print_error(f"{file} has {len(faults)} fault{'s' if len(faults) > 1 else ''}", faults)
+        print_error(f"{target} has {len(faults)} fault{'s' if len(faults) > 1 else ''}", faults)
         raise typer.Exit(1) from error
     for warning in summary.warnings:
         print_warning(warning)
-    _print_summary(file, summary, head_dim)
+    _print_summary(target, summary, head_dim)
+
+
+def _is_name(text: str) -> bool:
+    """Return whether the argument means a backend; names have neither dots nor slashes in them."""
+    return text.replace("-", "_").isidentifier() and not Path(text).exists()
 
 
 def _summarize(path: Path, head_dim: int) -> ConfigSummary:

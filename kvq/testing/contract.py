@@ -1,0 +1,166 @@
+"""The contract as a whole: its checks in order, and a run of them over a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvq.backend_spec import BackendSpec
+from kvq.errors import CheckNotApplicableError, ContractViolationError
+from kvq.testing.accuracy import check_accuracy, check_bias, check_more_bits
+from kvq.testing.case import ContractCase, list_cases
+from kvq.testing.declaration import (
+    check_configuration,
+    check_light_import,
+    check_options,
+    check_requirements,
+    check_spec,
+)
+from kvq.testing.honest_bytes import check_constant_bytes, check_honest_bytes
+from kvq.testing.isolation import check_independent, check_threads
+from kvq.testing.models import check_fused_attention, check_fused_scores, check_generation
+from kvq.testing.operations import check_copies, check_operations, check_save_and_load
+from kvq.testing.storage import check_append_only, check_chunk_invariant, check_exact_ends
+from kvq.testing.tensors import (
+    check_codes,
+    check_constants,
+    check_decoding,
+    check_deterministic,
+    check_finite,
+    check_input_untouched,
+    check_layout,
+    check_lost_numbers,
+    check_non_contiguous,
+)
+
+Check = Callable[[ContractCase], None]
+Outcome = Literal["passed", "failed", "not applicable"]
+
+BACKEND_CHECKS: tuple[Check, ...] = (
+    check_spec,
+    check_light_import,
+    check_options,
+    check_requirements,
+)
+"""About the backend as such: run on its first case."""
+DIRECTION_CHECKS: tuple[Check, ...] = (check_more_bits,)
+"""About all widths in one direction: run on the first case of each direction."""
+CASE_CHECKS: tuple[Check, ...] = (
+    check_configuration,
+    check_layout,
+    check_codes,
+    check_input_untouched,
+    check_non_contiguous,
+    check_deterministic,
+    check_finite,
+    check_lost_numbers,
+    check_decoding,
+    check_constants,
+    check_accuracy,
+    check_bias,
+    check_honest_bytes,
+    check_constant_bytes,
+    check_append_only,
+    check_chunk_invariant,
+    check_exact_ends,
+    check_operations,
+    check_copies,
+    check_save_and_load,
+    check_independent,
+    check_threads,
+    check_fused_scores,
+    check_fused_attention,
+    check_generation,
+)
+"""Run on every case."""
+CHECKS: tuple[Check, ...] = (*BACKEND_CHECKS, *DIRECTION_CHECKS, *CASE_CHECKS)
+"""Every check of the contract, in the order in which they are run."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What came of one check on one case.
+
+    Attributes:
+        check: name of the check.
+        case: the case as it is shown, e.g. `4-per_token`.
+        outcome: `passed`, `failed` or `not applicable`.
+        reason: what is wrong, or why there was nothing to look at.
+    """
+
+    check: str
+    case: str
+    outcome: Outcome
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class BoundCheck:
+    """A check and the case that it is to be run on; calling it runs it."""
+
+    check: Check
+    case: ContractCase
+
+    def __call__(self) -> None:
+        """Run the check.
+
+        Raises:
+            ContractViolationError: the backend does not do what the contract says.
+            CheckNotApplicableError: there is nothing to look at.
+        """
+        self.check(self.case)
+
+    @property
+    def name(self) -> str:
+        """The name of the check."""
+        return str(getattr(self.check, "__name__", self.check))
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.case}]"
+
+
+def list_checks(
+    backend: BackendSpec | str, options: Mapping[str, Any] | None = None, *, only: Iterable[str] = ()
+) -> list[BoundCheck]:
+    """Return every check with every case that it is run on.
+
+    Args:
+        backend: a spec, or the name of an installed or registered backend.
+        options: what stands under `backend_options`.
+        only: names of checks; empty: all.
+
+    Raises:
+        BackendError: the backend cannot be had.
+        LookupError: `only` names a check that does not exist.
+    """
+    wanted = set(only)
+    unknown = wanted - {check.__name__ for check in CHECKS}
+    if unknown:
+        known = ", ".join(check.__name__ for check in CHECKS)
+        shown = ", ".join(map(repr, sorted(unknown)))
+        raise CheckNotApplicableError(f"there is no check {shown}; there are {known}")
+    cases = list_cases(backend, options)
+    firsts = list({case.granularity: case for case in reversed(cases)}.values())
+    chosen = [(BACKEND_CHECKS, cases[:1]), (DIRECTION_CHECKS, firsts[::-1]), (CASE_CHECKS, cases)]
+    bound = [BoundCheck(check, case) for checks, some in chosen for check in checks for case in some]
+    return [one for one in bound if not wanted or one.name in wanted]
+
+
+def run_checks(checks: Iterable[BoundCheck]) -> Iterator[CheckResult]:
+    """Run checks in turn; whatever a backend raises becomes a result, so that the others are run too."""
+    for one in checks:
+        outcome, reason = _run(one)
+        yield CheckResult(one.name, str(one.case), outcome, reason)
+
+
+def _run(check: BoundCheck) -> tuple[Outcome, str]:
+    try:
+        check()
+    except CheckNotApplicableError as error:
+        return "not applicable", str(error)
+    except ContractViolationError as error:
+        return "failed", str(error)
+    except Exception as error:  # noqa: BLE001  # foreign code: whatever it raises is the result of the check
+        return "failed", f"{type(error).__name__}: {error}"
+    return "passed", ""

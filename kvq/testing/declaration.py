@@ -1,0 +1,167 @@
+"""Checks of what a backend says of itself, and of how it is configured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from kvq.backend_spec import API_VERSION, BackendSpec
+from kvq.config import KVQCacheConfig
+from kvq.discovery import find_entry_points, group_claims
+from kvq.errors import BrokenBackendError, CheckNotApplicableError, ConfigError, KVQError
+from kvq.registry import get_registry
+from kvq.spec_validation import check_spec as validate_spec
+from kvq.testing.case import ContractCase, require
+
+UNKNOWN_OPTION = "no_such_option_of_any_backend"
+_PROBE = """
+import json, sys
+import kvq.plugin_api
+before = set(sys.modules)
+from importlib import import_module
+import_module(sys.argv[1]).kvq_backend()
+print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+
+
+def check_spec(case: ContractCase) -> None:
+    """The spec is valid for this plugin API, says what the backend is, and its requirements can be read."""
+    backend = case.backend
+    try:
+        validate_spec(backend, backend.name, "the backend under test")
+    except BrokenBackendError as error:
+        require(False, str(error))
+    require(backend.api_version == API_VERSION, f"api_version={backend.api_version}, this kvq has {API_VERSION}")
+    require(backend.summary.strip(), "summary is empty: `kvq backends` has nothing to show; say in a line what it does")
+    require("\n" not in backend.summary, "summary has more than one line")
+    require(
+        len(set(backend.capabilities.nbits)) == len(backend.capabilities.nbits), "capabilities.nbits repeats itself"
+    )
+
+
+def check_light_import(case: ContractCase) -> None:
+    """The module with the hook imports nothing but kvq, what kvq has imported anyway, and its own distribution."""
+    claimed = group_claims(find_entry_points()).get(case.backend.name)
+    if claimed is None:
+        raise CheckNotApplicableError(f"{case.backend.name} has no entry point; it was registered from code")
+    claim = claimed.owners[0]
+    homes = metadata.packages_distributions()
+    own = {canonicalize_name(claim.distribution), "kvq"}
+    heavy = sorted(
+        name
+        for name in _modules_imported_by(claim.entry_point.module)
+        if name not in sys.stdlib_module_names
+        and name in homes
+        and not own & {canonicalize_name(home) for home in homes[name]}
+    )
+    require(
+        not heavy,
+        f"{claim.entry_point.module} imports {', '.join(heavy)} before a quantizer is built; import inside `build`",
+    )
+
+
+def check_options(case: ContractCase) -> None:
+    """Options have defaults, every one is described, unknown ones are refused with their path."""
+    backend = case.backend
+    for name, option in backend.options.model_fields.items():
+        require(
+            option.description and option.description.strip(),
+            f"option {name!r} of {backend.options.__name__} has no description; give its Field one",
+        )
+        require(not option.is_required(), f"option {name!r} has no default: backend={backend.name!r} alone must work")
+    fault = _find_fault(case, backend_options={backend.name: {UNKNOWN_OPTION: 1}})
+    expected = ("backend_options", backend.name, UNKNOWN_OPTION)
+    require(fault == expected, f"an unknown option is not refused at {'.'.join(expected)}, but at {fault}")
+
+
+def check_configuration(case: ContractCase) -> None:
+    """Keywords, a mapping and a file mean the same; widths that are not offered are refused with their path."""
+    config = case.config()
+    require(KVQCacheConfig.from_mapping(case.config_fields()) == config, "a mapping means something else than keywords")
+    if _is_named(case.backend):
+        text = config.to_yaml()
+        require(KVQCacheConfig.from_mapping(yaml.safe_load(text)) == config, "YAML is read as something else")
+        for suffix, written in ((".yaml", text), (".json", json.dumps(config.to_dict()))):
+            require(_read_file(written, suffix) == config, f"a {suffix} file is read as something else")
+    offered = case.backend.capabilities.nbits
+    absent = next(bits for bits in (7.25, 5.125, 9.5) if bits not in offered)
+    fault = _find_fault(case, nbits_k=absent)
+    require(fault == ("nbits_k",), f"nbits_k={absent}, which is not offered, is refused at {fault}")
+
+
+def check_requirements(case: ContractCase) -> None:
+    """What `build` needs is declared: it builds, and everything that `requires` names is installed."""
+    try:
+        get_registry().check_requirements(case.backend)
+    except KVQError as error:
+        require(False, str(error))
+    quantizer = case.quantizer()
+    module = type(getattr(quantizer, "quantizer", quantizer)).__module__
+    declared = {canonicalize_name(Requirement(text).name) for text in case.backend.requires}
+    missing = _undeclared(module, declared | {"kvq", *_runtime_of("kvq")})
+    require(not missing, f"{module} uses {', '.join(missing)}, which `requires` does not name")
+
+
+def _undeclared(module_name: str, declared: set[str]) -> list[str]:
+    """Return the distributions that the globals of a module come from and that are not declared."""
+    homes = metadata.packages_distributions()
+    own = {canonicalize_name(home) for home in homes.get(module_name.partition(".")[0], ())}
+    used = {
+        getattr(value, "__module__", None) or getattr(value, "__name__", "")
+        for value in vars(importlib.import_module(module_name)).values()
+    }
+    packages = {str(name).partition(".")[0] for name in used}
+    found = {canonicalize_name(home) for name in packages for home in homes.get(name, ())}
+    return sorted(found - own - declared)
+
+
+def _runtime_of(distribution: str) -> set[str]:
+    """Return the distributions that one requires directly."""
+    try:
+        required = metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return {"torch"}
+    return {canonicalize_name(Requirement(text).name) for text in required}
+
+
+def _modules_imported_by(module: str) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", _PROBE, module]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)  # noqa: S603  # ours
+    require(done.returncode == 0, f"{module} cannot be imported in a fresh process: {done.stderr.strip()[-300:]}")
+    names: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return names
+
+
+def _find_fault(case: ContractCase, **fields: Any) -> tuple[str | int, ...] | None:
+    """Return the path of the one fault of a configuration, or None where it is taken."""
+    try:
+        case.config(**fields)
+    except ConfigError as error:
+        return error.faults[0].path if len(error.faults) == 1 else None
+    return None
+
+
+def _is_named(backend: BackendSpec) -> bool:
+    try:
+        return get_registry().get_backend(backend.name) is backend
+    except KVQError:
+        return False
+
+
+def _read_file(text: str, suffix: str) -> KVQCacheConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"config{suffix}"
+        path.write_text(text, encoding="utf-8")
+        return KVQCacheConfig.from_file(path)

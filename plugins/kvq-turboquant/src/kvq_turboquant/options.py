@@ -1,0 +1,20 @@
+"""What users may set under `backend_options: {turboquant: ...}`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from kvq.plugin_api import BackendOptions
+
+
+class TurboQuantOptions(BackendOptions):
+    """Options of the turboquant backend."""
+
+    inner_product: bool = Field(
+        default=False,
+        description=(
+            "spend one of the bits on the signs of a random projection of the residual (QJL), which makes dot products "
+            "unbiased and the states themselves less accurate"
+        ),
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the random rotation and projection")
