@@ -79,6 +79,7 @@ class KVQ(CarriedStates):
         super().__init__(layers=layers)
         register_attention()
 
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,6 +125,7 @@ def attend_full_precision(
     return attended
 
 
+@torch.compiler.disable
 def kvq_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
