@@ -98,7 +98,7 @@ def test_each_layer_is_brought_while_the_one_before_it_computes(elsewhere, copie
     view = cache.layers[0].side("key").view()
     assert view.store.segments[0] is not cache.layers[0].side("key").store.segments[0], "reads go to the copy"
     cache.layers[0].release_prefetched()
-    assert cache.layers[0].side("key").view().store.segments == cache.layers[0].side("key").store.segments
+    assert cache.layers[0].side("key").view().store.segments is cache.layers[0].side("key").store.segments
     assert len(copied) == before
 
 
