@@ -40,6 +40,7 @@ class SideHeader(_Strict):
     head_dim: HeadDim
     sinks: bool
     runs: list[RunHeader]
+    survivors: list[tuple[Tokens, Count]] = Field(description="first position and tokens of what crops left of groups")
 
 
 class QuantizedStates(_Strict):

@@ -14,6 +14,7 @@ from kvq.quantizer import Side
 from kvq.store.runs import find_runs
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
+from kvq.store.survivors import SurvivorLog, Survivors
 
 ROWS_DTYPE = torch.int64
 
@@ -71,6 +72,7 @@ def plan(layer: KVQLayer, states: QuantizedStates, prefix: str) -> Iterator[tupl
             raise CacheFileError(f"{prefix}: {stored} tokens are stored of the {name}s, which is no number of flushes")
         if header.sinks is not bool(side.sinks.length) and (stored or header.sinks):
             raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
+        _check_survivors(side, header, count_tokens(layer, states))
         yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in _plan_side(side, header, states))
 
 
@@ -91,6 +93,9 @@ def fill(layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[
         side.window.set(read(f"{place}.window").to(side.window.buffer.device))
         if header.sinks:
             side.sinks.states = read(f"{place}.sinks").to(side.window.buffer.device)
+        kept = enumerate(header.survivors)
+        groups = [Survivors(start, read(f"{place}.survivors.{index}")) for index, (start, _) in kept]
+        side.survivors = SurvivorLog(tuple(groups)).moved_to(side.window.buffer.device)
 
 
 def _describe_side(side: LayerSide) -> SideHeader:
@@ -103,6 +108,7 @@ def _describe_side(side: LayerSide) -> SideHeader:
             RunHeader(blocks=run.blocks, rows=None if run.rows is None else run.row_count)
             for run in find_runs(side.store)
         ],
+        survivors=[(group.start, group.states.shape[2]) for group in side.survivors.groups],
     )
 
 
@@ -118,6 +124,8 @@ def _collect_side(side: LayerSide) -> Iterator[tuple[str, SavedTensor]]:
     yield "window", SavedTensor.of(side.window.view())
     if side.sinks.states is not None:
         yield "sinks", SavedTensor.of(side.sinks.states)
+    for index, group in enumerate(side.survivors.groups):
+        yield f"survivors.{index}", SavedTensor.of(group.states)
 
 
 def _plan_side(side: LayerSide, header: SideHeader, states: QuantizedStates) -> Iterator[tuple[str, TensorSpec]]:
@@ -133,6 +141,16 @@ def _plan_side(side: LayerSide, header: SideHeader, states: QuantizedStates) -> 
     yield "window", TensorSpec((batch_size, header.heads, states.window, header.head_dim), dtype)
     if header.sinks:
         yield "sinks", TensorSpec((batch_size, header.heads, side.sinks.length, header.head_dim), dtype)
+    for index, (_, length) in enumerate(header.survivors):
+        yield f"survivors.{index}", TensorSpec((batch_size, header.heads, length, header.head_dim), dtype)
+
+
+def _check_survivors(side: LayerSide, header: SideHeader, tokens: int) -> None:
+    end = 0
+    for start, length in header.survivors:
+        if start < end or start % side.flush_length or length >= side.flush_length or start + length > tokens:
+            raise CacheFileError(f"{length} tokens at position {start} are no survivors of a cut group")
+        end = start + length
 
 
 def _header_of(states: QuantizedStates, name: Side) -> SideHeader:

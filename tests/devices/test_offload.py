@@ -13,6 +13,9 @@ from reference_quantizers import STATIC_FLOAT8
 import kvq.layer
 import kvq.store.segments
 from kvq import KVQ
+from kvq.attention.compiled.kernel import CompiledKernel
+from kvq.attention.handle import PackedPair
+from kvq.attention.request import AttentionRequest
 from kvq.errors import ConfigError
 from kvq.layer import KVQLayer
 from kvq.registry import register_backend
@@ -98,7 +101,7 @@ def test_each_layer_is_brought_while_the_one_before_it_computes(elsewhere, copie
     view = cache.layers[0].side("key").view()
     assert view.store.segments[0] is not cache.layers[0].side("key").store.segments[0], "reads go to the copy"
     cache.layers[0].release_prefetched()
-    assert cache.layers[0].side("key").view().store.segments == cache.layers[0].side("key").store.segments
+    assert cache.layers[0].side("key").view().store.segments is cache.layers[0].side("key").store.segments
     assert len(copied) == before
 
 
@@ -168,3 +171,12 @@ def test_a_device_that_holds_nothing_is_refused(device):
     with pytest.raises(ConfigError, match="device: "):
         cache.move_to(device)
     assert cache.layers[0].device.type == "cpu"
+
+
+def test_the_compiled_kernel_reads_no_store_that_is_elsewhere(monkeypatch):
+    monkeypatch.setattr(kvq.layer, "_store_device", lambda wanted, states: torch.device("meta"))
+    layer = KVQLayer(0, KVQ(backend="native").config.for_layer(0))
+    layer.update(draw(300, 0), draw(300, 1))
+    pair = PackedPair(*(side.view() for _, side in layer.sides()), owner=layer)
+    request = AttentionRequest(draw(1, 2), pair, None, 1.0)
+    assert "another device" in CompiledKernel().find_obstacle(request)

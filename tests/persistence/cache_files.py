@@ -68,5 +68,7 @@ def opaque_cache():
 
 
 def rotated_cache():
-    """One layer, rotated, without sinks, by a vendor's library."""
-    return fill(KVQ(backend="quanto", rotation_k="hadamard", sink_length=0, **SMALL), 80, layers=1)
+    """One layer, rotated, without sinks, by a vendor's library; cropped into its store."""
+    cache = fill(KVQ(backend="quanto", rotation_k="hadamard", sink_length=0, **SMALL), 100, layers=1)
+    cache.crop(-60)
+    return fill(cache, 60, layers=1, seed=30)

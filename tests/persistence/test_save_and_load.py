@@ -52,6 +52,21 @@ def cropped(cache):
     cache.crop(-70)
 
 
+def test_what_a_crop_left_of_a_group_comes_back_a_second_time_as_it_was(tmp_path):
+    """Without the survivors in the file the second crop would return what was quantized twice."""
+    cache = fill(KVQ(nbits_k=2, **SMALL), 200)
+    cache.crop(-150)
+    survivors = cache.materialize(0)[0][:, :, 32:50]
+    fill(cache, 100, seed=3)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = KVQ.load(tmp_path / "cache.safetensors")
+    assert not torch.equal(loaded.materialize(0)[0][:, :, 32:50], survivors)  # quantized a second time by now
+    for one in (cache, loaded):
+        one.crop(-100)
+    assert_equal(loaded, cache)
+    assert torch.equal(loaded.materialize(0)[0][:, :, 32:50], survivors)
+
+
 OPERATIONS = {operation.__name__: operation for operation in (reordered, repeated_and_chosen, cropped)}
 
 
@@ -172,8 +187,10 @@ KNOWN_STATE = {
     "KVQLayer": {
         "_sides", "device", "dtype", "is_initialized", "layer_idx", "padding", "settings",
         "version",  # of views within this process
+        "attention",  # what the attention remembers of this process
+        "record_past",  # asked for by each `generate` that needs it
     },
-    "LayerSide": {"flush_length", "quantizer", "sinks", "store", "window"},
+    "LayerSide": {"flush_length", "quantizer", "sinks", "store", "survivors", "window"},
     "ChunkedStore": {
         "batch_size", "block_length", "device", "layout", "num_heads", "pinned", "quantizer", "segments",
         "_owns_last", "_staged",  # what is loaded is owned, and read from where it is

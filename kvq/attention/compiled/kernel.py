@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 
@@ -12,6 +13,7 @@ from kvq.attention.compiled.structures import PackedRequest, States
 from kvq.attention.request import AttentionRequest
 from kvq.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
+from kvq.store.chunks import StoreView
 
 MAX_ROWS = 64
 """Most query vectors a key-value head for which codes are multiplied as they are; more are worth a matrix product."""
@@ -39,6 +41,8 @@ class CompiledKernel:
             return f"serves up to {MAX_ROWS} queries for a key-value head, not {request.row_count}"
         if query.dtype not in TYPE_NUMBERS or query.dtype != pair.key.like.dtype:
             return f"does not serve queries of {query.dtype} over states of {pair.key.like.dtype}"
+        if any(part.device != query.device for part in _parts(pair.key.store, pair.value.store)):
+            return "reads no store on another device than the query"
         if request.mask is not None and request.mask.dtype not in TYPE_NUMBERS:
             return f"does not read masks of {request.mask.dtype}"
         obstacle = _find_obstacle_of_side(pair.key.store.quantizer) or _find_obstacle_of_side(
@@ -61,6 +65,10 @@ class CompiledKernel:
             raise MemoryError("attention: no memory for the sums of a thread")
         del kept
         return output
+
+
+def _parts(*stores: StoreView) -> Iterator[torch.Tensor]:
+    return (part for store in stores for segment in store.segments for part in segment.parts.values())
 
 
 def _find_obstacle_of_side(quantizer: Quantizer) -> str | None:

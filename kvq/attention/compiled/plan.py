@@ -15,8 +15,9 @@ import torch
 from kvq.attention.compiled.structures import PackedRequest, PackedSegment, PackedSide
 from kvq.attention.handle import PackedPair
 from kvq.store.affine import AffineCodec
-from kvq.store.chunks import Segment, StoreView
+from kvq.store.chunks import StoreView
 from kvq.store.packing import plane_widths
+from kvq.store.segments import Segment
 
 TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
 """As `attend.c` numbers them."""
