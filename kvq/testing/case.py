@@ -190,8 +190,9 @@ def encode_blocks(quantizer: Quantizer, states: torch.Tensor) -> dict[str, torch
 
 def quantized_layer(cache: KVQ, layer_idx: int = 0) -> KVQLayer:
     """Return a layer of a cache as what it must be."""
-    layer = cache.layers[layer_idx]
-    require(isinstance(layer, KVQLayer), f"layer {layer_idx} is not quantized")
+    layer: object = cache.layers[layer_idx]
+    if not isinstance(layer, KVQLayer):
+        raise ContractViolationError(f"layer {layer_idx} is not quantized")
     return layer
 
 

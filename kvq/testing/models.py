@@ -101,7 +101,7 @@ def _load(dtype: torch.dtype) -> tuple[PreTrainedModel, RecallBatch, RecallScore
 
 def _generate(model: PreTrainedModel, config: Any, prompt: torch.Tensor) -> torch.Tensor:
     with attach(model, config) as attachment:
-        text: torch.Tensor = model.generate(prompt, max_new_tokens=ANSWER_LENGTH + 1, do_sample=False)  # type: ignore[operator]
+        text: torch.Tensor = model.generate(prompt, max_new_tokens=ANSWER_LENGTH + 1, do_sample=False)
     require(attachment.cache is not None, "generate made no cache")
     return text
 

@@ -50,7 +50,8 @@ def check_operations(case: ContractCase) -> None:
 
 def check_copies(case: ContractCase) -> None:
     """A fork and a deep copy hold the same, and part from the original in both directions."""
-    for name, make in {"fork": KVQ.fork, "deepcopy": copy.deepcopy}.items():
+    makers: dict[str, Callable[[KVQ], KVQ]] = {"fork": KVQ.fork, "deepcopy": copy.deepcopy}
+    for name, make in makers.items():
         original = _fill(case)
         held = _read(original)
         other = make(original)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from right_backends import AFFINE, OPAQUE, RightOpaque, make_spec
-from wrong_backends import WRONG, HiddenCopy, RoundsAtRandom
+from wrong_backends import WRONG
 
 from kvq import KVQ, register_backend
 from kvq.errors import CheckNotApplicableError, ContractViolationError
@@ -115,7 +115,7 @@ class TestParametrize:
         }
 
     def test_an_expected_failure_that_names_nothing_is_refused(self):
-        with pytest.raises(CheckNotApplicableError, match="check_codes.9-per_token."):
+        with pytest.raises(CheckNotApplicableError, match=r"check_codes\[9-per_token\]"):
             parametrize_contract(AFFINE, expected_failures={"check_codes[9-per_token]": "no such case"})
 
     def test_under_pytest(self, tmp_path):
@@ -151,8 +151,3 @@ class TestParametrize:
         assert "2 failed, 1 passed, 1 skipped, 25 deselected, 1 xfailed" in done.stdout, done.stdout
         assert "ContractViolationError: transposed states give other bits" in done.stdout
         assert "XPASS(strict)" in done.stdout
-
-
-def test_wrong_ones_differ_from_the_right_one_in_one_thing():
-    for wrong in (HiddenCopy, RoundsAtRandom):
-        assert issubclass(wrong, RightOpaque)

@@ -379,4 +379,4 @@ WRONG = {
     "check_fused_attention": [make_spec(NoisyDecoder)],
     "check_generation": [make_spec(ShiftsKeys)],
 }
-"""By the check that is to catch them; `check_light_import` needs an installed distribution and has a test of its own."""
+"""By the check that is to catch them; `check_light_import`, which needs an installed distribution, has its own test."""

@@ -43,7 +43,6 @@ def test_the_squared_error_is_the_paper_s(nbits, vectors):
     code = code_of(nbits)
     error = (code.decode(code.encode(vectors)) - vectors).square().sum(-1) / vectors.square().sum(-1)
     found = error.mean().item()
-    print(f"{nbits} bits: squared error {found:.4f}, the paper has {PAPER_MSE[nbits]}")
     assert 4.0**-nbits <= found <= math.sqrt(3) * math.pi / 2 * 4.0**-nbits
     assert found == pytest.approx(measure_distortion(DIMENSION, find_levels(DIMENSION, nbits)), rel=0.02)
     assert found == pytest.approx(PAPER_MSE[nbits], rel=0.15)
@@ -57,7 +56,6 @@ def test_dot_products_are_unbiased_and_as_exact_as_the_paper_s(nbits, vectors):
     code = code_of(nbits, inner_product=True)
     found = (query * code.decode(code.encode(vectors))).sum(-1)
     distortion = ((found - truth).square() / norms).mean().item() * DIMENSION
-    print(f"{nbits} bits: dot product {distortion:.4f} / d, the paper has {PAPER_INNER_PRODUCT[nbits]} / d")
     assert 4.0**-nbits <= distortion <= math.sqrt(3) * math.pi**2 * 4.0**-nbits
     assert distortion == pytest.approx(PAPER_INNER_PRODUCT[nbits], rel=0.2)
     slope = (found * truth).sum() / truth.square().sum()

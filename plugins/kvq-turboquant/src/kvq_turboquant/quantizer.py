@@ -1,4 +1,4 @@
-"""TurboQuant as a `Quantizer`: blocks of vectors, at a fractional rate with more bits for the channels that need them."""
+"""TurboQuant as a `Quantizer`: vectors in blocks, at a fractional rate with more bits for channels that need them."""
 
 from __future__ import annotations
 

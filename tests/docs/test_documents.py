@@ -1,0 +1,187 @@
+"""Every document says what is so: its code runs, its commands and options exist, and nothing public is left out."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+
+import kvq
+import kvq.plugin_api
+import kvq.testing
+from kvq import KVQ, KVQCacheConfig, LayerConfig, register_backend
+from kvq.cli import app
+from kvq.evaluation.embedded_model import EMBEDDED_MODEL_PATH, load_embedded_model
+from kvq.evaluation.recall import decode_tokens, sample_recall_batch
+from kvq.registry import BackendRegistry, get_registry
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "plugins").glob("**/README.md")),
+]
+"""README.md has tests of its own in test_readme.py."""
+PLUGINS = {path.parent.name: path.parent for path in sorted((ROOT / "plugins").glob("*/pyproject.toml"))}
+COMMANDS = typer.main.get_command(app).commands
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+RUN_ELSEWHERE = {"sh": "tests/plugins/test_five_steps.py", "": "a command for a terminal, named below"}
+
+
+def blocks(*languages):
+    """Return (document, number, text) for each block of those languages."""
+    return [
+        pytest.param(path, text, id=f"{path.relative_to(ROOT)}-{number}")
+        for path in DOCUMENTS
+        for number, (language, text) in enumerate(FENCE.findall(path.read_text(encoding="utf-8")))
+        if language in languages
+    ]
+
+
+@pytest.fixture
+def plugins_registered(monkeypatch):
+    """The plugins of the tree as registered backends, installed or not."""
+    monkeypatch.setattr("kvq.registry._registry", BackendRegistry(environment={"KVQ_BLOCK_PLUGINS": ""}))
+    known = {info.name for info in get_registry().available_backends()}
+    for name, folder in PLUGINS.items():
+        if name.removeprefix("kvq-") not in known:
+            monkeypatch.syspath_prepend(str(folder / "src"))
+            register_backend(importlib.import_module(f"{name.replace('-', '_')}.plugin").kvq_backend())
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    model, tokenizer = load_embedded_model()
+    batch = sample_recall_batch(1, 60, 1, generator=torch.Generator().manual_seed(3))
+    prompt = decode_tokens([*batch.context[0].tolist(), *batch.questions[0, 0, :2].tolist()])
+    inputs = tokenizer(prompt, return_tensors="pt")
+    return {"model": model, "inputs": inputs, "path": EMBEDDED_MODEL_PATH, "prompt": prompt}
+
+
+def test_every_language_is_one_that_is_checked():
+    languages = {language for path in DOCUMENTS for language, _ in FENCE.findall(path.read_text(encoding="utf-8"))}
+    assert languages - {"python", "yaml", "console", "toml", *RUN_ELSEWHERE} == set()
+
+
+@pytest.mark.parametrize(("path", "text"), blocks("python"))
+def test_a_python_block_runs(path, text, namespace, plugins_registered):
+    names = dict(namespace)
+    exec(text.replace("max_new_tokens=1024", "max_new_tokens=20"), names)  # noqa: S102  # our own documents
+    if "attachment" in names:
+        assert isinstance(names["attachment"].cache, KVQ)
+        assert names["attachment"].cache.memory().packed_bytes > 0
+
+
+@pytest.mark.parametrize(("path", "text"), blocks("yaml"))
+def test_a_yaml_block_is_a_configuration(path, text):
+    assert KVQCacheConfig.from_mapping(yaml.safe_load(text)).version == 1
+
+
+@pytest.mark.parametrize(("path", "text"), blocks("toml"))
+def test_a_toml_block_is_that_of_the_template(path, text):
+    template = (PLUGINS["kvq-template"] / "pyproject.toml").read_text(encoding="utf-8")
+    assert text.strip() in template.replace("template", "mine")
+
+
+@pytest.mark.parametrize(("path", "text"), blocks("console", ""))
+def test_a_command_exists(path, text):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = [re.sub(r"\s+#.*", "", line).removeprefix("$ ") for line in text.splitlines() if line.strip()]
+    assert lines
+    for program, *arguments in map(str.split, lines):
+        if program == "make":
+            assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments), arguments
+        elif program == "pip":
+            folders = [word for word in arguments if "/" in word]
+            assert folders
+            assert all((ROOT / word / "pyproject.toml").is_file() for word in folders), arguments
+        else:
+            assert program == "kvq", program
+            options = {name for parameter in COMMANDS[arguments[0]].params for name in parameter.opts}
+            assert {word for word in arguments if word.startswith("-")} <= options
+            assert all((ROOT / word).is_file() for word in arguments if word.endswith(".yaml"))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_its_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if not link.startswith("https://"):
+            target, _, anchor = link.partition("#")
+            found = path.parent / target if target else path
+            assert found.exists(), link
+            headings = re.findall(r"^#+ (.+)$", found.read_text("utf-8"), re.MULTILINE) if anchor else [anchor]
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, link
+
+
+class TestNothingIsLeftOut:
+    def test_fields_of_the_configuration(self):
+        text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+        for model in (KVQCacheConfig, LayerConfig):
+            for name, field in model.model_fields.items():
+                assert re.search(rf"^\| `{name}` \|.*{re.escape(field.description)} \|$", text, re.MULTILINE), name
+
+    def test_options_of_our_backends(self):
+        text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+        for info in get_registry().available_backends():
+            if info.origin == "kvq":
+                for name, field in get_registry().get_backend(info.name).options.model_fields.items():
+                    assert f"| `{info.name}` | `{name}` | `{field.get_default()}` | {field.description} |" in text
+
+    @pytest.mark.parametrize("plugin", sorted(set(PLUGINS) - {"kvq-template"}))
+    def test_options_of_the_plugins(self, plugin, plugins_registered):
+        text = (PLUGINS[plugin] / "README.md").read_text(encoding="utf-8")
+        options = get_registry().get_backend(plugin.removeprefix("kvq-")).options.model_fields
+        assert options
+        assert [name for name in options if name not in text] == []
+
+    def test_hooks_and_names_of_the_plugin_api(self):
+        text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+        hooks = [name for name, thing in vars(kvq.plugin_api).items() if hasattr(thing, "kvq_spec")]
+        assert hooks == ["kvq_backend"]
+        names = [*hooks, *kvq.plugin_api.__all__, *kvq.testing.__all__]
+        assert [name for name in names if f"`{name}`" not in text] == []
+
+    def test_checks(self):
+        text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+        for check in kvq.testing.CHECKS:
+            assert f"| `{check.__name__}` | {inspect.getdoc(check)} |" in text
+
+    def test_commands_and_their_options_have_help(self):
+        for name, command in COMMANDS.items():
+            assert command.help, name
+            assert [parameter.name for parameter in command.params if not getattr(parameter, "help", "x")] == []
+
+
+class TestSchema:
+    schema = ROOT / "docs" / "kvq-config.schema.json"
+
+    def test_it_is_current(self):
+        spec = importlib.util.spec_from_file_location("write_schema", ROOT / "scripts" / "write_schema.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        assert self.schema.read_text(encoding="utf-8") == script.render_schema(), "run scripts/write_schema.py"
+
+    def test_it_knows_every_field_with_its_description(self):
+        schema = json.loads(self.schema.read_text(encoding="utf-8"))
+        for fields, described in (
+            (KVQCacheConfig.model_fields, schema["properties"]),
+            (LayerConfig.model_fields, schema["$defs"]["LayerConfig"]["properties"]),
+        ):
+            assert {name: one["description"] for name, one in described.items()} == {
+                name: field.description for name, field in fields.items()
+            }
+        assert schema["additionalProperties"] is False
+
+    def test_the_public_names_of_the_kit_are_sorted_and_there(self):
+        assert kvq.testing.__all__ == sorted(kvq.testing.__all__, key=lambda name: (not name.isupper(), name))
+        assert all(hasattr(kvq.testing, name) for name in kvq.testing.__all__)
+        assert "kvq.testing" in sys.modules
