@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from kvq.attention.attend import ATTENTION_NAME, register_attention
+from kvq.attention.attend import ATTENTION_NAME, hint_at_attention, register_attention
 from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
 from kvq.config.fields import find_integer
@@ -300,7 +300,10 @@ class KVQ(CarriedStates):
 
     def _reads_packed(self) -> bool:
         config = self._attention_config
-        return config is not None and getattr(config, "_attn_implementation", None) == ATTENTION_NAME
+        active = None if config is None else getattr(config, "_attn_implementation", None)
+        if active is not None and active != ATTENTION_NAME:
+            hint_at_attention(active)
+        return active == ATTENTION_NAME
 
 
 def resolve_config(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,16 +22,24 @@ from kvq.attention.memo import AttentionMemo
 from kvq.attention.request import AttentionRequest
 from kvq.attention.trial import attend_on_trial
 
+_LOG = logging.getLogger("kvq")
+
 ATTENTION_NAME = "kvq"
 """The name under which transformers knows our attention."""
 
-BEYOND_SDPA = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "output_attentions")
-"""Arguments that scaled-dot-product attention drops or refuses; the model's own eager attention knows them."""
-
-READ_OPTIONS = frozenset({"scaling", "dropout", "is_causal", "softcap", "s_aux"})
+SDPA_OPTIONS = frozenset({"scaling", "dropout", "is_causal"})
+"""Arguments that scaled-dot-product attention obeys; the model's own eager attention is given all others."""
+READ_OPTIONS = SDPA_OPTIONS | {"softcap", "s_aux"}
 """Arguments that kernels obey."""
-WITHOUT_EFFECT = frozenset({"sliding_window", "position_ids", "cache_position", "use_cache", "output_hidden_states"})
-"""Arguments that say nothing which the query, the keys and the mask do not say as well."""
+WITHOUT_EFFECT = frozenset(
+    {
+        *("sliding_window", "position_ids", "cache_position", "use_cache"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch"),
+        *("token_type_ids", "mm_token_type_ids"),
+    }
+)
+"""Arguments that say nothing of attention which query, keys and mask do not say as well."""
 
 MAX_REMEMBERED_KINDS = 64
 """Kinds of requests that a layer remembers the choice for."""
@@ -99,10 +109,8 @@ def find_reason_to_materialize(query: torch.Tensor, pair: PackedPair, options: M
         return "dropout"
     if torch.is_grad_enabled() and (query.requires_grad or (pair.key.new is not None and pair.key.new.requires_grad)):
         return "gradients"
-    for name, value in options.items():
-        if name not in READ_OPTIONS and name not in WITHOUT_EFFECT and _is_set(value):
-            return f"argument {name!r}"
-    return None
+    beyond = _find_option_beyond(READ_OPTIONS, options)
+    return None if beyond is None else f"argument {beyond!r}"
 
 
 def attend_full_precision(
@@ -115,7 +123,7 @@ def attend_full_precision(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend to plain keys and values `[B, H, Tk, D]`, by SDPA or, where that would drop an argument, by the model."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None or not any(_is_set(options.get(name)) for name in BEYOND_SDPA):
+    if eager is None or _find_option_beyond(SDPA_OPTIONS, options) is None:
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, keys, values, attention_mask, **options
         )
@@ -150,18 +158,37 @@ def kvq_attention_forward(
     return attend_full_precision(module, query, _plain(key), _plain(value), attention_mask, **options)
 
 
+@cache
+def hint_at_attention(active: str) -> None:
+    """Log, once for each name, that a quantized cache is used under another attention implementation than ours."""
+    _LOG.warning(
+        "a KVQ cache under attn_implementation=%r is dequantized as a whole at every step; "
+        "model.set_attn_implementation(%r) reads it packed, which is faster and needs no copy",
+        active,
+        ATTENTION_NAME,
+    )
+
+
 def register_attention() -> None:
     """Make `attn_implementation="kvq"` known to transformers; without its mask, padding would be ignored."""
     AttentionInterface.register(ATTENTION_NAME, kvq_attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
+# At import, so that `attn_implementation="kvq"` can be given when a model is loaded, before there is any cache.
+register_attention()
+
+
 def _plain(states: torch.Tensor) -> torch.Tensor:
     return states.materialize() if isinstance(states, PackedStates) else states
 
 
-def _is_set(option: object) -> bool:
-    return option is not None and option is not False
+def _find_option_beyond(known: Set[str], options: Mapping[str, Any]) -> str | None:
+    """Return the first argument that is set, means something to attention and is not known."""
+    for name, value in options.items():
+        if name not in known and name not in WITHOUT_EFFECT and value is not None and value is not False:
+            return name
+    return None
 
 
 def _additive_mask(

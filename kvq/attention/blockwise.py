@@ -25,6 +25,10 @@ class BlockwiseKernel:
     device_types = frozenset({"cpu"})
     needs_proof = False
 
+    def find_problem(self) -> str | None:
+        """Return None: torch is all that it needs."""
+        return None
+
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return what of the request it does not serve."""
         pair, query = request.pair, request.query

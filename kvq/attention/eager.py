@@ -23,6 +23,10 @@ class EagerKernel:
     device_types: frozenset[str] = frozenset()
     needs_proof = False
 
+    def find_problem(self) -> str | None:
+        """Return None: torch is all that it needs."""
+        return None
+
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return None: there is none."""
         del request

@@ -33,10 +33,14 @@ class Kernel(Protocol):
     device_types: frozenset[str]
     needs_proof: bool
 
+    def find_problem(self) -> str | None:
+        """Return what keeps the kernel from running on this machine (a compiler or a library is missing), or None."""
+        ...
+
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve requests of this kind, in a few words, or None where it can.
 
-        Asked once for each layer and `request.kind()`. Where a compiler or a library is missing, this says so.
+        Asked once for each layer and `request.kind()`.
         """
         ...
 
@@ -89,7 +93,7 @@ def choose(request: AttentionRequest) -> Choice:
     passed_over: dict[str, str] = {}
     for kernel in candidates:
         reason = find_reason_against(kernel, request.query.device, is_wanted=kernel.name == wanted)
-        reason = reason or kernel.find_obstacle(request)
+        reason = reason or kernel.find_obstacle(request) or kernel.find_problem()
         if reason is None:
             return Choice(kernel, passed_over)
         passed_over[kernel.name] = reason

@@ -33,6 +33,7 @@ LISTED_WITHOUT_METADATA = ("torch", "transformers", "pydantic", "pluggy")
 REINSTALL = "run `pip install -e .` in the checkout of kvq"
 
 _LIST_VARIABLES = ("KVQ_PLUGINS", "KVQ_BLOCK_PLUGINS")
+_VARIABLES = (*_LIST_VARIABLES, "KVQ_ATTENTION_KERNEL")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Diagnosis:
     distributions: list[dict[str, Any]] = field(default_factory=list)
     devices: list[dict[str, Any]] = field(default_factory=list)
     backends: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -86,12 +88,13 @@ def diagnose() -> Diagnosis:
     with contextlib.redirect_stdout(sys.stderr):
         is_installed = _examine_installation(found)
         _examine_distributions(found, is_installed=is_installed)
-        found.environment = {name: os.environ[name] for name in _LIST_VARIABLES if name in os.environ}
+        found.environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         if _can_import("torch", found):
             _examine_devices(found)
             if _can_import("kvq.registry", found):
                 _examine_backends(found)
-            _can_import("kvq.cache", found)
+            if _can_import("kvq.cache", found):
+                _examine_kernels(found)
     return found
 
 
@@ -159,6 +162,24 @@ def _examine_devices(found: Diagnosis) -> None:
         )
 
 
+def _examine_kernels(found: Diagnosis) -> None:
+    """Note for each device which kernels of attention are defaults there, and the reasons against the others."""
+    import torch
+
+    from kvq.attention.kernel import KERNEL_VARIABLE, available_kernels, find_reason_against, wanted_kernel
+
+    try:
+        wanted = wanted_kernel()
+    except KVQError as error:
+        found.add_error(str(error), f"unset {KERNEL_VARIABLE}")
+        wanted = None
+    for device in [one["device"] for one in found.devices]:
+        for kernel in available_kernels():
+            reason = find_reason_against(kernel, torch.device(device), is_wanted=kernel.name == wanted)
+            reason = reason or kernel.find_problem()
+            found.kernels.append({"device": device, "name": kernel.name, "default": reason is None, "reason": reason})
+
+
 def _examine_backends(found: Diagnosis) -> None:
     from kvq.cli.backend_facts import summarize
     from kvq.discovery import OWN_DISTRIBUTION
@@ -202,5 +223,7 @@ def _examine_lists(found: Diagnosis) -> None:
     """Warn of names in the allow and deny lists that nothing offers, which are most likely mistyped."""
     known = {one["name"] for one in found.backends}
     for variable, text in found.environment.items():
+        if variable not in _LIST_VARIABLES:
+            continue
         for name in sorted({part.strip() for part in text.split(",")} - known - {""}):
             found.add_warning(f"{variable} names {name!r}, which no plugin offers", "correct the name or drop it")

@@ -23,9 +23,10 @@ def doctor(
 
     Keys of --json: "kvq" ("version", "installed", "location"), "platform", "distributions" (a list with "name",
     "required", "installed", "met"), "devices" (a list with "device", "name" and, where known, "threads" or
-    "memory_bytes"), "backends" (a list with "name", "state", "reason", "origin", "version", "works"), "environment"
-    (the variables KVQ_PLUGINS and KVQ_BLOCK_PLUGINS where set), "problems" (a list with "severity", "error" or
-    "warning", "problem", "remedy") and "usable".
+    "memory_bytes"), "kernels" (of attention: a list with "device", "name", "default" and "reason"), "backends" (a
+    list with "name", "state", "reason", "origin", "version", "works"), "environment" (the variables KVQ_PLUGINS,
+    KVQ_BLOCK_PLUGINS and KVQ_ATTENTION_KERNEL where set), "problems" (a list with "severity", "error" or "warning",
+    "problem", "remedy") and "usable".
     """
     from kvq.cli.diagnosis import diagnose
 
@@ -43,6 +44,7 @@ def _print_diagnosis(found: Diagnosis) -> None:
     print_fields([*own, *found.environment.items()])
     _print_section(("distribution", "installed", "needed", ""), [_distribution_row(one) for one in found.distributions])
     _print_section(("device", "name", ""), [_device_row(one) for one in found.devices])
+    _print_section(("attention", "device", ""), [_kernel_row(one) for one in found.kernels])
     _print_section(("backend", "state", "origin", ""), [_backend_row(one) for one in found.backends])
     print_line()
     for problem in found.problems:
@@ -66,6 +68,10 @@ def _device_row(one: dict[str, Any]) -> tuple[str, ...]:
     threads = f"threads: {one['threads']}" if "threads" in one else ""
     memory = f"{one['memory_bytes'] / 2**30:.0f} GiB" if "memory_bytes" in one else ""
     return one["device"], one["name"], threads or memory
+
+
+def _kernel_row(one: dict[str, Any]) -> tuple[str, ...]:
+    return one["name"], one["device"], one["reason"] or "ready"
 
 
 def _backend_row(one: dict[str, Any]) -> tuple[str, ...]:

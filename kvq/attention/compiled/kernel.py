@@ -34,8 +34,12 @@ class CompiledKernel:
     device_types = frozenset({"cpu"})
     needs_proof = True
 
+    def find_problem(self) -> str | None:
+        """Return why it could not be built, or None; builds it if need be."""
+        return find_problem()
+
     def find_obstacle(self, request: AttentionRequest) -> str | None:
-        """Return what of the request it does not serve, or why it could not be built."""
+        """Return what of the request it does not serve."""
         pair, query = request.pair, request.query
         if request.row_count > MAX_ROWS:
             return f"serves up to {MAX_ROWS} queries for a key-value head, not {request.row_count}"
@@ -45,12 +49,7 @@ class CompiledKernel:
             return "reads no store on another device than the query"
         if request.mask is not None and request.mask.dtype not in TYPE_NUMBERS:
             return f"does not read masks of {request.mask.dtype}"
-        obstacle = _find_obstacle_of_side(pair.key.store.quantizer) or _find_obstacle_of_side(
-            pair.value.store.quantizer
-        )
-        if obstacle is not None:
-            return obstacle
-        return find_problem()
+        return _find_obstacle_of_side(pair.key.store.quantizer) or _find_obstacle_of_side(pair.value.store.quantizer)
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""

@@ -1,0 +1,110 @@
+"""Layers to attend to, and attention in fp64 over what they give back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvq.attention import kernels  # noqa: F401  # registers them
+from kvq.attention.kernel import available_kernels
+from kvq.attention.request import AttentionRequest
+from kvq.config import KVQCacheConfig
+from kvq.layer import KVQLayer
+
+KERNELS = {
+    kernel.name: kernel for kernel in available_kernels() if not kernel.device_types or "cpu" in kernel.device_types
+}
+
+
+@pytest.fixture(params=["compiled", "eager"])
+def kernel(request):
+    """Each kernel that serves a single query on the CPU."""
+    chosen = KERNELS[request.param]
+    if (problem := chosen.find_problem()) is not None:
+        pytest.skip(problem)
+    return chosen
+
+
+@pytest.fixture
+def make_request(testing_backend):
+    """Build a layer and one step on it; what is drawn depends on `seed` alone."""
+
+    def make(
+        *,
+        tokens=333,
+        queries=1,
+        batch=2,
+        heads=2,
+        sharing=3,
+        head_dim=32,
+        value_dim=None,
+        dtype=torch.float32,
+        padding=None,
+        rows=None,
+        mask=None,
+        is_causal=True,
+        softcap=None,
+        sink_logits=None,
+        offset=2.0,
+        magnitude=1.0,
+        change=None,
+        **config,
+    ):
+        generator = torch.Generator().manual_seed(3)
+
+        def draw(count, dim):
+            states = torch.randn(batch, heads, count, dim, generator=generator)
+            return ((states + offset * torch.randn(heads, 1, dim, generator=generator)) * magnitude).to(dtype)
+
+        fields = {"backend": testing_backend, "nbits_k": 4, "nbits_v": 4, "q_group_size": 32, "residual_length": 64}
+        layer = KVQLayer(0, KVQCacheConfig.from_mapping({**fields, **config}).for_layer(0), padding)
+        keys, values = draw(tokens, head_dim), draw(tokens, value_dim or head_dim)
+        if change is not None:
+            change(keys, values)
+        # In three updates, so that there is more than one chunk.
+        for start, stop in ((0, 100), (100, 101), (101, tokens)):
+            if start < min(stop, tokens):
+                layer.update(keys[:, :, start : min(stop, tokens)], values[:, :, start : min(stop, tokens)])
+        if rows is not None:
+            layer.reorder_cache(torch.tensor(rows))
+        handle, _ = layer.update(draw(queries, head_dim), draw(queries, value_dim or head_dim), packed=True)
+        query = torch.randn(batch, queries, heads * sharing, head_dim, generator=generator).to(dtype).transpose(1, 2)
+        return AttentionRequest(query, handle.pair, mask, 0.1 / magnitude, is_causal, softcap, sink_logits)
+
+    return make
+
+
+def attend_in_fp64(request):
+    """Dequantize, then attend, in fp64: `[B, Tq, Hq, D_v]`."""
+    sharing = request.queries_per_head
+    keys = request.pair.key.materialize().double().repeat_interleave(sharing, dim=1)
+    values = request.pair.value.materialize().double().repeat_interleave(sharing, dim=1)
+    scores = request.query.double() @ keys.transpose(-1, -2) * request.scaling
+    if request.softcap is not None:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
+    if request.mask is None and request.is_causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+        scores = scores.masked_fill(~seen, -torch.inf)
+    elif request.mask is not None and request.mask.dtype == torch.bool:
+        scores = scores.masked_fill(~request.mask, -torch.inf)
+    elif request.mask is not None:
+        scores = scores + request.mask.double()
+    if request.sink_logits is not None:
+        extra = request.sink_logits.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+        return (torch.cat([scores, extra], dim=-1).softmax(-1)[..., :-1] @ values).transpose(1, 2)
+    return (scores.softmax(-1) @ values).transpose(1, 2)
+
+
+def relative_error(output, expected):
+    """Largest difference as a share of the largest number expected."""
+    return ((output.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture
+def reference():
+    return attend_in_fp64
+
+
+@pytest.fixture
+def error_of():
+    return relative_error
