@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvq import __version__
+from kvq.evaluation.quality.report import find_versions
 
-DISTRIBUTIONS = ("torch", "transformers", "optimum-quanto", "hqq", "numba", "triton")
-"""Whose versions matter to speed; those that are not installed are left out."""
+OPTIONAL_DISTRIBUTIONS = ("numba", "triton")
+"""Which kernels may use where they are installed."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "memory_bytes": _total_memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {"kvq": __version__, **_versions()},
+        "versions": find_versions(OPTIONAL_DISTRIBUTIONS),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -62,13 +61,3 @@ def _total_memory() -> int | None:
     info = Path("/proc/meminfo")
     found = re.search(r"^MemTotal:\s*(\d+) kB", info.read_text(), re.MULTILINE) if info.is_file() else None
     return int(found[1]) * 1024 if found else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
