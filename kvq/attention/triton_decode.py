@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from kvq.attention.request import AttentionRequest
 from kvq.attention.triton_plan import LayerPlan, get_plan
+from kvq.requirements import find_version
 from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView
 from kvq.store.packing import plane_widths
 from kvq.store.side import SideView
 
+LEAST_TRITON = Version("3.7")
+"""Oldest release of triton that the programs were tested with."""
 MAX_HEAD_DIM = 256
 MAX_ROWS = 64
 """Most query vectors of one key-value head: longer runs of queries are a prefill, which is not what this is for."""
@@ -47,9 +50,12 @@ class TritonKernel:
 
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve requests of this kind, or None where it can."""
-        if find_spec("triton") is None:
-            return "triton is not installed"
-        return _find_device_obstacle(request) or _find_shape_obstacle(request) or _find_store_obstacle(request)
+        return (
+            _find_missing_triton()
+            or _find_device_obstacle(request)
+            or _find_shape_obstacle(request)
+            or _find_store_obstacle(request)
+        )
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query."""
@@ -236,6 +242,14 @@ class _Launch:
         if seen.stride(3) != 1:
             seen = seen.contiguous()
         return seen, seen.stride(0), seen.stride(2)
+
+
+@cache
+def _find_missing_triton() -> str | None:
+    version = find_version("triton")
+    if version is None:
+        return "triton is not installed"
+    return None if Version(version) >= LEAST_TRITON else f"triton {version} is older than {LEAST_TRITON}"
 
 
 def _find_device_obstacle(request: AttentionRequest) -> str | None:

@@ -31,7 +31,9 @@ def draw_results(results: Sequence[Mapping[str, Any]], path: Path, title: str) -
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise EvaluationError("a picture needs matplotlib: pip install 'kvq[plot]' from the checkout") from error
+        raise EvaluationError(
+            "a picture needs matplotlib, the extra `plot`: pip install '.[plot]' in the checkout of kvq"
+        ) from error
     measured = [facts for facts in results if facts["contenders"]]
     if not measured:
         raise EvaluationError("there is nothing to draw: nothing could be measured")
