@@ -42,6 +42,35 @@ class Contender:
     build: Callable[[PretrainedConfig, int], Cache] = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_materialized(self) -> bool:
+        """Whether it is a cache of ours that is not read packed."""
+        return self.kind == "kvq" and self.attention != ATTENTION_NAME
+
+
+@dataclass(frozen=True)
+class ContenderChoice:
+    """Which contenders a run has; plain values, so that another process can have the same.
+
+    Attributes:
+        configs: configurations of ours by label, as mappings.
+        bits: of the peers.
+        peers: whether transformers' quantized caches are among them.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    bits: int = 4
+    peers: bool = True
+
+    def contenders(self) -> list[Contender]:
+        """Return all contenders, in the order of the tables."""
+        configs = {label: KVQCacheConfig.from_mapping(fields) for label, fields in self.configs.items()}
+        return [*list_baselines(), *(list_peers(self.bits) if self.peers else ()), *list_own(configs)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, from which another process makes the same choice."""
+        return {"configs": dict(self.configs), "bits": self.bits, "peers": self.peers}
+
 
 def list_baselines() -> Iterator[Contender]:
     """Yield full precision: as transformers has it, with packed queries, and in a preallocated buffer."""

@@ -22,6 +22,8 @@ class Measured:
         fill_s: seconds for handing over the history.
         transient_bytes: by how much memory rises in a step above what remains; None if not measured.
         held_bytes: what the cache holds after the history.
+        kernel: what read the packed states; empty where nothing did.
+        relative_error: of a step against dequantize-then-attend in float32; None where that is what the step does.
         failure: why nothing, or nothing more, was measured.
     """
 
@@ -32,6 +34,8 @@ class Measured:
     fill_s: float | None = None
     transient_bytes: int | None = None
     held_bytes: int | None = None
+    kernel: str = ""
+    relative_error: float | None = None
     failure: str | None = None
 
     @property
@@ -74,6 +78,8 @@ class Measured:
             "fill_s": self.fill_s,
             "transient_bytes": self.transient_bytes,
             "held_bytes": self.held_bytes,
+            "kernel": self.kernel,
+            "relative_error": self.relative_error,
             "failure": self.failure,
             "samples_ms": {"step": _rounded(self.steps_ms), "flush": _rounded(self.flushes_ms)},
         }

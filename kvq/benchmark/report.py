@@ -11,9 +11,11 @@ import torch
 from kvq.benchmark.clock import memory_tool
 from kvq.benchmark.contenders import BUFFER
 from kvq.benchmark.machine import describe_machine
+from kvq.benchmark.record_proof import summarize_proof
 from kvq.benchmark.run import SettingResult
 from kvq.byte_size import format_bytes
 
+FIRST_TOKEN_COLUMNS = ("cache", "first token cold s", "second ms", "first token warm s", "second ms")
 FORMAT = 1
 """Of the JSON document."""
 
@@ -48,6 +50,7 @@ def describe_run(
         "machine": describe_machine(device),
         "options": dict(options),
         "memory_tool": memory_tool(device),
+        "proof": summarize_proof(parts.get("layer", ()), device),
         **{name: list(part) for name, part in parts.items()},
     }
 
@@ -66,11 +69,28 @@ def table_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def list_failures(facts: Mapping[str, Any]) -> Iterable[str]:
     """Yield a line for what was left out of one result."""
-    if facts["failure"]:
+    if facts.get("failure"):
         yield f"{title(facts)}: {facts['failure']}"
     for one in facts["contenders"]:
         if one["failure"]:
             yield f"{one['label']}: {one['failure']}"
+
+
+def first_token_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a row of cells under `FIRST_TOKEN_COLUMNS` for each contender that was measured."""
+    rows = []
+    for one in facts["contenders"]:
+        cold, warm = one["cold_ms"], one["warm_ms"]
+        if cold is None or warm is None:
+            continue
+        times = cold["first"], cold["second"], warm["first"]["median"], warm["second"]["median"]
+        rows.append(
+            (
+                one["label"],
+                *(f"{time / 1e3:.2f}" if place % 2 == 0 else milliseconds(time) for place, time in enumerate(times)),
+            )
+        )
+    return rows
 
 
 def compare(one: Mapping[str, Any]) -> str:

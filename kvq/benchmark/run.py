@@ -24,8 +24,8 @@ from kvq.evaluation.quality.candidates import count_held_bytes
 OnProgress = Callable[[str, int], None]
 MakeTrial = Callable[[Contender, Setting, int], Trial]
 
-MEMORY_STEPS = 2
-"""Steps that measuring memory takes."""
+MEMORY_STEPS = 3
+"""Steps that measuring memory and the error takes."""
 MEMORY_SHARE = 0.8
 """Of the memory that is available, what a run may take."""
 FULL_PRECISION_COPIES = 6
@@ -116,6 +116,7 @@ def _measure(plan: Plan, result: SettingResult, seen: Sequence[SettingResult], o
             on_progress(one.contender.label, result.setting.tokens)
     for one, trial in trials:
         one.transient_bytes = _measure_memory(trial)
+        one.kernel, one.relative_error = trial.kernel, trial.find_error()
         on_progress(one.contender.label, result.setting.tokens)
     for one, trial in trials:
         _measure_flushes(plan, one, trial)

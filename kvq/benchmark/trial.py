@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from kvq.attention.handle import PackedStates
+from kvq.benchmark.baselines import packed_attention_forward
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.setting import Setting
+from kvq.layer import KVQLayer
 
 
 class Trial(ABC):
@@ -53,6 +56,16 @@ class Trial(ABC):
     def step(self) -> torch.Tensor:
         """Decode one token."""
 
+    @property
+    def kernel(self) -> str:
+        """What read the first quantized layer the last time; empty where nothing read it packed."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, KVQLayer)]
+        return layers[0].attention.last_reader if layers else ""
+
+    def find_error(self) -> float | None:
+        """Return the distance of a step from dequantize-then-attend; None where that is what the step does."""
+        return None
+
 
 class LayerTrial(Trial):
     """One attention layer: a new key and value go into the cache, a query attends to all."""
@@ -75,6 +88,18 @@ class LayerTrial(Trial):
         scaling = self.setting.shape.head_dim**-0.5
         output: torch.Tensor = self.attend(self.module, self.query, keys, values, None, dropout=0.0, scaling=scaling)[0]
         return output
+
+    def find_error(self) -> float | None:
+        """Return the largest difference from attention in float32 over the dequantized states, relative to that."""
+        keys, values = self.cache.update(self.key, self.value, 0)
+        if not isinstance(keys, PackedStates) or not isinstance(values, PackedStates):
+            return None
+        scaling = self.setting.shape.head_dim**-0.5
+        output = self.attend(self.module, self.query, keys, values, None, dropout=0.0, scaling=scaling)[0].float()
+        full_keys, full_values = keys.materialize().float(), values.materialize().float()
+        query = self.query.float()
+        expected = packed_attention_forward(self.module, query, full_keys, full_values, None, scaling=scaling)[0]
+        return float((output - expected).abs().max() / expected.abs().max())
 
 
 class ModelTrial(Trial):

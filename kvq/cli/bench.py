@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +19,32 @@ from kvq.errors import BackendError, ConfigError, EvaluationError
 if TYPE_CHECKING:
     import torch
 
-    from kvq.benchmark.contenders import Contender
+    from kvq.benchmark.contenders import ContenderChoice
     from kvq.benchmark.run import Plan
+    from kvq.benchmark.setting import Setting, Shape
 
-QUICK: dict[str, Any] = {"length": [2048], "batch": [1], "dtype": ["float32"], "rounds": 7, "flushes": 1}
+USUAL: dict[str, Any] = {
+    "length": [2048, 8192, 32768],
+    "batch": [1, 4],
+    "dtype": ["float32", "bfloat16"],
+    "rounds": 21,
+    "flushes": 5,
+    "layers": 4,
+    "prompt": [2048],
+}
+"""What is measured unless something else is asked for."""
+QUICK: dict[str, Any] = {
+    "length": [2048],
+    "batch": [1],
+    "dtype": ["float32"],
+    "rounds": 7,
+    "flushes": 1,
+    "layers": 0,
+    "prompt": [],
+}
 """What `--quick` measures."""
+PROMPT_ROUNDS = 3
+"""Warm runs of each prompt."""
 _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """The profiler reports each start and stop on stderr unless told otherwise, before torch is imported."""
 
@@ -44,10 +65,18 @@ def bench(
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
     rounds: Annotated[int | None, typer.Option(min=3, help="Timed steps of each cache (21).")] = None,
     flushes: Annotated[int | None, typer.Option(min=0, help="Timed flushes of each cache (5).")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=0, help="Of the whole random model that is measured too (4); 0: none.")
+    ] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(min=256, help="Tokens of a prompt to time up to the first token; several times.")
+    ] = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that filling one cache, or its flushes, may take.")] = 60,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
-    quick: Annotated[bool, typer.Option(help="2,048 tokens, batch 1, float32, few rounds: under two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="One layer, 2,048 tokens, batch 1, float32, few rounds: a minute.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw time against context into this PNG file.")] = None,
 ) -> None:
@@ -59,29 +88,19 @@ def bench(
 
     Exit codes: 0 fine; 2 wrong usage, or something that is not there.
     """
-    given = {"length": length, "batch": batch, "dtype": dtype, "rounds": rounds, "flushes": flushes}
-    asked = _choose({**given, "bits": bits, "limit": limit, "threads": threads, "peers": peers}, quick=quick)
+    given: dict[str, Any] = {"length": length, "batch": batch, "dtype": dtype, "rounds": rounds, "flushes": flushes}
+    given |= {"layers": layers, "prompt": prompt, "bits": bits, "limit": limit, "peers": peers}
+    asked = {name: value if value is not None else (QUICK if quick else USUAL)[name] for name, value in given.items()}
     with _usage_errors():
         _check_files(out, picture)
         _quieten_libraries()
         where = _find_device(device, threads)
-        contenders = _list_contenders(backend, config, bits, peers=peers)
-        plan = _make_plan(contenders, asked, where)
-    layer = _run(plan)
-    _finish(where, {**asked, "contenders": [one.label for one in contenders]}, {"layer": layer}, out, picture)
-
-
-def _choose(asked: dict[str, Any], *, quick: bool) -> dict[str, Any]:
-    """Return the options with what was not given filled in."""
-    usual = {
-        "length": [2048, 8192, 32768],
-        "batch": [1, 4],
-        "dtype": ["float32", "bfloat16"],
-        "rounds": 21,
-        "flushes": 5,
-    }
-    defaults = QUICK if quick else usual
-    return {name: value if value is not None else defaults.get(name) for name, value in asked.items()}
+        choice = _choose_contenders(backend, config, bits, peers=peers)
+        plans = _make_plans(choice, asked, where)
+    parts = {name: _run(plan) for name, plan in plans.items()}
+    if asked["prompt"] and asked["layers"]:
+        parts["first_token"] = _time_prompts(choice, asked, where)
+    _finish(where, {**asked, "configs": dict(choice.configs)}, parts, out, picture)
 
 
 @contextmanager
@@ -117,19 +136,21 @@ def _find_device(name: str | None, threads: int | None) -> torch.device:
     return find_device(name)
 
 
-def _list_contenders(
+def _choose_contenders(
     backends: list[str] | None, files: list[Path] | None, bits: int, *, peers: bool
-) -> list[Contender]:
-    from kvq.benchmark.contenders import backend_configs, list_baselines, list_own, list_peers
+) -> ContenderChoice:
+    from kvq.benchmark.contenders import ContenderChoice, backend_configs
     from kvq.config import KVQCacheConfig
 
     if backends and files:
         raise EvaluationError("--backend and --config cannot be combined; a configuration names its backend itself")
     if files:
         configs = {file.stem: KVQCacheConfig.from_file(file) for file in files}
+        if len(configs) < len(files):
+            raise EvaluationError("two configurations have the same file name, by which the table tells them apart")
     else:
         configs = backend_configs(backends or _usable_backends(bits), bits)
-    return [*list_baselines(), *(list_peers(bits) if peers else ()), *list_own(configs)]
+    return ContenderChoice({label: config.to_dict() for label, config in configs.items()}, bits, peers)
 
 
 def _usable_backends(bits: int) -> list[str]:
@@ -139,19 +160,35 @@ def _usable_backends(bits: int) -> list[str]:
     return [info.name for info in infos if info.spec and info.state == "ready" and bits in info.spec.capabilities.nbits]
 
 
-def _make_plan(contenders: Sequence[Contender], asked: dict[str, Any], device: torch.device) -> Plan:
+def _make_plans(choice: ContenderChoice, asked: dict[str, Any], device: torch.device) -> dict[str, Plan]:
+    """Return what is measured of one layer, and of a whole model."""
+    from kvq.attention.attend import register_attention
     from kvq.benchmark.baselines import register_packed_attention
+    from kvq.benchmark.random_model import ModelTrials
     from kvq.benchmark.run import Plan
-    from kvq.benchmark.setting import Setting, Shape, find_dtype
+    from kvq.benchmark.setting import Shape
+    from kvq.benchmark.trial import LayerTrial
 
     register_packed_attention()
-    settings = [
-        Setting(Shape(), length, batch, find_dtype(dtype), device)
+    register_attention()
+    sizes = {"rounds": asked["rounds"], "flushes": asked["flushes"], "limit_s": asked["limit"]}
+    contenders = choice.contenders()
+    plans = {"layer": Plan(contenders, _list_settings(Shape(), asked, device), make_trial=LayerTrial, **sizes)}
+    if asked["layers"]:
+        settings = _list_settings(Shape(layers=asked["layers"]), asked, device)
+        plans["model"] = Plan(contenders, settings, make_trial=ModelTrials(), **sizes)
+    return plans
+
+
+def _list_settings(shape: Shape, asked: dict[str, Any], device: torch.device) -> list[Setting]:
+    from kvq.benchmark.setting import Setting, find_dtype
+
+    return [
+        Setting(shape, length, batch, find_dtype(dtype), device)
         for dtype in asked["dtype"]
         for batch in asked["batch"]
         for length in sorted(asked["length"])
     ]
-    return Plan(contenders, settings, rounds=asked["rounds"], flushes=asked["flushes"], limit_s=asked["limit"])
 
 
 def _run(plan: Plan) -> list[dict[str, Any]]:
@@ -166,6 +203,28 @@ def _run(plan: Plan) -> list[dict[str, Any]]:
             found.append(facts)
             print_line(title(facts))
             print_table(COLUMNS, table_rows(facts))
+            for failure in list_failures(facts):
+                print_line(failure)
+            print_line()
+    return found
+
+
+def _time_prompts(choice: ContenderChoice, asked: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """Measure the time to the first token, at the first batch and dtype that were asked for."""
+    from kvq.benchmark.first_token import measure_first_tokens
+    from kvq.benchmark.report import FIRST_TOKEN_COLUMNS, first_token_rows, list_failures, title
+    from kvq.benchmark.setting import Setting, Shape, find_dtype
+
+    found = []
+    shape, dtype = Shape(layers=asked["layers"]), find_dtype(asked["dtype"][0])
+    visits = (1 + PROMPT_ROUNDS) * sum(not one.is_materialized for one in choice.contenders())
+    with _progress(visits * asked["batch"][0] * sum(asked["prompt"])) as on_progress:
+        for length in sorted(asked["prompt"]):
+            setting = Setting(shape, length, asked["batch"][0], dtype, device)
+            facts = measure_first_tokens(setting, choice, PROMPT_ROUNDS, on_progress)
+            found.append(facts)
+            print_line(f"{title(facts)}: from the prompt to the first and second token")
+            print_table(FIRST_TOKEN_COLUMNS, first_token_rows(facts))
             for failure in list_failures(facts):
                 print_line(failure)
             print_line()

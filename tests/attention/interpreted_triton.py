@@ -1,7 +1,7 @@
 """Run the Triton programs on the CPU, by Triton's interpreter, and print their errors as JSON.
 
-A process of its own with TRITON_INTERPRET=1, since that is read when the programs are imported. Expected values are those of
-attention by its definition, in float64, over the dequantized states.
+A process of its own with TRITON_INTERPRET=1, since that is read when the programs are imported. Expected values are
+those of attention by its definition, in float64, over the dequantized states.
 """
 
 from __future__ import annotations
