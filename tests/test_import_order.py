@@ -31,7 +31,7 @@ LEVELS = (
     ("attention", "layer"),
     ("memory", "relocation", "persistence", "thread_guard", "kept_layers", "carried_states", "model_layers", "cache"),
     ("encoder_decoder", "planning", "attachable", "attachment"),
-    ("evaluation", "testing"),
+    ("evaluation", "benchmark", "testing"),
     ("__init__", "cli", "__main__"),
 )
 """Every file and folder of kvq/, lowest first. Within a level, the later ones may import the earlier ones."""

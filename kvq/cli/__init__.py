@@ -13,6 +13,7 @@ import typer
 
 from kvq import __version__
 from kvq.cli.backends import backends
+from kvq.cli.bench import bench
 from kvq.cli.check import check
 from kvq.cli.console import print_error
 from kvq.cli.demo import demo
@@ -32,6 +33,7 @@ app = typer.Typer(
 # One line a command, in the order of the help.
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(backends)
 app.command()(check)
 app.command()(plan)

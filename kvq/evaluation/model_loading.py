@@ -30,7 +30,7 @@ def load_model(
     path = str(EMBEDDED_MODEL_PATH) if name == EMBEDDED_NAME else name
     if dtype not in ("auto", *DTYPES):
         raise EvaluationError(f"dtype {dtype!r} is not accepted: auto, {', '.join(DTYPES)}")
-    target = _find_device(device)
+    target = find_device(device)
     try:
         with without_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, "auto"))
@@ -41,7 +41,12 @@ def load_model(
     return model.eval().to(target), tokenizer
 
 
-def _find_device(device: str | None) -> torch.device:
+def find_device(device: str | None) -> torch.device:
+    """Return the device of that name; a GPU where there is one, unless given.
+
+    Raises:
+        EvaluationError: there is no such device here.
+    """
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=target)

@@ -78,7 +78,7 @@ def describe_run(plan: EvaluationPlan, model_name: str, records: Sequence[Qualit
         "step": plan.step,
         "machine": f"{platform.system()} {platform.machine()}, {plan.model.device.type}",
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": find_versions(),
         "records": [record.to_dict() for record in records],
     }
 
@@ -107,7 +107,7 @@ def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.2f} MiB"
 
 
-def _versions() -> dict[str, str]:
-    """Return the versions of kvq and of what it depends on."""
+def find_versions(others: Sequence[str] = ()) -> dict[str, str]:
+    """Return the versions of kvq, of what it depends on, and of `others` that are installed."""
     names = [re.split(r"[^\w.-]", text)[0] for text in metadata.requires("kvq") or () if "extra ==" not in text]
-    return {name: version for name in ("kvq", *names) if (version := find_version(name))}
+    return {name: version for name in ("kvq", *names, *others) if (version := find_version(name))}

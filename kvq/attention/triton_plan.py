@@ -1,0 +1,108 @@
+"""Where the chunks of a layer lie on the device, in tables that the Triton programs read.
+
+Made anew when the store changes, at a flush: between flushes a step uploads nothing and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from kvq.attention.handle import PackedPair
+from kvq.store.affine import AffineCodec
+from kvq.store.chunks import Segment, StoreView
+from kvq.store.packing import plane_widths
+
+PLAN_KEY = "triton"
+"""Under which a layer keeps its plan."""
+MAX_PLANES = 3
+
+
+@dataclass(frozen=True)
+class SideTable:
+    """One side of a layer.
+
+    Attributes:
+        segments: what the table was made from; kept so that what it points to stays alive.
+        addresses: int64 `[chunks, 8]`: three code planes, scale, mid, exponent, capacity in blocks, rows; 0: absent.
+        blocks: int64 `[stored blocks, 2]`: the chunk of each block, and its place there.
+    """
+
+    segments: tuple[Segment, ...]
+    addresses: torch.Tensor
+    blocks: torch.Tensor
+
+    @classmethod
+    def of(cls, view: StoreView, device: torch.device) -> SideTable:
+        """Return the table of what is stored."""
+        codec = cast(AffineCodec, view.quantizer)
+        addresses = [_addresses(segment, codec.bits) for segment in view.segments]
+        chunks = torch.arange(len(view.segments))
+        used = torch.tensor([segment.used for segment in view.segments])
+        blocks = torch.stack(
+            [chunks.repeat_interleave(used), torch.cat([torch.arange(int(count)) for count in used])], 1
+        )
+        return cls(view.segments, _upload(torch.tensor(addresses), device), _upload(blocks, device))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Both sides of a layer, and what the programs read of it besides.
+
+    Attributes:
+        key: table of the keys.
+        value: table of the values.
+        stored_length: int32 `[1]`, tokens in the store.
+        starts: int32 `[B]`, position of the first sink of each row.
+    """
+
+    key: SideTable
+    value: SideTable
+    stored_length: torch.Tensor
+    starts: torch.Tensor
+
+    def fits(self, pair: PackedPair) -> bool:
+        """Whether the store is still what the plan was made from."""
+        return self.key.segments is pair.key.store.segments and self.value.segments is pair.value.store.segments
+
+
+def get_plan(pair: PackedPair, device: torch.device) -> LayerPlan:
+    """Return the plan of a layer, the one that it keeps where that still fits."""
+    kept = pair.owner.attention.plans.get(PLAN_KEY)
+    if isinstance(kept, LayerPlan) and kept.fits(pair):
+        return kept
+    plan = LayerPlan(
+        SideTable.of(pair.key.store, device),
+        SideTable.of(pair.value.store, device),
+        _upload(torch.tensor([pair.key.store.length], dtype=torch.int32), device),
+        _upload(torch.tensor(_starts(pair), dtype=torch.int32), device),
+    )
+    pair.owner.attention.plans[PLAN_KEY] = plan
+    return plan
+
+
+def _addresses(segment: Segment, bits: int) -> list[int]:
+    planes = [segment.parts[f"codes_{width}"].data_ptr() for width in plane_widths(bits)]
+    exponent = segment.parts.get("exponent")
+    return [
+        *planes,
+        *[0] * (MAX_PLANES - len(planes)),
+        segment.parts["scale"].data_ptr(),
+        segment.parts["mid"].data_ptr(),
+        0 if exponent is None else exponent.data_ptr(),
+        segment.capacity,
+        0 if segment.rows is None else segment.rows.data_ptr(),
+    ]
+
+
+def _starts(pair: PackedPair) -> Sequence[int]:
+    starts = pair.key.sinks.starts
+    batch = pair.key.like.shape[0]
+    return starts if len(starts) == batch else (starts[0],) * batch
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -1,0 +1,116 @@
+"""What is compared: full precision in three forms, transformers' quantized caches, and kvq."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import DynamicCache, PretrainedConfig, QuantizedCache
+from transformers.cache_utils import Cache
+
+from kvq.attention.attend import ATTENTION_NAME
+from kvq.benchmark.baselines import PACKED_ATTENTION, build_buffer_cache
+from kvq.cache import KVQ
+from kvq.config import KVQCacheConfig
+from kvq.evaluation.quality.candidates import PEERS
+
+Kind = Literal["full precision", "transformers", "kvq"]
+
+DYNAMIC = "DynamicCache"
+DYNAMIC_PACKED = "DynamicCache, packed queries"
+BUFFER = "buffer, packed queries"
+"""The baseline that every ratio is taken against: full precision as fast as plain torch has it."""
+SDPA = "sdpa"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A cache together with the attention that reads it.
+
+    Attributes:
+        label: what the tables call it.
+        kind: what it belongs to.
+        attention: the attention implementation, by its name in transformers.
+        build: makes an empty cache for a model of this configuration, with room for so many tokens where it asks.
+        settings: what it was made from, as plain values.
+    """
+
+    label: str
+    kind: Kind
+    attention: str
+    build: Callable[[PretrainedConfig, int], Cache] = field(repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_materialized(self) -> bool:
+        """Whether it is a cache of ours that is not read packed."""
+        return self.kind == "kvq" and self.attention != ATTENTION_NAME
+
+
+@dataclass(frozen=True)
+class ContenderChoice:
+    """Which contenders a run has; plain values, so that another process can have the same.
+
+    Attributes:
+        configs: configurations of ours by label, as mappings.
+        bits: of the peers.
+        peers: whether transformers' quantized caches are among them.
+    """
+
+    configs: Mapping[str, Mapping[str, Any]]
+    bits: int = 4
+    peers: bool = True
+
+    def contenders(self) -> list[Contender]:
+        """Return all contenders, in the order of the tables."""
+        configs = {label: KVQCacheConfig.from_mapping(fields) for label, fields in self.configs.items()}
+        return [*list_baselines(), *(list_peers(self.bits) if self.peers else ()), *list_own(configs)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, from which another process makes the same choice."""
+        return {"configs": dict(self.configs), "bits": self.bits, "peers": self.peers}
+
+
+def list_baselines() -> Iterator[Contender]:
+    """Yield full precision: as transformers has it, with packed queries, and in a preallocated buffer."""
+    yield Contender(DYNAMIC, "full precision", SDPA, _build_dynamic)
+    yield Contender(DYNAMIC_PACKED, "full precision", PACKED_ATTENTION, _build_dynamic)
+    yield Contender(BUFFER, "full precision", PACKED_ATTENTION, build_buffer_cache)
+
+
+def list_peers(nbits: int) -> Iterator[Contender]:
+    """Yield transformers' quantized caches of that many bits, and those that have no choice of bits."""
+    for label, options in PEERS.items():
+        if options.get("nbits", nbits) == nbits:
+            yield Contender(label, "transformers", SDPA, _peer_builder(options), {"transformers": dict(options)})
+
+
+def list_own(configs: Mapping[str, KVQCacheConfig]) -> Iterator[Contender]:
+    """Yield each configuration twice: read packed, and materialized for transformers' own attention."""
+    for label, config in configs.items():
+        for form, attention in (("fused", ATTENTION_NAME), ("materialized", SDPA)):
+            yield Contender(f"kvq {label}, {form}", "kvq", attention, _own_builder(config), config.to_dict())
+
+
+def backend_configs(backends: Sequence[str], nbits: int) -> dict[str, KVQCacheConfig]:
+    """Return the default configuration of each backend at that many bits for both sides.
+
+    Raises:
+        ConfigError: a backend does not have these bits.
+        BackendError: there is no such backend.
+    """
+    return {f"{name} {nbits}": KVQCacheConfig(backend=name, nbits_k=nbits, nbits_v=nbits) for name in backends}
+
+
+def _build_dynamic(config: PretrainedConfig, capacity: int) -> Cache:
+    del capacity
+    return DynamicCache(config=config)
+
+
+def _peer_builder(options: Mapping[str, Any]) -> Callable[[PretrainedConfig, int], Cache]:
+    return lambda config, capacity: QuantizedCache(config=config, **options)  # noqa: ARG005
+
+
+def _own_builder(config: KVQCacheConfig) -> Callable[[PretrainedConfig, int], Cache]:
+    return lambda model_config, capacity: KVQ(config, model=model_config)  # noqa: ARG005

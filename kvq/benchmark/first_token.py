@@ -1,0 +1,142 @@
+"""Time from a prompt to its first and second token: in a fresh process, and in one that has done it before.
+
+The first token pays for quantizing the prompt; cold, it pays for libraries that are only imported when needed, too. The
+second is the first decode step, where a kernel is compiled or loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvq.benchmark.baselines import register_packed_attention
+from kvq.benchmark.clock import time_call
+from kvq.benchmark.contenders import Contender, ContenderChoice
+from kvq.benchmark.random_model import build_model
+from kvq.benchmark.setting import Setting, Shape, find_dtype
+from kvq.benchmark.statistics import Spread
+from kvq.errors import KVQError
+
+SPARE_TOKENS = 2
+"""Tokens that follow the prompt, for which a buffer needs room."""
+
+
+@dataclass
+class FirstTokens:
+    """What one contender took.
+
+    Attributes:
+        label: of the contender.
+        cold_ms: milliseconds to the first token and from there to the second, in a fresh process.
+        warm_ms: the same for each round.
+        failure: why nothing was measured.
+    """
+
+    label: str
+    cold_ms: tuple[float, float] | None = None
+    warm_ms: list[tuple[float, float]] = field(default_factory=list)
+    failure: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        firsts, seconds = ([times[place] for times in self.warm_ms] for place in (0, 1))
+        return {
+            "label": self.label,
+            "cold_ms": {"first": self.cold_ms[0], "second": self.cold_ms[1]} if self.cold_ms else None,
+            "warm_ms": {"first": asdict(Spread.of(firsts)), "second": asdict(Spread.of(seconds))} if firsts else None,
+            "failure": self.failure,
+        }
+
+
+def measure_first_tokens(
+    setting: Setting,
+    choice: ContenderChoice,
+    rounds: int,
+    on_progress: Callable[[str, int], None] = lambda label, work: None,  # noqa: ARG005
+) -> dict[str, Any]:
+    """Return what every contender takes, as plain values: each cold first, then in turns.
+
+    Args:
+        setting: the prompt's length, rows, dtype and device, and the shape of the random model.
+        choice: of contenders.
+        rounds: of warm runs.
+        on_progress: called with a label and tokens read.
+    """
+    contenders = [one for one in choice.contenders() if not one.is_materialized]
+    found = [FirstTokens(one.label) for one in contenders]
+    for one in found:
+        on_progress(f"{one.label}, first token cold", setting.tokens)
+        _measure_cold(one, setting, choice)
+    model = build_model(setting.shape, setting.dtype, setting.device)
+    for _ in range(rounds):
+        for one, contender in zip(found, contenders, strict=True):
+            on_progress(f"{one.label}, first token warm", setting.tokens)
+            if one.failure is None:
+                one.warm_ms.append(read_prompt(model, contender, setting))
+    return {**setting.to_dict(), "shape": asdict(setting.shape), "contenders": [one.to_dict() for one in found]}
+
+
+@torch.inference_mode()
+def read_prompt(model: PreTrainedModel, contender: Contender, setting: Setting) -> tuple[float, float]:
+    """Return the milliseconds to the first token and from there to the second."""
+    model.set_attn_implementation(contender.attention)
+    generator = torch.Generator("cpu").manual_seed(0)
+    prompt = torch.randint(setting.shape.vocabulary, (setting.batch, setting.length), generator=generator)
+    prompt = prompt.to(setting.device)
+    cache = contender.build(model.config, setting.length + SPARE_TOKENS)
+
+    def advance(tokens: torch.Tensor) -> None:
+        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits.argmax(-1)
+
+    first = time_call(lambda: advance(prompt), setting.device)
+    return first, time_call(lambda: advance(prompt[:, :1]), setting.device)
+
+
+def _measure_cold(one: FirstTokens, setting: Setting, choice: ContenderChoice) -> None:
+    asked = {
+        "label": one.label,
+        "setting": setting.to_dict(),
+        "shape": asdict(setting.shape),
+        "device": str(setting.device),
+        "threads": torch.get_num_threads(),
+        "choice": choice.to_dict(),
+    }
+    command = [sys.executable, "-m", "kvq.benchmark.first_token", json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        one.failure = lines[-1] if lines else f"the process ended with code {done.returncode}"
+        return
+    one.cold_ms = tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read a prompt once, in this process, and write both times to stdout as JSON.
+
+    Raises:
+        KVQError: the contender is not among those that are chosen.
+    """
+    asked = json.loads(arguments[0])
+    torch.set_num_threads(asked["threads"])
+    register_packed_attention()
+    given = asked["setting"]
+    device = torch.device(asked["device"])
+    setting = Setting(Shape(**asked["shape"]), given["length"], given["batch"], find_dtype(given["dtype"]), device)
+    contenders = ContenderChoice(**asked["choice"]).contenders()
+    contender = next((one for one in contenders if one.label == asked["label"]), None)
+    if contender is None:
+        raise KVQError(f"no contender is called {asked['label']!r}")
+    model = build_model(setting.shape, setting.dtype, setting.device)
+    sys.stdout.write(json.dumps(read_prompt(model, contender, setting)) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

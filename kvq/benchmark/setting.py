@@ -1,0 +1,119 @@
+"""What is measured: shapes, lengths, dtypes, and the states that every cache gets alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig
+
+from kvq.errors import EvaluationError
+
+POSITIONS = 1 << 20
+"""Positions of the random models; more than any run takes."""
+CHANNEL_OFFSET = 2.0
+"""Spread of the means of the key channels, in standard deviations: real keys are not centred either."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Return the dtype of that name.
+
+    Raises:
+        EvaluationError: states do not have such a dtype.
+    """
+    if name not in DTYPES:
+        raise EvaluationError(f"dtype {name!r} is not accepted: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random model; one layer of it is what the layer runs measure.
+
+    Attributes:
+        layers: decoder layers.
+        query_heads: Hq.
+        heads: key-value heads (H).
+        head_dim: D.
+        hidden_size: of the residual stream.
+        intermediate_size: of the feed-forward part.
+        vocabulary: tokens.
+    """
+
+    layers: int = 1
+    query_heads: int = 32
+    heads: int = 8
+    head_dim: int = 128
+    hidden_size: int = 1024
+    intermediate_size: int = 2048
+    vocabulary: int = 1024
+
+    def config(self, attention: str = "sdpa") -> LlamaConfig:
+        """Return the configuration of a model with this shape and attention implementation."""
+        config = LlamaConfig(
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.query_heads,
+            num_key_value_heads=self.heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=POSITIONS,
+        )
+        config._attn_implementation = attention
+        return config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of conditions.
+
+    Attributes:
+        shape: of the layer or model.
+        length: tokens of history.
+        batch: rows (B).
+        dtype: of the states.
+        device: where everything lives.
+    """
+
+    shape: Shape
+    length: int
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.batch * self.length
+
+    @property
+    def states_bytes(self) -> int:
+        """Bytes of keys and values of the history in full precision, all layers."""
+        shape = self.shape
+        return 2 * shape.layers * self.tokens * shape.heads * shape.head_dim * self.dtype.itemsize
+
+    def history(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values `[B, H, length, D]` of a layer; the same at every call."""
+        generator = torch.Generator(self.device).manual_seed(layer_idx)
+        offsets = CHANNEL_OFFSET * self._random((1, self.shape.heads, 1, self.shape.head_dim), generator)
+        keys = self.new_states(self.length, generator).add_(offsets)
+        return keys, self.new_states(self.length, generator)
+
+    def new_states(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Return random states `[B, H, count, D]`."""
+        return self._random((self.batch, self.shape.heads, count, self.shape.head_dim), generator)
+
+    def new_query(self, generator: torch.Generator) -> torch.Tensor:
+        """Return a random query `[B, Hq, 1, D]`."""
+        return self._random((self.batch, self.shape.query_heads, 1, self.shape.head_dim), generator)
+
+    def _random(self, size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"length": self.length, "batch": self.batch, "dtype": dtype}

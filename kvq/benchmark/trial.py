@@ -1,0 +1,140 @@
+"""One contender with its history in place: a layer or a whole model, ready to take steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+
+from kvq.attention.handle import PackedStates
+from kvq.benchmark.baselines import packed_attention_forward
+from kvq.benchmark.contenders import Contender
+from kvq.benchmark.setting import Setting
+from kvq.layer import KVQLayer
+
+
+class Trial(ABC):
+    """A contender under one setting.
+
+    Attributes:
+        contender: what is measured.
+        setting: under which conditions.
+        spare: tokens that will follow the history.
+        cache: holds the history once `fill` has run.
+    """
+
+    def __init__(self, contender: Contender, setting: Setting, spare: int) -> None:
+        self.contender = contender
+        self.setting = setting
+        self.spare = spare
+        self.cache = contender.build(self.config, setting.length + spare)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Configuration of the model that the cache is built for."""
+        return self.setting.shape.config(self.contender.attention)
+
+    def fill(self) -> None:
+        """Hand the history to the cache, layer by layer."""
+        for layer_idx in range(self.setting.shape.layers):
+            self.cache.update(*self.setting.history(layer_idx), layer_idx)
+
+    def extend(self, count: int) -> None:
+        """Add `count` random tokens, as one update."""
+        generator = torch.Generator(self.setting.device).manual_seed(count)
+        for layer_idx in range(self.setting.shape.layers if count else 0):
+            states = (self.setting.new_states(count, generator) for _ in range(2))
+            self.cache.update(*states, layer_idx)
+
+    @abstractmethod
+    def prepare(self, seed: int) -> None:
+        """Draw what the next step reads; the same for every contender with the same seed."""
+
+    @abstractmethod
+    def step(self) -> torch.Tensor:
+        """Decode one token."""
+
+    @property
+    def kernel(self) -> str:
+        """What read the first quantized layer the last time; empty where nothing read it packed."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, KVQLayer)]
+        return layers[0].attention.last_reader if layers else ""
+
+    def find_error(self) -> float | None:
+        """Return the distance of a step from dequantize-then-attend; None where that is what the step does."""
+        return None
+
+
+class LayerTrial(Trial):
+    """One attention layer: a new key and value go into the cache, a query attends to all."""
+
+    def __init__(self, contender: Contender, setting: Setting, spare: int) -> None:
+        super().__init__(contender, setting, spare)
+        self.module = _AttentionModule(setting.shape.query_heads // setting.shape.heads)
+        self.attend = AttentionInterface()[contender.attention]
+        self.prepare(0)
+
+    def prepare(self, seed: int) -> None:
+        """Draw query, key and value of the next token."""
+        generator = torch.Generator(self.setting.device).manual_seed(seed)
+        self.query = self.setting.new_query(generator)
+        self.key, self.value = (self.setting.new_states(1, generator) for _ in range(2))
+
+    def step(self) -> torch.Tensor:
+        """Return the attention output `[B, 1, Hq, D]`."""
+        keys, values = self.cache.update(self.key, self.value, 0)
+        scaling = self.setting.shape.head_dim**-0.5
+        output: torch.Tensor = self.attend(self.module, self.query, keys, values, None, dropout=0.0, scaling=scaling)[0]
+        return output
+
+    def find_error(self) -> float | None:
+        """Return the largest difference from attention in float32 over the dequantized states, relative to that."""
+        keys, values = self.cache.update(self.key, self.value, 0)
+        if not isinstance(keys, PackedStates) or not isinstance(values, PackedStates):
+            return None
+        scaling = self.setting.shape.head_dim**-0.5
+        output = self.attend(self.module, self.query, keys, values, None, dropout=0.0, scaling=scaling)[0].float()
+        full_keys, full_values = keys.materialize().float(), values.materialize().float()
+        query = self.query.float()
+        expected = packed_attention_forward(self.module, query, full_keys, full_values, None, scaling=scaling)[0]
+        return float((output - expected).abs().max() / expected.abs().max())
+
+
+class ModelTrial(Trial):
+    """A whole model: a forward of one token for each row."""
+
+    def __init__(self, contender: Contender, setting: Setting, spare: int, model: PreTrainedModel) -> None:
+        self.model = model
+        super().__init__(contender, setting, spare)
+        self.prepare(0)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's own configuration, which has the contender's attention only while its turn lasts."""
+        return self.model.config
+
+    def prepare(self, seed: int) -> None:
+        """Draw the next tokens and give the model the contender's attention."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        tokens = torch.randint(self.setting.shape.vocabulary, (self.setting.batch, 1), generator=generator)
+        self.tokens = tokens.to(self.setting.device)
+        self.model.set_attn_implementation(self.contender.attention)
+
+    def step(self) -> torch.Tensor:
+        """Return the logits `[B, 1, vocabulary]`."""
+        logits: torch.Tensor = self.model(self.tokens, past_key_values=self.cache, use_cache=True).logits
+        return logits
+
+
+class _AttentionModule(nn.Module):
+    """What attention functions read of a model's attention module."""
+
+    is_causal = True
+    layer_idx = 0
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = groups
+        self.eval()

@@ -1,0 +1,260 @@
+"""`kvq bench`: how long decoding takes and what it holds, beside full precision and transformers' quantized caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvq.cli.console import get_console, print_error, print_line, print_table
+from kvq.errors import BackendError, ConfigError, EvaluationError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvq.benchmark.contenders import ContenderChoice
+    from kvq.benchmark.run import Plan
+    from kvq.benchmark.setting import Setting, Shape
+
+USUAL: dict[str, Any] = {
+    "length": [2048, 8192, 32768],
+    "batch": [1, 4],
+    "dtype": ["float32", "bfloat16"],
+    "rounds": 21,
+    "flushes": 5,
+    "layers": 4,
+    "prompt": [2048],
+}
+"""What is measured unless something else is asked for."""
+QUICK: dict[str, Any] = {
+    "length": [2048],
+    "batch": [1],
+    "dtype": ["float32"],
+    "rounds": 7,
+    "flushes": 1,
+    "layers": 0,
+    "prompt": [],
+}
+"""What `--quick` measures."""
+PROMPT_ROUNDS = 3
+"""Warm runs of each prompt."""
+_QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""The profiler reports each start and stop on stderr unless told otherwise, before torch is imported."""
+
+
+def bench(
+    length: Annotated[
+        list[int] | None, typer.Option(min=256, help="Tokens of history; may be given several times.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; may be given several times.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; several times.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="A backend of kvq; may be given several times. All that work unless given.")
+    ] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="A configuration, in place of backends; several times.")
+    ] = None,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Of keys and values, for kvq and its peers.")] = 4,
+    peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
+    rounds: Annotated[int | None, typer.Option(min=3, help="Timed steps of each cache (21).")] = None,
+    flushes: Annotated[int | None, typer.Option(min=0, help="Timed flushes of each cache (5).")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=0, help="Of the whole random model that is measured too (4); 0: none.")
+    ] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(min=256, help="Tokens of a prompt to time up to the first token; several times.")
+    ] = None,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that filling one cache, or its flushes, may take.")] = 60,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="One layer, 2,048 tokens, batch 1, float32, few rounds: a minute.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw time against context into this PNG file.")] = None,
+) -> None:
+    """Measure what one decode step takes with each cache, on the same states, side by side.
+
+    In every round each cache takes one step; ratios are taken within a round, against full precision in a preallocated
+    buffer whose attention packs the queries: the fastest that plain torch has. A ratio stands with the 95 % interval of
+    its median; a difference within it is called a tie. Steps that quantize are measured apart.
+
+    Exit codes: 0 fine; 2 wrong usage, or something that is not there.
+    """
+    given: dict[str, Any] = {"length": length, "batch": batch, "dtype": dtype, "rounds": rounds, "flushes": flushes}
+    given |= {"layers": layers, "prompt": prompt, "bits": bits, "limit": limit, "peers": peers}
+    asked = {name: value if value is not None else (QUICK if quick else USUAL)[name] for name, value in given.items()}
+    with _usage_errors():
+        _check_files(out, picture)
+        _quieten_libraries()
+        where = _find_device(device, threads)
+        choice = _choose_contenders(backend, config, bits, peers=peers)
+        plans = _make_plans(choice, asked, where)
+    parts = {name: _run(plan) for name, plan in plans.items()}
+    if asked["prompt"] and asked["layers"]:
+        parts["first_token"] = _time_prompts(choice, asked, where)
+    _finish(where, {**asked, "configs": dict(choice.configs)}, parts, out, picture)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """End the command with exit code 2 and one line where what was asked for is wrong or not there."""
+    try:
+        yield
+    except (EvaluationError, ConfigError, BackendError) as error:
+        print_error(str(error))
+        raise typer.Exit(2) from error
+
+
+def _check_files(*files: Path | None) -> None:
+    """Notice before the minutes of measuring that a file could not be written after them."""
+    for file in files:
+        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+            raise EvaluationError(f"{str(file)!r} cannot be written")
+
+
+def _quieten_libraries() -> None:
+    if "torch" not in sys.modules:
+        for name, value in _QUIET_LIBRARIES.items():
+            os.environ.setdefault(name, value)
+
+
+def _find_device(name: str | None, threads: int | None) -> torch.device:
+    import torch
+
+    from kvq.evaluation.model_loading import find_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return find_device(name)
+
+
+def _choose_contenders(
+    backends: list[str] | None, files: list[Path] | None, bits: int, *, peers: bool
+) -> ContenderChoice:
+    from kvq.benchmark.contenders import ContenderChoice, backend_configs
+    from kvq.config import KVQCacheConfig
+
+    if backends and files:
+        raise EvaluationError("--backend and --config cannot be combined; a configuration names its backend itself")
+    if files:
+        configs = {file.stem: KVQCacheConfig.from_file(file) for file in files}
+        if len(configs) < len(files):
+            raise EvaluationError("two configurations have the same file name, by which the table tells them apart")
+    else:
+        configs = backend_configs(backends or _usable_backends(bits), bits)
+    return ContenderChoice({label: config.to_dict() for label, config in configs.items()}, bits, peers)
+
+
+def _usable_backends(bits: int) -> list[str]:
+    from kvq.registry import available_backends
+
+    infos = available_backends(load=True)
+    return [info.name for info in infos if info.spec and info.state == "ready" and bits in info.spec.capabilities.nbits]
+
+
+def _make_plans(choice: ContenderChoice, asked: dict[str, Any], device: torch.device) -> dict[str, Plan]:
+    """Return what is measured of one layer, and of a whole model."""
+    from kvq.attention.attend import register_attention
+    from kvq.benchmark.baselines import register_packed_attention
+    from kvq.benchmark.random_model import ModelTrials
+    from kvq.benchmark.run import Plan
+    from kvq.benchmark.setting import Shape
+    from kvq.benchmark.trial import LayerTrial
+
+    register_packed_attention()
+    register_attention()
+    sizes = {"rounds": asked["rounds"], "flushes": asked["flushes"], "limit_s": asked["limit"]}
+    contenders = choice.contenders()
+    plans = {"layer": Plan(contenders, _list_settings(Shape(), asked, device), make_trial=LayerTrial, **sizes)}
+    if asked["layers"]:
+        settings = _list_settings(Shape(layers=asked["layers"]), asked, device)
+        plans["model"] = Plan(contenders, settings, make_trial=ModelTrials(), **sizes)
+    return plans
+
+
+def _list_settings(shape: Shape, asked: dict[str, Any], device: torch.device) -> list[Setting]:
+    from kvq.benchmark.setting import Setting, find_dtype
+
+    return [
+        Setting(shape, length, batch, find_dtype(dtype), device)
+        for dtype in asked["dtype"]
+        for batch in asked["batch"]
+        for length in sorted(asked["length"])
+    ]
+
+
+def _run(plan: Plan) -> list[dict[str, Any]]:
+    """Measure, and print each table as soon as it is complete."""
+    from kvq.benchmark.report import COLUMNS, describe_results, list_failures, table_rows, title
+    from kvq.benchmark.run import run
+
+    found = []
+    with _progress(plan.work) as on_progress:
+        for result in run(plan, on_progress):
+            (facts,) = describe_results([result])
+            found.append(facts)
+            print_line(title(facts))
+            print_table(COLUMNS, table_rows(facts))
+            for failure in list_failures(facts):
+                print_line(failure)
+            print_line()
+    return found
+
+
+def _time_prompts(choice: ContenderChoice, asked: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """Measure the time to the first token, at the first batch and dtype that were asked for."""
+    from kvq.benchmark.first_token import measure_first_tokens
+    from kvq.benchmark.report import FIRST_TOKEN_COLUMNS, first_token_rows, list_failures, title
+    from kvq.benchmark.setting import Setting, Shape, find_dtype
+
+    found = []
+    shape, dtype = Shape(layers=asked["layers"]), find_dtype(asked["dtype"][0])
+    visits = (1 + PROMPT_ROUNDS) * sum(not one.is_materialized for one in choice.contenders())
+    with _progress(visits * asked["batch"][0] * sum(asked["prompt"])) as on_progress:
+        for length in sorted(asked["prompt"]):
+            setting = Setting(shape, length, asked["batch"][0], dtype, device)
+            facts = measure_first_tokens(setting, choice, PROMPT_ROUNDS, on_progress)
+            found.append(facts)
+            print_line(f"{title(facts)}: from the prompt to the first and second token")
+            print_table(FIRST_TOKEN_COLUMNS, first_token_rows(facts))
+            for failure in list_failures(facts):
+                print_line(failure)
+            print_line()
+    return found
+
+
+@contextmanager
+def _progress(work: int) -> Iterator[Callable[[str, int], None]]:
+    """Show a bar with the time left."""
+    left = TextColumn("left"), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), *left
+    with Progress(*columns, console=get_console(stderr=True), transient=True) as progress:
+        task = progress.add_task("filling", total=work)
+        yield lambda label, done: progress.update(task, description=label, advance=done)
+
+
+def _finish(
+    device: torch.device,
+    options: dict[str, Any],
+    parts: dict[str, list[dict[str, Any]]],
+    out: Path | None,
+    picture: Path | None,
+) -> None:
+    from kvq.benchmark.picture import draw_results
+    from kvq.benchmark.report import describe_run
+
+    document = describe_run(device, options, parts)
+    if out is not None:
+        out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    if picture is not None:
+        machine = document["machine"]
+        with _usage_errors():
+            draw_results(parts["layer"], picture, f"One layer on {machine['cpu']}, {machine['threads']} threads")

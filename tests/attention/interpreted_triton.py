@@ -1,0 +1,117 @@
+"""Run the Triton programs on the CPU, by Triton's interpreter, and print their errors as JSON.
+
+A process of its own with TRITON_INTERPRET=1, since that is read when the programs are imported. Expected values are
+those of attention by its definition, in float64, over the dequantized states.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch.nn import functional
+
+from kvq import KVQ
+from kvq.attention.request import AttentionRequest
+from kvq.attention.triton_decode import TRITON
+
+CASES = {
+    "defaults": {},
+    **{f"{bits} bit": {"nbits_k": bits, "nbits_v": bits} for bits in range(2, 9)},
+    "per token": {"axis_key": "per_token"},
+    "per channel": {"axis_value": "per_channel"},
+    "one scale per token": {"axis_key": "per_token", "q_group_size": 128},
+    "several scales per token": {"axis_key": "per_token", "q_group_size": 32, "nbits_v": 4},
+    "short groups": {"q_group_size": 32, "nbits_v": 4},
+    "rotated": {"rotation_k": "hadamard", "rotation_v": "hadamard"},
+    "batch": {"batch": 3},
+    "no shared heads": {"groups": 1},
+    "eight queries a head": {"groups": 8},
+    "head dim 80": {"head_dim": 80},
+    "head dim 256": {"head_dim": 256, "tokens": 270},
+    "other head dim of the values": {"head_dim": 64, "value_dim": 32},
+    "many chunks": {"pieces": 11},
+    "no sinks": {"sink_length": 0},
+    "sinks and store alone": {"residual_length": 0, "tokens": 512},
+    "long window": {"residual_length": 256},
+    "several queries": {"queries": 3},
+    "padding": {"batch": 2, "padding": (0, 37)},
+    "padding and several queries": {"batch": 2, "padding": (5, 0), "queries": 3},
+    "softcap": {"softcap": 5.0},
+    "sink logits": {"logits": True},
+    "reordered rows": {"batch": 3, "rows": (2, 0, 0)},
+    "float16": {"dtype": torch.float16},
+    "large numbers": {"factor": 1e6},
+}
+
+
+def build_request(
+    batch=1, heads=2, groups=4, head_dim=64, value_dim=None, tokens=403, pieces=1, queries=1, padding=None,
+    softcap=None, logits=False, rows=None, dtype=torch.float32, factor=1.0, **fields,
+):  # fmt: skip
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def new_states(count):
+        keys = draw(batch, heads, count, head_dim) + means
+        return (keys * factor).to(dtype), (draw(batch, heads, count, value_dim or head_dim) * factor).to(dtype)
+
+    means = 2 * draw(1, heads, 1, head_dim)
+    cache = KVQ({"backend": "native", **fields}, padding=padding)
+    for piece in torch.arange(tokens).tensor_split(pieces):
+        cache.update(*new_states(len(piece)), 0)
+    if rows is not None:
+        cache.layers[0].reorder_cache(torch.tensor(rows))
+    pair = cache.layers[0].update(*new_states(queries), packed=True)[0].pair
+    query = (draw(batch, heads * groups, queries, head_dim) / factor).to(dtype)
+    return AttentionRequest(
+        query,
+        pair,
+        None if padding is None else make_mask(padding, queries, tokens + queries),
+        scaling=head_dim**-0.5,
+        softcap=softcap,
+        sink_logits=draw(heads * groups) if logits else None,
+    )
+
+
+def make_mask(padding, queries, length):
+    causal = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+    real = torch.arange(length) >= torch.tensor(padding)[:, None]
+    return causal & real[:, None, None]
+
+
+def attend_exactly(request):
+    keys, values = request.pair.key.materialize().double(), request.pair.value.materialize().double()
+    keys, values = (states.repeat_interleave(request.queries_per_head, dim=1) for states in (keys, values))
+    scores = request.query.double() @ keys.transpose(-1, -2) * request.scaling
+    if request.softcap is not None:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
+    seen = request.mask
+    if seen is None:
+        queries, length = scores.shape[-2:]
+        seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if request.sink_logits is not None:
+        extra = request.sink_logits.double().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = functional.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = functional.softmax(scores, dim=-1)
+    return (weights @ values).transpose(1, 2)
+
+
+def measure(fields):
+    request = build_request(**fields)
+    obstacle = TRITON.find_obstacle(request)
+    if obstacle is not None:
+        return obstacle
+    output, expected = TRITON.attend(request), attend_exactly(request)
+    assert output.dtype == request.query.dtype
+    assert output.shape == expected.shape
+    return ((output.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({name: measure(fields) for name, fields in CASES.items()}))

@@ -1,0 +1,120 @@
+"""The Triton kernel computes attention: under Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvq import KVQ
+from kvq.attention.kernel import choose, find_reason_against
+from kvq.attention.request import AttentionRequest
+from kvq.attention.triton_decode import LEAST_TRITON, TRITON, _find_missing_triton
+from kvq.attention.triton_plan import get_plan
+
+SCRIPT = Path(__file__).with_name("interpreted_triton.py")
+CPU = torch.device("cpu")
+
+needs_triton = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """Return the largest error of each case, relative to its largest output."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_triton
+def test_every_case_is_attention_by_its_definition(errors):
+    assert len(errors) >= 30
+    assert {name: error for name, error in errors.items() if not isinstance(error, float)} == {}
+    bounds = {name: 1e-3 if name == "float16" else 5e-6 for name in errors}
+    assert {name: error for name, error in errors.items() if not error <= bounds[name]} == {}
+
+
+def make_request(dtype=torch.float32, head_dim=64, queries=1, groups=4, tokens=400, new=True, mask=None, **fields):
+    cache = KVQ({"backend": "native", **fields})
+    states = torch.randn(1, 2, tokens, head_dim, dtype=dtype)
+    cache.update(states, states, 0)
+    fresh = states[:, :, :queries]
+    pair = cache.layers[0].update(fresh, fresh, packed=True)[0].pair
+    if not new:
+        pair = type(pair)(cache.layers[0].side("key").view(), cache.layers[0].side("value").view(), pair.owner)
+    return AttentionRequest(torch.randn(1, 2 * groups, queries, head_dim, dtype=dtype), pair, mask, scaling=1.0)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("asked", "obstacle"),
+    [
+        ({}, None),
+        ({"tokens": 100}, "nothing is quantized yet"),
+        ({"head_dim": 288, "q_group_size": 96}, "head dims above 256"),
+        ({"head_dim": 256, "q_group_size": 128}, "registers"),
+        ({"queries": 17}, "64 query vectors"),
+        ({"queries": 2, "new": False}, "not the newest"),
+        ({"q_group_size": 48, "tokens": 800}, "powers of two"),
+        ({"axis_value": "per_channel", "q_group_size": {"key": 64, "value": 32}}, "shorter than the blocks"),
+        ({"sink_length": 80}, "64 sinks"),
+        ({"mask": torch.zeros(1, 1, 1, 401)}, "not boolean"),
+        ({"mask": torch.ones(1, 8, 1, 401, dtype=torch.bool)}, "differs by head"),
+    ],
+)
+def test_what_it_cannot_serve_is_left_to_the_reference(asked, obstacle):
+    found = TRITON.find_obstacle(make_request(**asked))
+    assert found is None if obstacle is None else obstacle in (found or "")
+
+
+def test_it_is_no_default_without_a_record_and_never_runs_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("kvq.attention.kernel.device_class", lambda device: "cuda-sm90")
+    cuda = torch.device("cuda", 0)
+    assert "KVQ_ATTENTION_KERNEL=triton" in (find_reason_against(TRITON, cuda) or "")
+    assert find_reason_against(TRITON, cuda, is_wanted=True) is None
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "triton")
+    assert choose(make_request()).passed_over["triton"] == "runs on cuda only"
+
+
+def test_nothing_is_uploaded_between_flushes(monkeypatch):
+    import kvq.attention.triton_plan as module
+
+    uploads, original = [], module._upload
+    monkeypatch.setattr(module, "_upload", lambda table, device: uploads.append(1) or original(table, device))
+    cache = KVQ(backend="native")
+    states = torch.randn(1, 2, 400, 64)
+    layer_states = states[:, :, :1]
+    cache.update(states, states, 0)
+    counts = []
+    for _ in range(130):
+        pair = cache.layers[0].update(layer_states, layer_states, packed=True)[0].pair
+        plan = get_plan(pair, CPU)
+        counts.append(len(uploads))
+        assert plan.stored_length.item() == pair.key.store.length
+    flushes = len(set(counts)) - 1
+    assert flushes == 2
+    assert counts[-1] == (1 + flushes) * counts[0] > 0
+
+
+def test_the_table_points_at_every_stored_block():
+    cache = KVQ(backend="native", nbits_k=7)
+    for count in (200, 300, 64, 1000):
+        states = torch.randn(2, 2, count, 64)
+        cache.update(states, states, 0)
+    cache.layers[0].reorder_cache(torch.tensor([1, 0]))
+    pair = cache.layers[0].update(states[:, :, :1], states[:, :, :1], packed=True)[0].pair
+    for view, table in ((pair.key.store, get_plan(pair, CPU).key), (pair.value.store, get_plan(pair, CPU).value)):
+        places = [(place, block) for place, segment in enumerate(view.segments) for block in range(segment.used)]
+        assert [tuple(block) for block in table.blocks.tolist()] == places
+        for segment, row in zip(view.segments, table.addresses.tolist(), strict=True):
+            addresses = [part.data_ptr() for name, part in segment.parts.items() if name.startswith("codes")]
+            assert row[: len(addresses)] == addresses
+            assert row[6:] == [segment.capacity, segment.rows.data_ptr()]
+    assert len(pair.key.store.segments) > 2
