@@ -133,7 +133,7 @@ def attend_full_precision(
     return attended
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates no types here
 def kvq_attention_forward(
     module: nn.Module,
     query: torch.Tensor,

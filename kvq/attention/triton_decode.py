@@ -48,14 +48,13 @@ class TritonKernel:
     device_types = frozenset({"cuda"})
     needs_proof = True
 
+    def find_problem(self) -> str | None:
+        """Return what is missing on this machine, or None."""
+        return _find_missing_triton()
+
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve requests of this kind, or None where it can."""
-        return (
-            _find_missing_triton()
-            or _find_device_obstacle(request)
-            or _find_shape_obstacle(request)
-            or _find_store_obstacle(request)
-        )
+        return _find_device_obstacle(request) or _find_shape_obstacle(request) or _find_store_obstacle(request)
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query."""

@@ -13,8 +13,9 @@ import torch
 
 from kvq.attention.handle import PackedPair
 from kvq.store.affine import AffineCodec
-from kvq.store.chunks import Segment, StoreView
+from kvq.store.chunks import StoreView
 from kvq.store.packing import plane_widths
+from kvq.store.segments import Segment
 
 PLAN_KEY = "triton"
 """Under which a layer keeps its plan."""
