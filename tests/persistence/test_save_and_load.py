@@ -43,6 +43,14 @@ def reordered(cache):
     cache.reorder_cache(torch.tensor([1, 1]))
 
 
+def swapped(cache):
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+def repeated(cache):
+    cache.batch_repeat_interleave(2)
+
+
 def repeated_and_chosen(cache):
     cache.batch_repeat_interleave(3)
     cache.batch_select_indices(torch.tensor([5, 0, 3]))
@@ -67,7 +75,9 @@ def test_what_a_crop_left_of_a_group_comes_back_a_second_time_as_it_was(tmp_path
     assert torch.equal(loaded.materialize(0)[0][:, :, 32:50], survivors)
 
 
-OPERATIONS = {operation.__name__: operation for operation in (reordered, repeated_and_chosen, cropped)}
+OPERATIONS = {
+    operation.__name__: operation for operation in (reordered, swapped, repeated, repeated_and_chosen, cropped)
+}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
