@@ -79,7 +79,8 @@ class KVQ(CarriedStates):
         super().__init__(layers=layers)
         register_attention()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates no types here
+    # Traced by torch.compile, it would be compiled anew with every chunk.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

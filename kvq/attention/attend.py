@@ -133,7 +133,8 @@ def attend_full_precision(
     return attended
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates no types here
+# Under torch.compile each layer breaks its graph here and at `KVQ.update`: chunks and addresses are Python's.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
 def kvq_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
