@@ -35,4 +35,5 @@ def test_the_graphs_of_the_first_steps_serve_all_later_ones(llama):
             frames.append(counter.frame_count)
     assert ours.layers[0].side("key").store.length >= 96, "there was a flush on the way"
     assert frames[0] > 0
-    assert frames[4] == frames[-1]
+    # Traced, `update` would add more than a dozen: one or more at each flush.
+    assert frames[-1] <= frames[0] + 3, frames
