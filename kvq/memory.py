@@ -110,6 +110,14 @@ class MemoryReport:
         return self.full_precision_bytes / self.total_bytes if self.total_bytes else 1.0
 
     @property
+    def attention(self) -> tuple[str, ...]:
+        """How the latest attention read the layers: the different answers of `LayerMemory.attention`, sorted.
+
+        Not part of the table, which says the same on every machine.
+        """
+        return tuple(sorted({layer.attention for layer in self.layers if layer.attention}))
+
+    @property
     def packed_bytes(self) -> int:
         """Codes and metadata of stored tokens."""
         return self._sum("packed_bytes")
@@ -171,9 +179,6 @@ class MemoryReport:
                 parts = ["-"] * 4
             sides = [_side_text(side, layer.kind) for side in (layer.key, layer.value)]
             table.add_row(name, *sides, str(layer.tokens), *parts, format_bytes(layer.total_bytes))
-        readers = sorted({layer.attention for layer in self.layers if layer.attention})
-        if readers:
-            table.caption = f"attention: {', '.join(readers)}"
         if self.shared_bytes:
             table.add_row("shared", "", "", "", "", "", "", "", f"-{format_bytes(self.shared_bytes)}")
         return table
