@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -129,6 +130,8 @@ def _check_files(*files: Path | None) -> None:
 
 
 def _quieten_libraries() -> None:
+    """Keep stderr for the bar: caches that are materialized, which is hinted at elsewhere, are so on purpose here."""
+    logging.getLogger("kvq").setLevel(logging.ERROR)
     if "torch" not in sys.modules:
         for name, value in _QUIET_LIBRARIES.items():
             os.environ.setdefault(name, value)
