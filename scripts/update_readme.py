@@ -207,12 +207,11 @@ def measure_compression(config: Path, length: int) -> float:
 
 def render_speed() -> str:
     """Return what `kvq bench` measured: on a CPU here, on a GPU here; and what others published."""
-    parts = ["**Measured here, on a CPU.**", *(text for run in load_runs("cpu") for text in render_speed_run(run))]
-    gpu_runs = load_runs("cuda")
-    parts.append(
-        "**Measured here, on a GPU.**" + ("" if gpu_runs else " Nothing yet: the Triton kernel is unmeasured.")
-    )
-    parts += [text for run in gpu_runs for text in render_speed_run(run)]
+    parts = []
+    for device, place in (("cpu", "a CPU"), ("cuda", "a GPU")):
+        runs = load_runs(device)
+        parts.append(f"**Measured here, on {place}.**" + ("" if runs else " Nothing yet."))
+        parts += [text for run in runs for text in render_speed_run(run)]
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
     return "\n\n".join(parts)
