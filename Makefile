@@ -6,6 +6,12 @@ PYTHON_OLDEST ?= $(shell for p in python3.10 $(PYTHON); do if $$p -c '' 2>/dev/n
 # Test processes; each computes on one thread, so that they do not fight for the cores.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# `make bench` and `make reproduce`
+BENCH_NAME ?= cpu
+BENCH_ARGS ?=
+EVAL_ARGS ?=
+DATASET ?= stdlib-report
+REPORT ?= reproduce.json
 
 BIN := .venv/bin
 PYTEST_FLAGS := -n $(WORKERS) $(PYTEST_ARGS)
@@ -16,13 +22,24 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-oldest eval-harness mutants soak fuzz lint types examples plugin wheel models readme venv clean
+.PHONY: help demo bench reproduce test test-fast test-oldest eval-harness mutants soak fuzz lint types examples plugin wheel models readme venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: venv ## compare the backends on the embedded model
 	$(BIN)/kvq demo
+
+# On a quiet machine: what others do meanwhile widens every interval.
+bench: venv ## measure speed into benchmarks/results (half an hour or more; BENCH_ARGS="--quick" and other options of kvq bench)
+	$(BIN)/kvq bench --out benchmarks/results/speed-$(BENCH_NAME).json --picture benchmarks/results/speed-$(BENCH_NAME).png $(BENCH_ARGS)
+
+reproduce: venv ## MODEL=... quality and speed on a model of yours, into REPORT (reproduce.json)
+	@test -n "$(MODEL)" || { echo "give the model: make reproduce MODEL=path-or-id" >&2; exit 2; }
+	mkdir -p build
+	$(BIN)/kvq eval --model "$(MODEL)" --dataset $(DATASET) --out build/reproduce-eval.json $(EVAL_ARGS)
+	$(BIN)/kvq bench --model "$(MODEL)" --out build/reproduce-bench.json $(BENCH_ARGS)
+	$(BIN)/python scripts/join_reports.py $(REPORT) quality=build/reproduce-eval.json speed=build/reproduce-bench.json
 
 test: venv ## run all tests (PYTEST_ARGS="-k ..." narrows)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)

@@ -5,8 +5,8 @@
     python scripts/update_readme.py --measure   # run the demo first
 
 The block `demo` comes from benchmarks/results/demo.json, which `--measure` writes and which is committed, since the run
-takes a minute or two; `quality` comes from what scripts/measure_quality.py has written. All other blocks are made anew
-each time.
+takes a minute or two; `quality` comes from what scripts/measure_quality.py has written, `speed` from what `make bench`
+has. All other blocks are made anew each time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ from quality_tables import (
     list_failures,
     load_report,
     quality_rows,
+)
+from speed_tables import (
+    FLUSH_COLUMNS,
+    PUBLISHED,
+    columns,
+    describe_machine,
+    flush_rows,
+    list_settings,
+    load_runs,
+    ratio_rows,
 )
 
 from kvq import KVQ, KVQCacheConfig, attach, available_backends
@@ -195,6 +205,33 @@ def measure_compression(config: Path, length: int) -> float:
     return cache.memory().compression
 
 
+def render_speed() -> str:
+    """Return what `kvq bench` measured: on a CPU here, on a GPU here; and what others published."""
+    parts = []
+    for device, place in (("cpu", "a CPU"), ("cuda", "a GPU")):
+        runs = load_runs(device)
+        parts.append(f"**Measured here, on {place}.**" + ("" if runs else " Nothing yet."))
+        parts += [text for run in runs for text in render_speed_run(run)]
+    parts.append("**Published by others**, not measured here:")
+    parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
+    return "\n\n".join(parts)
+
+
+def render_speed_run(run: dict[str, Any]) -> Iterable[str]:
+    """Yield the texts and tables of one run: one layer, the whole model, and the cost of a flush."""
+    yield describe_machine(run)
+    for part, name in (("layer", "One layer"), ("model", "The whole model")):
+        settings = list_settings(run, part, batch=1)
+        if settings:
+            yield f"{name}, batch 1, by tokens of history:"
+            yield table(columns(settings), ratio_rows(settings), right=range(1, len(settings) + 1))
+    layer = list_settings(run, "layer", batch=1)
+    if layer:
+        longest = max((facts for facts in layer if facts["dtype"] == "float32"), key=lambda facts: facts["length"])
+        yield f"One layer at {longest['length']:,} tokens in float32: flush and memory ({run['memory_tool']})."
+        yield table(FLUSH_COLUMNS, flush_rows(longest), right=range(1, len(FLUSH_COLUMNS)))
+
+
 def render_memory() -> str:
     """Return what `print(cache.memory())` prints after the embedded model has read a context and generated."""
     model, _ = load_embedded_model()
@@ -245,6 +282,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo": render_demo,
     "lengths": render_lengths,
     "quality": render_quality,
+    "speed": render_speed,
     "memory": render_memory,
     "configuration": render_configuration,
     "backends": render_backends,

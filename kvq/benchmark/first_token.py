@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.clock import time_call
 from kvq.benchmark.contenders import Contender, ContenderChoice
-from kvq.benchmark.random_model import build_model
+from kvq.benchmark.models import build_model
 from kvq.benchmark.setting import Setting, Shape, find_dtype
 from kvq.benchmark.statistics import Spread
 from kvq.errors import KVQError
+from kvq.evaluation.model_loading import load_model
 
 SPARE_TOKENS = 2
 """Tokens that follow the prompt, for which a buffer needs room."""
@@ -59,6 +60,7 @@ def measure_first_tokens(
     setting: Setting,
     choice: ContenderChoice,
     rounds: int,
+    model_name: str | None = None,
     on_progress: Callable[[str, int], None] = lambda label, work: None,  # noqa: ARG005
 ) -> dict[str, Any]:
     """Return what every contender takes, as plain values: each cold first, then in turns.
@@ -67,14 +69,15 @@ def measure_first_tokens(
         setting: the prompt's length, rows, dtype and device, and the shape of the random model.
         choice: of contenders.
         rounds: of warm runs.
+        model_name: of a model of the user's; a random one of the setting's shape unless given.
         on_progress: called with a label and tokens read.
     """
     contenders = [one for one in choice.contenders() if not one.is_materialized]
     found = [FirstTokens(one.label) for one in contenders]
     for one in found:
         on_progress(f"{one.label}, first token cold", setting.tokens)
-        _measure_cold(one, setting, choice)
-    model = build_model(setting.shape, setting.dtype, setting.device)
+        _measure_cold(one, setting, choice, model_name)
+    model = _load(model_name, setting)
     for _ in range(rounds):
         for one, contender in zip(found, contenders, strict=True):
             on_progress(f"{one.label}, first token warm", setting.tokens)
@@ -100,7 +103,14 @@ def read_prompt(model: PreTrainedModel, contender: Contender, setting: Setting) 
     return first, time_call(lambda: advance(prompt[:, :1]), setting.device)
 
 
-def _measure_cold(one: FirstTokens, setting: Setting, choice: ContenderChoice) -> None:
+def _load(name: str | None, setting: Setting) -> PreTrainedModel:
+    if name is None:
+        return build_model(setting.shape, setting.dtype, setting.device)
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return load_model(name, dtype=dtype, device=str(setting.device))[0]
+
+
+def _measure_cold(one: FirstTokens, setting: Setting, choice: ContenderChoice, model_name: str | None) -> None:
     asked = {
         "label": one.label,
         "setting": setting.to_dict(),
@@ -108,6 +118,7 @@ def _measure_cold(one: FirstTokens, setting: Setting, choice: ContenderChoice) -
         "device": str(setting.device),
         "threads": torch.get_num_threads(),
         "choice": choice.to_dict(),
+        "model": model_name,
     }
     command = [sys.executable, "-m", "kvq.benchmark.first_token", json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  # our own module
@@ -134,7 +145,7 @@ def main(arguments: Sequence[str]) -> None:
     contender = next((one for one in contenders if one.label == asked["label"]), None)
     if contender is None:
         raise KVQError(f"no contender is called {asked['label']!r}")
-    model = build_model(setting.shape, setting.dtype, setting.device)
+    model = _load(asked["model"], setting)
     sys.stdout.write(json.dumps(read_prompt(model, contender, setting)) + "\n")
 
 

@@ -70,9 +70,17 @@ def _draw_axes(axes: Any, results: Sequence[Mapping[str, Any]], quantity: str, n
         medians = [spread["median"] for _, spread in points]
         below = [spread["median"] - spread["low"] for _, spread in points]
         above = [spread["high"] - spread["median"] for _, spread in points]
-        line = "--" if label.endswith("materialized") else "-"
+        is_materialized = label.endswith("materialized")
         axes.errorbar(
-            lengths, medians, yerr=[below, above], label=label, color=colour, marker=marker, linestyle=line, capsize=2
+            lengths,
+            medians,
+            yerr=[below, above],
+            label=label,
+            color=colour,
+            marker=marker,
+            fillstyle="none" if is_materialized else "full",
+            linestyle="--" if is_materialized else "-",
+            capsize=2,
         )
     lengths = sorted({facts["length"] for facts in results})
     axes.set_xscale("log", base=2)

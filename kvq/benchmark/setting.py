@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from kvq.errors import EvaluationError
 
@@ -49,6 +49,31 @@ class Shape:
     hidden_size: int = 1024
     intermediate_size: int = 2048
     vocabulary: int = 1024
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Shape:
+        """Return the shape of a model of transformers.
+
+        Raises:
+            EvaluationError: not all of its layers attend to all tokens, which is what the baselines do.
+        """
+        config = config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise EvaluationError(
+                f"{type(config).__name__} has layers of kind {', '.join(sorted(kinds))}; the benchmark serves models "
+                "whose layers all attend to all tokens"
+            )
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            query_heads=heads,
+            heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            hidden_size=config.hidden_size,
+            intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+        )
 
     def config(self, attention: str = "sdpa") -> LlamaConfig:
         """Return the configuration of a model with this shape and attention implementation."""

@@ -103,10 +103,22 @@ class LayerTrial(Trial):
 
 
 class ModelTrial(Trial):
-    """A whole model: a forward of one token for each row."""
+    """A whole model: a forward of one token for each row.
 
-    def __init__(self, contender: Contender, setting: Setting, spare: int, model: PreTrainedModel) -> None:
+    Args:
+        contender: what is measured.
+        setting: under which conditions.
+        spare: tokens that will follow the history.
+        model: the model; its attention is changed to the contender's whenever that has its turn.
+        reads_prompt: whether the history comes from the model reading random tokens, rather than from random states,
+            which spare a prefill.
+    """
+
+    def __init__(
+        self, contender: Contender, setting: Setting, spare: int, model: PreTrainedModel, *, reads_prompt: bool = False
+    ) -> None:
         self.model = model
+        self.reads_prompt = reads_prompt
         super().__init__(contender, setting, spare)
         self.prepare(0)
 
@@ -114,6 +126,16 @@ class ModelTrial(Trial):
     def config(self) -> PretrainedConfig:
         """The model's own configuration, which has the contender's attention only while its turn lasts."""
         return self.model.config
+
+    def fill(self) -> None:
+        """Let the model read the history, or hand random states to the cache."""
+        if not self.reads_prompt:
+            super().fill()
+            return
+        self.model.set_attn_implementation(self.contender.attention)
+        size = (self.setting.batch, self.setting.length)
+        tokens = torch.randint(self.setting.shape.vocabulary, size, generator=torch.Generator().manual_seed(0))
+        self.model(tokens.to(self.setting.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def prepare(self, seed: int) -> None:
         """Draw the next tokens and give the model the contender's attention."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +16,11 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvq.cli.console import get_console, print_error, print_line, print_table
-from kvq.errors import BackendError, ConfigError, EvaluationError
+from kvq.errors import BackendError, ConfigError, EvaluationError, ModelError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from kvq.benchmark.contenders import ContenderChoice
     from kvq.benchmark.run import Plan
@@ -45,6 +48,8 @@ QUICK: dict[str, Any] = {
 """What `--quick` measures."""
 PROMPT_ROUNDS = 3
 """Warm runs of each prompt."""
+SPARE = 512
+"""Positions that a run may take behind the history: rounds, and the tokens between flushes."""
 _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """The profiler reports each start and stop on stderr unless told otherwise, before torch is imported."""
 
@@ -65,6 +70,9 @@ def bench(
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
     rounds: Annotated[int | None, typer.Option(min=3, help="Timed steps of each cache (21).")] = None,
     flushes: Annotated[int | None, typer.Option(min=0, help="Timed flushes of each cache (5).")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_ID", help="A model of yours, in its dtype, in place of a random one.")
+    ] = None,
     layers: Annotated[
         int | None, typer.Option(min=0, help="Of the whole random model that is measured too (4); 0: none.")
     ] = None,
@@ -96,11 +104,12 @@ def bench(
         _quieten_libraries()
         where = _find_device(device, threads)
         choice = _choose_contenders(backend, config, bits, peers=peers)
-        plans = _make_plans(choice, asked, where)
+        loaded = _load(model, where, asked)
+        plans = _make_plans(choice, asked, where, loaded)
     parts = {name: _run(plan) for name, plan in plans.items()}
     if asked["prompt"] and asked["layers"]:
-        parts["first_token"] = _time_prompts(choice, asked, where)
-    _finish(where, {**asked, "configs": dict(choice.configs)}, parts, out, picture)
+        parts["first_token"] = _time_prompts(choice, asked, where, loaded)
+    _finish(where, {**asked, "model": model, "configs": dict(choice.configs)}, parts, out, picture)
 
 
 @contextmanager
@@ -108,7 +117,7 @@ def _usage_errors() -> Iterator[None]:
     """End the command with exit code 2 and one line where what was asked for is wrong or not there."""
     try:
         yield
-    except (EvaluationError, ConfigError, BackendError) as error:
+    except (EvaluationError, ConfigError, BackendError, ModelError) as error:
         print_error(str(error))
         raise typer.Exit(2) from error
 
@@ -121,6 +130,8 @@ def _check_files(*files: Path | None) -> None:
 
 
 def _quieten_libraries() -> None:
+    """Keep stderr for the bar: caches that are materialized, which is hinted at elsewhere, are so on purpose here."""
+    logging.getLogger("kvq").setLevel(logging.ERROR)
     if "torch" not in sys.modules:
         for name, value in _QUIET_LIBRARIES.items():
             os.environ.setdefault(name, value)
@@ -160,11 +171,29 @@ def _usable_backends(bits: int) -> list[str]:
     return [info.name for info in infos if info.spec and info.state == "ready" and bits in info.spec.capabilities.nbits]
 
 
-def _make_plans(choice: ContenderChoice, asked: dict[str, Any], device: torch.device) -> dict[str, Plan]:
+def _load(name: str | None, device: torch.device, asked: dict[str, Any]) -> PreTrainedModel | None:
+    """Return the user's model, if there is one; its dtype and layers are then what is measured."""
+    if name is None:
+        return None
+    from kvq.benchmark.setting import Shape
+    from kvq.evaluation.model_loading import load_model
+
+    model, _ = load_model(name, device=str(device))
+    asked |= {"dtype": [str(model.dtype).removeprefix("torch.")], "layers": Shape.of(model.config).layers}
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    too_long = [length for length in (*asked["length"], *asked["prompt"]) if longest and length + SPARE > longest]
+    if too_long:
+        raise EvaluationError(f"{max(too_long):,} tokens and what follows them are more than the model's {longest:,}")
+    return model
+
+
+def _make_plans(
+    choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
+) -> dict[str, Plan]:
     """Return what is measured of one layer, and of a whole model."""
     from kvq.attention.attend import register_attention
     from kvq.benchmark.baselines import register_packed_attention
-    from kvq.benchmark.random_model import ModelTrials
+    from kvq.benchmark.models import ModelTrials
     from kvq.benchmark.run import Plan
     from kvq.benchmark.setting import Shape
     from kvq.benchmark.trial import LayerTrial
@@ -172,11 +201,12 @@ def _make_plans(choice: ContenderChoice, asked: dict[str, Any], device: torch.de
     register_packed_attention()
     register_attention()
     sizes = {"rounds": asked["rounds"], "flushes": asked["flushes"], "limit_s": asked["limit"]}
-    contenders = choice.contenders()
-    plans = {"layer": Plan(contenders, _list_settings(Shape(), asked, device), make_trial=LayerTrial, **sizes)}
+    contenders, shape = choice.contenders(), Shape() if model is None else Shape.of(model.config)
+    one_layer = _list_settings(replace(shape, layers=1), asked, device)
+    plans = {"layer": Plan(contenders, one_layer, make_trial=LayerTrial, **sizes)}
     if asked["layers"]:
-        settings = _list_settings(Shape(layers=asked["layers"]), asked, device)
-        plans["model"] = Plan(contenders, settings, make_trial=ModelTrials(), **sizes)
+        settings = _list_settings(replace(shape, layers=asked["layers"]), asked, device)
+        plans["model"] = Plan(contenders, settings, make_trial=ModelTrials(model), **sizes)
     return plans
 
 
@@ -209,19 +239,22 @@ def _run(plan: Plan) -> list[dict[str, Any]]:
     return found
 
 
-def _time_prompts(choice: ContenderChoice, asked: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+def _time_prompts(
+    choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
+) -> list[dict[str, Any]]:
     """Measure the time to the first token, at the first batch and dtype that were asked for."""
     from kvq.benchmark.first_token import measure_first_tokens
     from kvq.benchmark.report import FIRST_TOKEN_COLUMNS, first_token_rows, list_failures, title
     from kvq.benchmark.setting import Setting, Shape, find_dtype
 
     found = []
-    shape, dtype = Shape(layers=asked["layers"]), find_dtype(asked["dtype"][0])
+    shape = Shape(layers=asked["layers"]) if model is None else Shape.of(model.config)
+    dtype, name = find_dtype(asked["dtype"][0]), None if model is None else model.name_or_path
     visits = (1 + PROMPT_ROUNDS) * sum(not one.is_materialized for one in choice.contenders())
     with _progress(visits * asked["batch"][0] * sum(asked["prompt"])) as on_progress:
         for length in sorted(asked["prompt"]):
             setting = Setting(shape, length, asked["batch"][0], dtype, device)
-            facts = measure_first_tokens(setting, choice, PROMPT_ROUNDS, on_progress)
+            facts = measure_first_tokens(setting, choice, PROMPT_ROUNDS, name, on_progress)
             found.append(facts)
             print_line(f"{title(facts)}: from the prompt to the first and second token")
             print_table(FIRST_TOKEN_COLUMNS, first_token_rows(facts))

@@ -1,4 +1,4 @@
-"""The random model of the benchmark: a small Llama, the same weights at every call."""
+"""The models of the benchmark: a small random Llama, the same weights at every call, or one of the user's."""
 
 from __future__ import annotations
 
@@ -21,14 +21,21 @@ def build_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 class ModelTrials:
-    """Puts contenders to work in whole models, of which one for each dtype is built and kept."""
+    """Puts contenders to work in whole models.
 
-    def __init__(self) -> None:
-        self._models: dict[tuple[Shape, torch.dtype], PreTrainedModel] = {}
+    Args:
+        model: of the user; random ones, of which the latest is kept, unless given.
+    """
+
+    def __init__(self, model: PreTrainedModel | None = None) -> None:
+        self.model = model
+        self._random: dict[tuple[Shape, torch.dtype], PreTrainedModel] = {}
 
     def __call__(self, contender: Contender, setting: Setting, spare: int) -> ModelTrial:
         """Return the trial of a contender."""
+        if self.model is not None:
+            return ModelTrial(contender, setting, spare, self.model, reads_prompt=True)
         key = (setting.shape, setting.dtype)
-        if key not in self._models:
-            self._models = {key: build_model(*key, setting.device)}
-        return ModelTrial(contender, setting, spare, self._models[key])
+        if key not in self._random:
+            self._random = {key: build_model(*key, setting.device)}
+        return ModelTrial(contender, setting, spare, self._random[key])

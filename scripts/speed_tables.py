@@ -1,0 +1,90 @@
+"""The tables of README.md about speed, from what `kvq bench --out benchmarks/results/speed-*.json` has written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+BUFFER = "buffer, packed queries"
+PUBLISHED = (
+    (
+        "KIVI ([arXiv 2402.02750](https://arxiv.org/abs/2402.02750))",
+        "2.35x to 3.47x the throughput, at up to 4x the batch, on a GPU",
+    ),
+    (
+        "KVQuant ([arXiv 2401.18079](https://arxiv.org/abs/2401.18079))",
+        "up to about 1.7x against fp16 matrix-vector products, for LLaMA-7B on a GPU",
+    ),
+)
+"""What the authors say; nothing of it was measured here."""
+
+
+def load_runs(device: str) -> list[dict[str, Any]]:
+    """Return the runs that were made on a type of device, in the order of their files."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("speed-*.json"))]
+    return [run for run in runs if run["machine"]["device"] == device]
+
+
+def describe_machine(run: dict[str, Any]) -> str:
+    """Return the sentence above a table."""
+    machine, versions = run["machine"], run["machine"]["versions"]
+    where = machine["gpu"]["name"] if "gpu" in machine else f"{machine['threads']} threads of {machine['cpu']}"
+    return (
+        f"{where}; torch {versions['torch']}, transformers {versions['transformers']}; medians of "
+        f"{run['options']['rounds']} rounds, each ratio with the 95 % interval of its median."
+    )
+
+
+def list_settings(run: dict[str, Any], part: str, batch: int) -> list[dict[str, Any]]:
+    """Return the measured results of a part at one batch size, by dtype and length."""
+    found = [facts for facts in run.get(part, ()) if facts["batch"] == batch and facts["contenders"]]
+    return sorted(found, key=lambda facts: (facts["dtype"] != "float32", facts["length"]))
+
+
+def columns(settings: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the header of a table of ratios."""
+    names = (f"{facts['dtype']}, {facts['length']:,}" for facts in settings)
+    return ("time of a step, against the buffer", *names)
+
+
+def ratio_rows(settings: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a row for each contender: its time relative to the buffer's, under each setting."""
+    labels = list(dict.fromkeys(one["label"] for facts in settings for one in facts["contenders"]))
+    by_setting = [{one["label"]: one for one in facts["contenders"]} for facts in settings]
+    return [(label, *(_ratio(found.get(label)) for found in by_setting)) for label in labels]
+
+
+def _ratio(one: dict[str, Any] | None) -> str:
+    if one is None or one["step_ms"] is None:
+        return "-"
+    if one["label"] == BUFFER:
+        return f"1 ({_milliseconds(one['step_ms']['median'])} ms)"
+    ratio = one["to_buffer"]
+    text = f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+    return f"{text} tie" if one["is_tie"] else text
+
+
+def flush_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return what else a step takes under one setting: flush, its share of every step, transient and held memory."""
+    return [
+        (
+            one["label"],
+            _milliseconds(one["step_ms"]["median"]),
+            _milliseconds(one["flush_ms"]["median"]) if one["flush_ms"] else "-",
+            _milliseconds(one["amortized_ms"]),
+            f"{one['transient_bytes'] / 2**20:.2f} MiB",
+            f"{one['held_bytes'] / 2**20:.2f} MiB",
+        )
+        for one in facts["contenders"]
+        if one["step_ms"]
+    ]
+
+
+FLUSH_COLUMNS = ("cache", "step, ms", "step with a flush, ms", "with its share, ms", "transient", "held")
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
