@@ -172,7 +172,7 @@ class KVQLayer(CacheLayerMixin):
             raise StatesError(f"crop({tokens_to_remove}) is not supported; pass a negative number of tokens to remove")
         if not self.is_initialized:
             return
-        length = max(0, self.get_seq_length() + tokens_to_remove)
+        length = max(0, self.get_seq_length() + int(tokens_to_remove))  # a tensor where 5.17 decodes assisted
         flush_count = self._flush_count(length)
         if tokens_to_remove == 0 and not flush_count:
             return

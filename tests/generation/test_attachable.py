@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from kvq import EncoderDecoderKVQ, attach
+from kvq import KVQ, EncoderDecoderKVQ, attach
 from kvq.errors import CacheStateError, ModelError
 from kvq.layer import KVQLayer
 
@@ -81,6 +81,20 @@ def test_a_compiled_model(llama, prompts, assert_telling):
         assert torch.equal(compiled.generate(prompts, **GREEDY), reference)
         assert attachment.cache.get_seq_length() == 311
         assert not attachment.cache.is_compileable, "so that generate compiles nothing by itself"
+
+
+@pytest.mark.slow
+def test_a_compiled_forward(llama, prompts):
+    """What a compiler makes of the model ends where the cache begins."""
+    llama.model.layers = llama.model.layers[:1]
+    compiled = torch.compile(llama, backend="eager")
+    cache, plain = KVQ(QUANTIZED), KVQ(QUANTIZED)
+    with torch.inference_mode():
+        for start, stop in ((0, 200), (200, 230)):
+            found = compiled(prompts[:, start:stop], past_key_values=cache).logits
+            expected = llama(prompts[:, start:stop], past_key_values=plain).logits
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert cache.layers[0].side("key").store.length == plain.layers[0].side("key").store.length == 192
 
 
 @pytest.mark.parametrize("kind", ["DataParallel", "DistributedDataParallel"])

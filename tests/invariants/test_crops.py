@@ -83,3 +83,15 @@ def test_a_crop_that_fails_leaves_the_cache_as_it_was(removed, monkeypatch):
     monkeypatch.undo()
     cache.crop(-removed)
     assert stored_length(layer) == 160
+
+
+def test_a_crop_by_a_number_in_a_tensor():
+    """Assisted decoding of older transformers counts in tensors."""
+    cache = KVQ(residual_length=32, q_group_size=32)
+    cache.activate_past_recording()
+    cache.update(*torch.randn(2, 2, 1, 200, 64), 0)
+    cache.crop(torch.tensor(-3))
+    assert (cache.get_seq_length(), stored_length(cache.layers[0])) == (197, 160)
+    cache.update(*torch.randn(2, 2, 1, 40, 64), 0)
+    cache.crop(torch.tensor(0))
+    assert (cache.get_seq_length(), stored_length(cache.layers[0])) == (237, 192)
