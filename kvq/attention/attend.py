@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -168,6 +169,17 @@ def hint_at_attention(active: str) -> None:
         active,
         ATTENTION_NAME,
     )
+
+
+@contextmanager
+def without_hint() -> Iterator[None]:
+    """Leave the hint out within the block, where another attention is used on purpose."""
+    level = _LOG.level
+    _LOG.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOG.setLevel(level)
 
 
 def register_attention() -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvq.attention.attend import without_hint
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch
@@ -53,8 +54,9 @@ def score_recall(
         cache: an empty cache.
         reference: the score of full precision on the same batch, for the agreement.
     """
-    model(batch.context, past_key_values=cache, logits_to_keep=1)
-    asked = [_ask(model, question, cache) for question in batch.questions.unbind(1)]
+    with without_hint():  # full precision and every cache are read by the same attention
+        model(batch.context, past_key_values=cache, logits_to_keep=1)
+        asked = [_ask(model, question, cache) for question in batch.questions.unbind(1)]
     predictions = torch.stack(asked, dim=1)
     exact = (predictions[..., :ANSWER_LENGTH] == batch.answers).all(-1).float().mean().item()
     agreement = 1.0 if reference is None else (predictions == reference.predictions).float().mean().item()

@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvq.attention.attend import without_hint
 from kvq.cache import KVQ
 from kvq.evaluation.quality.candidates import (
     Candidate,
@@ -98,9 +99,10 @@ def evaluate(
     finished = _Parts(parts, plan)
     failures: dict[str, str] = {}
     own: list[tuple[str, int, Any]] = []
-    for index in range(processes.index, plan.batches, processes.count):
-        for label, result in _measure_batch(plan, index, finished, failures, on_progress):
-            own.append((label, index, result))
+    with without_hint():  # full precision and every cache are read by the same attention
+        for index in range(processes.index, plan.batches, processes.count):
+            for label, result in _measure_batch(plan, index, finished, failures, on_progress):
+                own.append((label, index, result))
     gathered = sorted(processes.gather(own), key=lambda entry: entry[1])
     failures = dict(processes.gather(list(failures.items())))
     return [_summarize(plan, candidate, gathered, failures) for candidate in plan.candidates]
