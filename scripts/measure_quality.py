@@ -71,7 +71,7 @@ def measure_grid(text: str, parts: Path) -> dict[str, Any]:
 def measure_report(text: str, parts: Path) -> dict[str, Any]:
     """Return the figures of the named configurations and of transformers' caches, and compare like with like."""
     named = {path.stem: dict(KVQCacheConfig.from_file(path)) for path in sorted(CONFIGS.glob("k*.yaml"))}
-    own = {"defaults": {}, "k2v4 (inverse)": {"nbits_k": 2, "nbits_v": 4}, **named}
+    own = {**named, "k2v4": {"nbits_k": 2, "nbits_v": 4}}
     plan = make_plan(text, "report", own, list(list_peers()), sequences=12, step=4, needles=4)
     matched = match_peers(plan)
     plan.candidates.extend(matched.values())
@@ -81,7 +81,7 @@ def measure_report(text: str, parts: Path) -> dict[str, Any]:
         records, RESULTS / f"quality_{text}.png", f"{text}: {len(plan.text.sequences)} texts of {LENGTH} tokens"
     )
     pairs = [(candidate.label, peer) for peer, candidate in matched.items()]
-    pairs.append(("k4v2", "k2v4 (inverse)"))
+    pairs.append(("k4v2", "k2v4"))
     return {
         **describe_run(plan, text, records),
         "comparisons": [compare(by_label[one], by_label[other]) for one, other in pairs if not by_label[other].failure],
