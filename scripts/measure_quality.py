@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.cache_utils import Cache
 
 from kvq import KVQ, KVQCacheConfig
+from kvq.attention.attend import without_hint
 from kvq.evaluation.model_loading import load_model
 from kvq.evaluation.quality.candidates import Candidate, count_held_bytes, list_peers, make_candidate
 from kvq.evaluation.quality.needle import build_task
@@ -149,10 +150,10 @@ def match_peers(plan: EvaluationPlan) -> dict[str, Candidate]:
     for peer in plan.candidates:
         options = peer.settings.get("transformers", {})
         if peer.is_peer and "nbits" in options:
-            wanted = fill(peer.build(plan.model), tokens)
+            wanted = fill(peer.build(plan.model), tokens, plan.step)
             fields = {"backend": options["backend"], "nbits_k": options["nbits"], "nbits_v": options["nbits"]}
             held = {
-                length: fill(KVQ(model=plan.model, **fields, residual_length=length), tokens)
+                length: fill(KVQ(model=plan.model, **fields, residual_length=length), tokens, LENGTH)
                 for length in range(0, 129, 8)
             }
             best = min(held, key=lambda length: abs(held[length] - wanted))
@@ -161,11 +162,12 @@ def match_peers(plan: EvaluationPlan) -> dict[str, Candidate]:
     return matched
 
 
-def fill(cache: Cache, states: torch.Tensor) -> int:
-    """Return the bytes that the first layer of a cache holds after a text was read as it will be."""
-    pieces = [states[:, :, :PREFILL], *states[:, :, PREFILL:].split(1, dim=2)]
-    for piece in pieces:
-        cache.update(piece, piece, 0)
+def fill(cache: Cache, states: torch.Tensor, step: int) -> int:
+    """Return the bytes that the first layer of a cache holds after a text was read in steps behind the prompt."""
+    pieces = [states[:, :, :PREFILL], *states[:, :, PREFILL:].split(step, dim=2)]
+    with without_hint():
+        for piece in pieces:
+            cache.update(piece, piece, 0)
     return count_held_bytes(cache)
 
 

@@ -1,10 +1,15 @@
-"""The tables of README.md about quality, from the results that `scripts/measure_quality.py report` has written."""
+"""The tables of README.md about quality, from the results that `scripts/measure_quality.py` has written."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from markdown_table import table
+
+from kvq.evaluation.quality.metrics import Estimate
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 TEXTS = {
@@ -13,6 +18,76 @@ TEXTS = {
 }
 COLUMNS = ("cache", "KL divergence", "perplexity", "top-1", "needle", "bits K / V", "KiB held", "smaller")
 COMPARISONS = ("ours", "theirs", "bytes", "KL divergence", "difference, 95 % interval", "verdict")
+
+CHOICES = ("default", "instead", "bits held", "KL, text model", "KL, recall model")
+GRID_PAIRS = (
+    ("4 bits for keys, 2 for values", "2 for keys, 4 for values", "bits: backend=native bits={}", "4/2", "2/4"),
+    ("4 and 2 bits", "3 and 3", "bits: {}", "backend=native bits=4/2", "bits=3/3"),
+    ("4 and 2 bits, quanto", "hqq", "bits: backend={} bits=4/2", "quanto", "hqq"),
+    (
+        "keys per channel (4/4)",
+        "per token",
+        "granularity: bits=4/4 axis_key={} axis_value=per_token",
+        "per_channel",
+        "per_token",
+    ),
+    (
+        "values per token (4/4)",
+        "per channel",
+        "granularity: bits=4/4 axis_key=per_channel axis_value={}",
+        "per_token",
+        "per_channel",
+    ),
+    ("key groups of 64", "of 32", "groups: bits=4/2 group_key={} group_value=64", "64", "32"),
+    ("key groups of 64", "of 128", "groups: bits=4/2 group_key={} group_value=64", "64", "128"),
+    ("value groups of 64", "of 32", "groups: bits=4/2 group_key=64 group_value={}", "64", "32"),
+    ("window of 128", "of 64", "ends: bits=4/2 sink_length=4 residual_length={}", "128", "64"),
+    ("window of 128", "of 32", "ends: bits=4/2 sink_length=4 residual_length={}", "128", "32"),
+    ("4 sinks", "none", "ends: bits=4/2 sink_length={} residual_length=128", "4", "0"),
+    ("no rotation", "of the keys", "rotation: bits=4/2 rotation_k={} rotation_v=none clip=False", "none", "hadamard"),
+    ("no rotation", "of the values", "rotation: bits=4/2 rotation_k=none rotation_v={} clip=False", "none", "hadamard"),
+    ("no clipping", "by least error", "rotation: bits=4/2 rotation_k=none rotation_v=none clip={}", "False", "True"),
+    ("scales in float16 (4/4)", "bfloat16", "metadata: bits=4/4 metadata_dtype={}", "float16", "bfloat16"),
+    ("scales in float16 (4/4)", "float32", "metadata: bits=4/4 metadata_dtype={}", "float16", "float32"),
+)
+"""What was chosen, what instead, and the labels of both in the grid."""
+
+
+def render_quality() -> str:
+    """Return what the configurations and transformers' caches cost, on both texts, and like against like."""
+    pieces = []
+    for text in TEXTS:
+        report = load_report(text)
+        pieces += [describe_report(report, text), table(COLUMNS, quality_rows(report), right=range(1, 8))]
+        pieces += [table(COMPARISONS, comparison_rows(report), right=(2, 3, 4)), list_failures(report)]
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
+def render_choices() -> str:
+    """Return what was chosen by the grid, and what every other choice would have changed."""
+    return table(CHOICES, choice_rows(), right=(2, 3, 4))
+
+
+def choice_rows() -> list[tuple[str, ...]]:
+    """Return a row of cells under `CHOICES` for each pair of the grid: what the other choice would change."""
+    grids = [_load_grid(text) for text in TEXTS]
+    rows = []
+    for chosen, instead, label, one, other in GRID_PAIRS:
+        pairs = [(grid[label.format(one)], grid[label.format(other)]) for grid in grids]
+        held = " → ".join(f"{row['effective_bits']:.2f}" for row in pairs[0])
+        rows.append((chosen, instead, held, *(_compare_rows(*pair) for pair in pairs)))
+    return rows
+
+
+def _load_grid(text: str) -> dict[str, dict[str, Any]]:
+    found = json.loads((RESULTS / f"quality_grid_{text}.json").read_text(encoding="utf-8"))
+    return {row["label"]: row for row in found["records"]}
+
+
+def _compare_rows(chosen: dict[str, Any], instead: dict[str, Any]) -> str:
+    difference = Estimate.of_parts(torch.tensor(instead["kl_by_sequence"]) - torch.tensor(chosen["kl_by_sequence"]))
+    verdict = "worse" if difference.low > 0 else "better" if difference.high < 0 else "tie"
+    return f"{instead['kl']['mean'] / chosen['kl']['mean']:.2f}x, {verdict}"
 
 
 def load_report(text: str) -> dict[str, Any]:

@@ -24,17 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markdown_table import table
 from pydantic.fields import FieldInfo
-from quality_tables import (
-    COLUMNS,
-    COMPARISONS,
-    TEXTS,
-    comparison_rows,
-    describe_report,
-    list_failures,
-    load_report,
-    quality_rows,
-)
+from quality_tables import render_choices, render_quality
 from speed_tables import (
     FLUSH_COLUMNS,
     PUBLISHED,
@@ -177,16 +169,6 @@ def render_demo_row(row: dict[str, Any], plain_bytes: int) -> Sequence[str]:
     return row["backend"], row["bits"], *rates, f"{keys:.2f} / {values:.2f}", f"{held / 2**20:.2f} MiB", ratio
 
 
-def render_quality() -> str:
-    """Return what the configurations and transformers' caches cost, on both texts, and like against like."""
-    pieces = []
-    for text in TEXTS:
-        report = load_report(text)
-        pieces += [describe_report(report, text), table(COLUMNS, quality_rows(report), right=range(1, 8))]
-        pieces += [table(COMPARISONS, comparison_rows(report), right=(2, 3, 4)), list_failures(report)]
-    return "\n\n".join(piece for piece in pieces if piece)
-
-
 def render_lengths() -> str:
     """Return how much smaller the caches of `examples/configs` are, by length."""
     rows = []
@@ -271,17 +253,11 @@ def render_backends() -> str:
     return table(("name", "bits", "granularities", "summary"), rows)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Return a table in Markdown; `right` are the columns to align at the right."""
-    rule = ["---:" if column in right else "---" for column in range(len(header))]
-    lines = [header, rule, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": render_demo,
     "lengths": render_lengths,
     "quality": render_quality,
+    "choices": render_choices,
     "speed": render_speed,
     "memory": render_memory,
     "configuration": render_configuration,
