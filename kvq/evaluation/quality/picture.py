@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from kvq.errors import EvaluationError
 from kvq.evaluation.quality.record import QualityRecord
 
 _OURS, _PEER, _FRONT = "#1f5fa8", "#b0532b", "#1f5fa8"
+_LINES = 36
+"""Lines of labels that the height of the points takes, about."""
+_LEAST = 1e-12
+"""Stands for a divergence of 0 on the logarithmic axis."""
 
 
 def draw_records(records: Sequence[QualityRecord], path: Path, title: str) -> None:
@@ -68,16 +73,23 @@ def _draw_axes(axes: Any, records: Sequence[QualityRecord], size: Callable[[Qual
 
 
 def _label_points(axes: Any, records: Sequence[QualityRecord], size: Callable[[QualityRecord], float]) -> None:
-    """Write each name beside its point, on the side where there is room."""
-    middle = (min(map(size, records)) + max(map(size, records))) / 2
-    for record in records:
-        is_right = size(record) > middle
+    """Write each name beside its point, on the side where there is room, above those that are already there."""
+    sizes = [size(record) for record in records]
+    heights = [math.log(max(record.kl.mean, _LEAST)) for record in records]
+    right, width = min(sizes) + 0.9 * (max(sizes) - min(sizes)), max(sizes) - min(sizes) or 1
+    written: list[tuple[float, float]] = []
+    for height, place, record in sorted(zip(heights, sizes, records, strict=True), key=lambda entry: entry[:2]):
+        line = (height - min(heights)) / (max(heights) - min(heights) or 1) * _LINES
+        while any(abs(place - x) < 0.3 * width and abs(line - y) < 1 for x, y in written):
+            line += 0.25
+        written.append((place, line))
+        raised = line - (height - min(heights)) / (max(heights) - min(heights) or 1) * _LINES
         axes.annotate(
             record.label,
-            (size(record), record.kl.mean),
-            xytext=(-7 if is_right else 7, 4),
+            (place, record.kl.mean),
+            xytext=(-7 if place > right else 7, 4 + 11 * raised),
             textcoords="offset points",
-            ha="right" if is_right else "left",
+            ha="right" if place > right else "left",
             fontsize=8,
         )
 
