@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 from kvq import KVQ, EncoderDecoderKVQ, attach
@@ -84,6 +85,9 @@ def test_a_compiled_model(llama, prompts, assert_telling):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 compiles no forward of transformers 5, by any cache"
+)
 def test_a_compiled_forward(llama, prompts):
     """What a compiler makes of the model ends where the cache begins."""
     llama.model.layers = llama.model.layers[:1]
