@@ -80,7 +80,7 @@ plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel i
 	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt torch
 	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl build/plugin/*.whl pytest pytest-xdist
 	set -e; for folder in plugins/kvq-*; do \
-		cd $$folder && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest" -q -n $(WORKERS) && cd "$(CURDIR)"; done
+		(cd $$folder && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest" -q -n $(WORKERS)); done
 	set -e; for name in template turboquant fp8; do \
 		.venv-plugin/bin/python scripts/generate_with.py $$name; done
 	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8
