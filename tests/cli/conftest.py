@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvq.cli import main
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 TOY_PLUGIN = """
@@ -87,6 +89,27 @@ def run(tmp_path) -> Run:
 def run_kvq(run) -> Run:
     """Return a function that runs a command of kvq."""
     return lambda *args, **variables: run("-m", "kvq", *args, **variables)
+
+
+@pytest.fixture
+def call_kvq(tmp_path, monkeypatch, capsys) -> Run:
+    """Return a function that runs a command of kvq in this process, in a fresh folder and without network.
+
+    A process of its own takes seconds to import torch: this is for tables of what is refused.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr("sys.argv", ["kvq", *args])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        code = ended.value.code if isinstance(ended.value.code, int) else 0
+        return subprocess.CompletedProcess(args, code, printed.out, printed.err)
+
+    return call
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ def test_a_small_run_prints_a_table_and_writes_what_it_measured(run_kvq, tmp_pat
         (("--bits", "3", "--backend", "quanto"), "nbits"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run_kvq, arguments, told):
-    done = run_kvq("bench", "--quick", *arguments)
+def test_bad_input_is_one_line_and_exit_code_2(call_kvq, arguments, told):
+    done = call_kvq("bench", "--quick", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert told in done.stderr

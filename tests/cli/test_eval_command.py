@@ -10,9 +10,6 @@ import sys
 import time
 
 import pytest
-from typer.testing import CliRunner
-
-from kvq.cli import app
 
 SMALL = ("--dataset", "recall-report", "--sequences", "2", "--length", "300", "--step", "16", "--batch-size", "1")
 QUICK = (*SMALL, "--needles", "0", "--no-peers")
@@ -28,14 +25,6 @@ def run_eval(run_kvq, tmp_path):
     (tmp_path / "other" / "k4v4.yaml").write_text("nbits_v: 4")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     return lambda *args: run_kvq("eval", *args, HF_HUB_OFFLINE=1)
-
-
-@pytest.fixture
-def invoke(run_eval, tmp_path, monkeypatch):
-    """Return a function that runs `kvq eval` beside the same configurations, in this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return lambda *args: CliRunner().invoke(app, ["eval", *args])
 
 
 def test_a_run_is_a_table_a_file_and_a_picture(run_eval, tmp_path):
@@ -91,9 +80,10 @@ def test_a_gate_that_is_met_exits_with_zero(run_eval):
         ([*QUICK, "--out", "no/such/folder.json"], "'no/such/folder.json' cannot be written"),
     ],
 )
-def test_what_is_wrong_is_told_and_nothing_is_measured(invoke, args, message):
-    done = invoke(*args)
-    assert (done.exit_code, done.stdout) == (2, "")
+@pytest.mark.usefixtures("run_eval")
+def test_what_is_wrong_is_told_and_nothing_is_measured(call_kvq, args, message):
+    done = call_kvq("eval", *args)
+    assert (done.returncode, done.stdout) == (2, "")
     assert message in " ".join(done.stderr.split())
 
 

@@ -88,8 +88,9 @@ def test_the_embedded_model_needs_no_folder(plan):
         (["--model", "llama", "--batch", "0"], 2, "--batch"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(plan, args, code, message):
-    done = plan("--context", "100", *args)
+@pytest.mark.usefixtures("folder")
+def test_what_is_wrong_is_told_in_one_line(call_kvq, args, code, message):
+    done = call_kvq("plan", "--context", "100", *args)
     assert (done.returncode, done.stdout) == (code, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
