@@ -16,7 +16,7 @@ from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
 from kvq.config.fields import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
-from kvq.kept_layers import carries_sum, count_rows, fork_layer, reset_layer, select_rows
+from kvq.kept_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
 from kvq.model_layers import DecoderConfig, build_layers
@@ -215,6 +215,14 @@ class KVQ(CarriedStates):
                 f"crop({tokens_to_remove}): layers {stuck} carry states of linear attention, which cannot go back; "
                 "copy or fork the cache before the tokens that may have to go"
             )
+        if tokens_to_remove > 0:
+            raise StatesError(f"crop({tokens_to_remove}) is not supported; pass a negative number of tokens to remove")
+        bounded = [index for index, layer in enumerate(self.layers) if has_forgotten(layer)]
+        if bounded:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): layers {bounded} slide and have forgotten what came before their window; "
+                "call cache.activate_past_recording() before the tokens that may have to go"
+            )
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -251,10 +259,11 @@ class KVQ(CarriedStates):
             return states
         layer.check_states(key_states, value_states)
         self._check_order(layer, key_states)
+        packed = self._reads_packed() and not _needs_gradients(key_states, value_states)
         if not layer.is_offloaded:
-            return layer.update(key_states, value_states, packed=self._reads_packed())
+            return layer.update(key_states, value_states, packed=packed)
         with reading_ahead(self.layers, layer.layer_idx):
-            return layer.update(key_states, value_states, packed=self._reads_packed())
+            return layer.update(key_states, value_states, packed=packed)
 
     @property
     def _is_in_step(self) -> bool:
@@ -305,6 +314,11 @@ class KVQ(CarriedStates):
         if active is not None and active != ATTENTION_NAME:
             hint_at_attention(active)
         return active == ATTENTION_NAME
+
+
+def _needs_gradients(*states: torch.Tensor) -> bool:
+    """Return whether gradients flow to states, which they cannot through a handle that a model computes with."""
+    return torch.is_grad_enabled() and any(one.requires_grad for one in states)
 
 
 def resolve_config(

@@ -35,6 +35,13 @@ def count_rows(layer: Any) -> int | None:
     return next((one.shape[0] for one in states if one is not None and one.numel()), None)
 
 
+def has_forgotten(layer: Any) -> bool:
+    """Return whether a sliding layer is past its window and has not recorded what a crop would bring back."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return False
+    return layer.get_seq_length() >= layer.sliding_window and not getattr(layer, "record_past", True)
+
+
 def reset_layer(layer: Any) -> None:
     """Forget everything that a layer holds."""
     if isinstance(layer, DynamicLayer):

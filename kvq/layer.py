@@ -180,6 +180,7 @@ class KVQLayer(CacheLayerMixin):
             for side in self._sides.values():
                 side.truncate(length)
                 side.append(side.window.view()[:, :, :0], flush_count)
+        self.attention.plans.clear()  # they hold chunks that may be gone
         self.version += 1
 
     def reset(self) -> None:
@@ -216,6 +217,7 @@ class KVQLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Keep the store on the CPU from now on; sinks and window stay with the states."""
+        self.attention.plans.clear()
         for side in self._sides.values():
             side.offload()
 
@@ -265,6 +267,7 @@ class KVQLayer(CacheLayerMixin):
             return
         for side in self._sides.values():
             side.select_rows(rows)
+        self.attention.plans.clear()
         self.version += 1
 
     def _row_numbers(self) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -53,3 +55,9 @@ def is_accepted(version: str, specifier: SpecifierSet) -> bool:
         return specifier.contains(version, prereleases=True)
     except InvalidVersion:
         return not specifier
+
+
+def find_versions(others: Sequence[str] = ()) -> dict[str, str]:
+    """Return the versions of kvq, of what it depends on, and of `others` that are installed."""
+    names = [re.split(r"[^\w.-]", text)[0] for text in metadata.requires("kvq") or () if "extra ==" not in text]
+    return {name: version for name in ("kvq", *names, *others) if (version := find_version(name))}

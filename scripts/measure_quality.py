@@ -1,7 +1,7 @@
 """Measure what the settings of a cache are worth, on one text; and what the chosen ones cost, on another.
 
-    python scripts/measure_quality.py grid      # minutes: benchmarks/results/quality_grid.json
-    python scripts/measure_quality.py report    # longer: benchmarks/results/quality_report.json and a picture each
+    python scripts/measure_quality.py grid      # minutes: benchmarks/results/quality_grid_*.json
+    python scripts/measure_quality.py report    # longer: benchmarks/results/quality_report_*.json and a picture each
 
 `grid` varies one concern at a time, on the calibration texts of both models that the repository has; settings are
 chosen by it. `report` reads the report texts, in steps of 4 tokens, with the chosen settings beside transformers' own
@@ -37,6 +37,7 @@ from kvq.evaluation.quality.text import load_dataset
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = ROOT / "examples" / "configs"
+MODEL_NAMES = {"recall": "embedded", "stdlib": "benchmarks/text_model"}
 MODELS = {"recall": "embedded", "stdlib": str(ROOT / "benchmarks" / "text_model")}
 """A model for each kind of text."""
 LENGTH = 1024
@@ -61,12 +62,13 @@ def main() -> None:
 def measure_grid(text: str, parts: Path) -> dict[str, Any]:
     """Return the figures of every setting of the grid, on the calibration text, in steps of 32 tokens.
 
-    That the tokens of a step see each other exactly changes nothing: the newest 32 are in the window anyway.
+    That the tokens of a step see each other exactly changes little: the newest 32 are in the window anyway, and a flush
+    comes up to 31 tokens later.
     """
     plan = make_plan(text, "calibration", dict(list_grid()), [], sequences=6, step=32, needles=0)
     records = run(plan, parts)
     rows = [short_row(record) for record in records]
-    return {**describe_run(plan, text, []), "records": rows}
+    return {**describe_run(plan, MODEL_NAMES[text], []), "records": rows}
 
 
 def measure_report(text: str, parts: Path) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def measure_report(text: str, parts: Path) -> dict[str, Any]:
     pairs = [(candidate.label, peer) for peer, candidate in matched.items()]
     pairs.append(("k4v2", "k2v4"))
     return {
-        **describe_run(plan, text, records),
+        **describe_run(plan, MODEL_NAMES[text], records),
         "comparisons": [compare(by_label[one], by_label[other]) for one, other in pairs if not by_label[other].failure],
     }
 

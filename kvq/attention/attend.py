@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from kvq.attention import kernels as _kernels  # noqa: F401  # registers them
 from kvq.attention.eager import REFERENCE
 from kvq.attention.handle import PackedPair, PackedStates
-from kvq.attention.kernel import Choice, choose
+from kvq.attention.kernel import Choice, choose, is_distrusted
 from kvq.attention.memo import AttentionMemo
 from kvq.attention.request import AttentionRequest
 from kvq.attention.trial import attend_on_trial
@@ -92,7 +92,7 @@ def attend_packed(request: AttentionRequest, memo: AttentionMemo) -> torch.Tenso
     """
     kind = request.kind()
     choice: Choice | None = memo.choices.get(kind)
-    if choice is not None:
+    if choice is not None and not is_distrusted(choice.kernel, request.query.device):
         memo.last_reader = choice.kernel.name
         return choice.kernel.attend(request)
     if len(memo.choices) >= MAX_REMEMBERED_KINDS:

@@ -81,6 +81,11 @@ def distrust(kernel: Kernel, device: torch.device, reason: str) -> None:
     _DISTRUSTED[kernel.name, device] = reason
 
 
+def is_distrusted(kernel: Kernel, device: torch.device) -> bool:
+    """Return whether a kernel has differed from the reference on a device in this process."""
+    return (kernel.name, device) in _DISTRUSTED
+
+
 def choose(request: AttentionRequest) -> Choice:
     """Return the first kernel with no reason against it.
 

@@ -60,7 +60,8 @@ class AttentionRequest:
             None if mask is None else mask.dtype,
             self.softcap is None,
             self.sink_logits is None,
-            self.pair.key.store.segments != (),
-            self.pair.key.store.quantizer,
-            self.pair.value.store.quantizer,
+            self.pair.key.store.device,  # None: nothing is stored
+            # The layer keeps them alive; quantizers of plugins need not be hashable.
+            id(self.pair.key.store.quantizer),
+            id(self.pair.value.store.quantizer),
         )

@@ -80,13 +80,13 @@ def evaluate(
         _check_sizes(length, prefill)
         _check_folders(out, picture)
         candidates = _load_candidates(config, peers)
+        processes = _find_processes()  # before the model is loaded: it chooses the device of this process
         plan = _make_plan(
             _load(model, dtype, device),
             candidates,
             _TextChoice(text, dataset, sequences, length, needles),
             {"prefill": prefill, "step": step, "batch_size": batch_size},
         )
-        processes = _find_processes()
     records = _run(plan, out, processes)
     if processes.is_main:
         _show(records, plan, model, details=details)
@@ -121,7 +121,7 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _check_sizes(length: int, prefill: int) -> None:
-    if prefill >= length:
+    if prefill + 1 >= length:
         raise EvaluationError(f"--prefill {prefill} leaves nothing of --length {length} to score")
 
 

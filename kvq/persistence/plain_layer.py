@@ -16,7 +16,7 @@ def describe(layer: DynamicLayer) -> DynamicHeader | SlidingHeader:
     """Return what the header says of a layer."""
     states = None
     if layer.get_seq_length():
-        keys, values = layer.keys, layer.values
+        keys, values = _kept_states(layer)
         states = PlainStates(
             dtype=str(layer.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by the model
             batch_size=keys.shape[0],
@@ -32,8 +32,8 @@ def describe(layer: DynamicLayer) -> DynamicHeader | SlidingHeader:
 
 def collect(layer: DynamicLayer, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
     """Yield the tensors of a layer that holds tokens, by name."""
-    yield f"{prefix}.key.states", SavedTensor.of(layer.keys)
-    yield f"{prefix}.value.states", SavedTensor.of(layer.values)
+    for name, states in zip(("key", "value"), _kept_states(layer), strict=True):
+        yield f"{prefix}.{name}.states", SavedTensor.of(states)
 
 
 def prepare(layer: DynamicLayer, states: PlainStates, device: torch.device) -> None:
@@ -67,3 +67,12 @@ def fill(layer: DynamicLayer, states: PlainStates, prefix: str, read: Callable[[
     layer.keys, layer.values = (read(f"{prefix}.{name}.states").to(layer.device) for name in ("key", "value"))
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = states.seen
+
+
+def _kept_states(layer: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values that go on being needed; a sliding layer that records its past holds more for a while."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return layer.keys, layer.values
+    most = layer.sliding_window - 1
+    first = max(0, layer.keys.shape[2] - most)
+    return layer.keys[:, :, first:], layer.values[:, :, first:]

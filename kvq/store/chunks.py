@@ -53,6 +53,11 @@ class StoreView:
         """Tokens in the view."""
         return sum(segment.used for segment in self.segments) * self.quantizer.block_length
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the chunks are, or None where there are none."""
+        return next((part.device for segment in self.segments for part in segment.parts.values()), None)
+
     def decode_into(self, out: torch.Tensor, start: int = 0) -> None:
         """Write the states of the tokens from `start`, a multiple of the block length, into `out` `[B, H, T, D]`."""
         block_length = self.quantizer.block_length

@@ -109,6 +109,7 @@ def test_a_yaml_block_is_a_configuration(text):
 
 @pytest.mark.parametrize("command", find_commands())
 def test_a_command_exists(command):
+    assert not re.search("[<>]", re.sub("'[^']*'", "", command)), "a shell would redirect"
     program, *arguments = command.split()
     if program == "make":
         makefile = (ROOT / "Makefile").read_text()

@@ -7,15 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
-from kvq import KVQ
-from kvq.evaluation.quality.candidates import Candidate, count_held_bytes, history_errors, list_peers
+from kvq import KVQ, KVQCacheConfig
+from kvq.evaluation.quality.candidates import Candidate, count_held_bytes, history_errors, list_peers, make_candidate
 from kvq.evaluation.quality.forcing import force_tokens
 from kvq.evaluation.quality.metrics import Estimate, TokenScores, bin_means
 from kvq.evaluation.quality.needle import DEPTHS, answer_exactly, build_task
 from kvq.evaluation.quality.record import compare_kl
-from kvq.evaluation.quality.run import evaluate
+from kvq.evaluation.quality.run import EvaluationPlan, evaluate
+from kvq.evaluation.quality.text import TokenText
 
 LENGTH = 400
 NEVER_FULL = {"residual_length": 4096}
@@ -174,3 +176,27 @@ def test_bytes_of_a_peer_are_all_its_tensors(loaded, text):
     # 4 bits a code, scale and shift of 4 bytes each for 64 elements; what is not quantized yet has 4 bytes.
     least, most = stored * (4 / 8 + 8 / 64), stored * (4 / 8 + 8 / 64) + layers * 2 * heads * dim * 128 * 4
     assert least * 0.9 < count_held_bytes(cache) < most
+
+
+@pytest.mark.parametrize("kind", ["sliding", "linear attention"])
+def test_layers_that_forget_are_compared_as_far_as_they_go(kind):
+    shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    shape |= dict(num_hidden_layers=2, vocab_size=99)
+    if kind == "sliding":
+        config = transformers.MistralConfig(sliding_window=64, **shape)
+    else:
+        linear = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+        linear |= {f"linear_{name}_head_dim": 16 for name in ("key", "value")}
+        layers = ["linear_attention", "full_attention"]
+        experts = dict(
+            num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32
+        )
+        config = transformers.Qwen3NextConfig(layer_types=layers, **linear, **experts, **shape)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(99, (2, 200), generator=torch.Generator().manual_seed(0))
+    text = TokenText("random", tokens, torch.ones(200, dtype=torch.bool))
+    candidates = [make_candidate("two", KVQCacheConfig(nbits_v=2, residual_length=16))]
+    (record,) = evaluate(EvaluationPlan(model, text, candidates, None, prefill=100, step=20))
+    assert not record.failure
+    assert record.error_by_distance[0] < record.error_by_distance[-1] < 1

@@ -84,15 +84,17 @@ def history_errors(cache: Cache, reference: Cache, bins: int) -> list[float] | N
         bins: runs of equal length; the first one has the newest tokens.
 
     Returns:
-        Root mean square error over that of the states, for each run, over all layers, keys and values; None for a
-        cache whose history cannot be read, or one that is not ours.
+        Root mean square error over that of the states, for each run, over all layers that have keys and values, as far
+        back as full precision keeps them; None for a cache whose history cannot be read, or one that is not ours.
     """
     if not isinstance(cache, KVQ):
         return None
     wrong, total = torch.zeros(bins), torch.zeros(bins)
-    filled = [(index, layer) for index, layer in enumerate(reference.layers) if layer.is_initialized]
+    filled = [(i, layer) for i, layer in enumerate(reference.layers) if getattr(layer, "keys", None) is not None]
     for index, layer in filled:
         for found, expected in zip(cache.materialize(index), (layer.keys, layer.values), strict=True):
+            kept = min(found.shape[2], expected.shape[2])  # of a sliding layer the two may keep unequally many
+            found, expected = found[:, :, -kept:], expected[:, :, -kept:]
             runs = zip(_runs_back(found - expected, bins), _runs_back(expected, bins), strict=True)
             for place, (difference, states) in enumerate(runs):
                 wrong[place] += difference.float().square().sum().cpu()

@@ -65,7 +65,7 @@ class Estimate:
         count = len(parts)
         if count < 2:
             return cls(float(parts.mean()), math.nan)
-        quantile = _T_95[count - 2] if count - 2 < len(_T_95) else 1.96 + 2.5 / (count - 1)
+        quantile = _T_95[count - 2] if count - 2 < len(_T_95) else 1.96 + 2.37 / (count - 1) + 2.8 / (count - 1) ** 2
         return cls(float(parts.mean()), quantile * float(parts.double().std()) / math.sqrt(count))
 
     def __str__(self) -> str:

@@ -13,6 +13,8 @@ from kvq.evaluation.quality.candidates import Candidate
 from kvq.evaluation.quality.metrics import NOT_ESTIMATED, Estimate, TokenScores, bin_means
 
 POSITION_BINS = 8
+NeedleAnswer = tuple[float, bool, bool]
+"""Depth of a fact, whether the answer about it is exact, and whether it is in full precision."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class QualityRecord:
         error_by_distance: relative error of the states by distance, nearest first; None for a peer.
         needle_by_depth: share of exact answers for each depth.
         needle: share of exact answers.
+        reference_needle: the same in full precision.
         bits_key: effective bits of a stored key element, metadata and slack included; None for a peer.
         bits_value: the same for the values.
         effective_bits: all that is held, window included, for each element of the states.
@@ -75,6 +78,7 @@ class QualityRecord:
     error_by_distance: Sequence[float] | None = None
     needle_by_depth: Mapping[str, float] = field(default_factory=dict)
     needle: float = math.nan
+    reference_needle: float = math.nan
     bits_key: float | None = None
     bits_value: float | None = None
     effective_bits: float = math.nan
@@ -101,14 +105,14 @@ class QualityRecord:
 
 
 def summarize(
-    candidate: Candidate, batches: Sequence[BatchResult], needles: Sequence[tuple[float, bool]], state_bits: int
+    candidate: Candidate, batches: Sequence[BatchResult], needles: Sequence[NeedleAnswer], state_bits: int
 ) -> QualityRecord:
     """Return the record of one cache from all its batches.
 
     Args:
         candidate: the cache.
         batches: in the order of the sequences.
-        needles: depth and success of each question.
+        needles: the answer to each question.
         state_bits: bits of one element in full precision.
     """
     scores = TokenScores.concatenate([batch.scores for batch in batches], dim=0)
@@ -130,7 +134,8 @@ def summarize(
         kl_by_position=bin_means(scores.kl, POSITION_BINS),
         error_by_distance=torch.tensor(distances).mean(0).tolist() if distances else None,
         needle_by_depth=_rates(needles),
-        needle=sum(right for _, right in needles) / len(needles) if needles else math.nan,
+        needle=sum(right for _, right, _ in needles) / len(needles) if needles else math.nan,
+        reference_needle=sum(expected for _, _, expected in needles) / len(needles) if needles else math.nan,
         bits_key=batches[0].bits[0],
         bits_value=batches[0].bits[1],
         effective_bits=state_bits * held / plain,
@@ -151,9 +156,9 @@ def _p99(numbers: torch.Tensor) -> float:
     return float(flat.kthvalue(max(1, round(0.99 * len(flat)))).values)
 
 
-def _rates(needles: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    depths = sorted({depth for depth, _ in needles})
-    found = {depth: [right for where, right in needles if where == depth] for depth in depths}
+def _rates(needles: Sequence[NeedleAnswer]) -> dict[str, float]:
+    depths = sorted({depth for depth, _, _ in needles})
+    found = {depth: [right for where, right, _ in needles if where == depth] for depth in depths}
     return {f"{depth:g}": sum(rights) / len(rights) for depth, rights in found.items()}
 
 

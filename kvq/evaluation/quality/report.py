@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import platform
-import re
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 from kvq.evaluation.quality.record import QualityRecord
 from kvq.evaluation.quality.run import EvaluationPlan
-from kvq.requirements import find_version
+from kvq.requirements import find_versions
 
 COLUMNS = (
     "cache",
@@ -39,10 +37,8 @@ def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
     rows = []
     if measured:
         plain = measured[0]
-        rows.append(
-            ("full precision", f"{plain.reference_perplexity:.4g}", *["-"] * 6, _mebibytes(plain.full_precision_bytes))
-        )
-    rows = [(*row, "1.00x") for row in rows]
+        needle, held = _rate(plain.reference_needle), _mebibytes(plain.full_precision_bytes)
+        rows.append(("full precision", f"{plain.reference_perplexity:.4g}", *["-"] * 4, needle, "-", held, "1.00x"))
     return [*rows, *map(_row, measured)]
 
 
@@ -92,7 +88,7 @@ def _row(record: QualityRecord) -> tuple[str, ...]:
         str(record.kl),
         f"{record.kl_p99:.2e}",
         f"{record.top1:.2%}",
-        "-" if math.isnan(record.needle) else f"{record.needle:.1%}",
+        _rate(record.needle),
         bits,
         _mebibytes(record.held_bytes),
         f"{record.compression:.2f}x",
@@ -103,11 +99,9 @@ def _figures(numbers: Sequence[float]) -> str:
     return " ".join(f"{number:.1e}" if number else "0" for number in numbers) or "-"
 
 
+def _rate(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
+
+
 def _mebibytes(count: float) -> str:
     return f"{count / 2**20:.2f} MiB"
-
-
-def find_versions(others: Sequence[str] = ()) -> dict[str, str]:
-    """Return the versions of kvq, of what it depends on, and of `others` that are installed."""
-    names = [re.split(r"[^\w.-]", text)[0] for text in metadata.requires("kvq") or () if "extra ==" not in text]
-    return {name: version for name in ("kvq", *names, *others) if (version := find_version(name))}

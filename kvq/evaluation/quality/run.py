@@ -29,8 +29,9 @@ from kvq.evaluation.quality.forcing import force_tokens
 from kvq.evaluation.quality.metrics import TokenScores
 from kvq.evaluation.quality.needle import NeedleTask, answer_exactly
 from kvq.evaluation.quality.processes import Processes
-from kvq.evaluation.quality.record import BatchResult, QualityRecord, summarize
+from kvq.evaluation.quality.record import BatchResult, NeedleAnswer, QualityRecord, summarize
 from kvq.evaluation.quality.text import TokenText
+from kvq.requirements import find_versions
 
 DISTANCE_BINS = 8
 
@@ -70,7 +71,7 @@ class EvaluationPlan:
     @property
     def digest(self) -> str:
         """A fingerprint of all but the candidates."""
-        parts = [self.text.digest, self.prefill, self.step, self.batch_size, str(self.model.dtype)]
+        parts = [self.text.digest, self.prefill, self.step, self.batch_size, str(self.model.dtype), find_versions()]
         if self.needles:
             parts.append(hashlib.sha256(self.needles.prompts.numpy().tobytes()).hexdigest())
         parts += [f"{name} {weight.detach().double().sum().item()!r}" for name, weight in self.model.named_parameters()]
@@ -154,23 +155,31 @@ class _Reference:
         tokens: int64 `[B, L]`, on the model's device.
         logits: for each step, in the model's dtype.
         cache: after the last token.
+        answers: depth and success of each question that falls to this batch.
     """
 
     tokens: torch.Tensor
     logits: list[torch.Tensor]
     cache: Cache
+    answers: list[tuple[float, bool]]
 
     @classmethod
     def run(cls, plan: EvaluationPlan, index: int) -> _Reference:
         rows = slice(index * plan.batch_size, (index + 1) * plan.batch_size)
         tokens = plan.text.sequences[rows].to(plan.model.device)
-        cache = DynamicCache(config=plan.model.config)
-        return cls(tokens, list(force_tokens(plan.model, tokens, cache, prefill=plan.prefill, step=plan.step)), cache)
+
+        def build() -> Cache:
+            empty: Cache = DynamicCache(config=plan.model.config)
+            return empty
+
+        cache = build()
+        logits = list(force_tokens(plan.model, tokens, cache, prefill=plan.prefill, step=plan.step))
+        return cls(tokens, logits, cache, _answer_needles(plan, build, index))
 
 
 def _measure(
     plan: EvaluationPlan, candidate: Candidate, index: int, reference: _Reference
-) -> tuple[BatchResult, list[tuple[float, bool]]]:
+) -> tuple[BatchResult, list[NeedleAnswer]]:
     cache = candidate.build(plan.model)
     steps = force_tokens(plan.model, reference.tokens, cache, prefill=plan.prefill, step=plan.step)
     targets = reference.tokens[:, plan.prefill :]
@@ -187,16 +196,17 @@ def _measure(
         errors_by_distance=history_errors(cache, reference.cache, DISTANCE_BINS),
         bits=(memory.effective_bits_key, memory.effective_bits_value) if memory else (None, None),
     )
-    return batch, _answer_needles(plan, candidate, index)
+    answers = _answer_needles(plan, lambda: candidate.build(plan.model), index)
+    compared = zip(answers, reference.answers, strict=True)
+    return batch, [(depth, right, expected) for (depth, right), (_, expected) in compared]
 
 
-def _answer_needles(plan: EvaluationPlan, candidate: Candidate, index: int) -> list[tuple[float, bool]]:
+def _answer_needles(plan: EvaluationPlan, build: Callable[[], Cache], index: int) -> list[tuple[float, bool]]:
     """Answer the share of the questions that falls to this batch."""
     if plan.needles is None:
         return []
     share = math.ceil(len(plan.needles.prompts) / plan.batches)
     rows = slice(index * share, (index + 1) * share)
-    build = lambda: candidate.build(plan.model)  # noqa: E731  # a name for what is passed on
     return list(answer_exactly(plan.model, plan.needles, build, batch_size=plan.batch_size, rows=rows))
 
 
@@ -216,7 +226,7 @@ class _Parts:
         batch = BatchResult(TokenScores(**kept["scores"]), bits=tuple(kept["bits"]), **kept["batch"])
         return batch, [tuple(answer) for answer in kept["needles"]]
 
-    def keep(self, candidate: Candidate, index: int, result: tuple[BatchResult, list[tuple[float, bool]]]) -> None:
+    def keep(self, candidate: Candidate, index: int, result: tuple[BatchResult, list[NeedleAnswer]]) -> None:
         """Write a result; a file is whole or not there."""
         path = self._path(candidate, index)
         if path is None:
