@@ -19,7 +19,8 @@ def kvq_backend() -> BackendSpec:
     return BackendSpec(
         name="template",
         api_version=API_VERSION,
-        capabilities=Capabilities(nbits=(2, 3, 4, 5, 6, 7, 8)),
+        # At 2 bits three levels are all that is symmetric about zero: the contract finds that too few for the bytes.
+        capabilities=Capabilities(nbits=(3, 4, 5, 6, 7, 8)),
         build=build,
         options=TemplateOptions,
         summary="symmetric absmax rounding, an example to copy",
