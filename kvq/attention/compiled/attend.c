@@ -249,17 +249,19 @@ static void transform(float *x, int64_t dim, int64_t block) {
   for (int64_t i = 0; i < dim; i++) x[i] *= scale;
 }
 
-/* ---- Micro kernels: sums[r][n] += a[r][k] * codes[k][n] for R rows and N vectors, k over `count`. */
+/* ---- Micro kernels: sums[r][n] += a[r][k] * codes[k][n] for R rows and N vectors, k over `count`. Meanwhile memory is
+ * asked for what stands at `ahead`, `pace` bytes an iteration: as many at once would stall as long as none at all. */
 
 #define DEFINE_MICRO(NAME, TYPE, LOAD)                                                                               \
   static inline __attribute__((always_inline)) void NAME##_body(                                                     \
       const int R, const int N, const float *a, int64_t a_stride, int64_t count, const TYPE *codes, int64_t stride,  \
-      float *sums, int64_t sums_stride) {                                                                            \
+      float *sums, int64_t sums_stride, const uint8_t *ahead, int64_t pace) {                                        \
     vf total[MAX_ROWS][MAX_VECTORS];                                                                                 \
     for (int r = 0; r < R; r++)                                                                                      \
       for (int n = 0; n < N; n++) total[r][n] = (vf){0};                                                             \
     for (int64_t k = 0; k < count; k++) {                                                                            \
       vf code[MAX_VECTORS];                                                                                          \
+      __builtin_prefetch(ahead + k * pace);                                                                          \
       for (int n = 0; n < N; n++) code[n] = LOAD(codes + k * stride + n * VL);                                       \
       for (int r = 0; r < R; r++) {                                                                                  \
         vf factor = splat(a[r * a_stride + k]);                                                                      \
@@ -270,14 +272,14 @@ static void transform(float *x, int64_t dim, int64_t block) {
       for (int n = 0; n < N; n++) store(sums + r * sums_stride + n * VL, total[r][n]);                               \
   }                                                                                                                  \
   static void NAME(int rows, int vectors, const float *a, int64_t a_stride, int64_t count, const TYPE *codes,        \
-                   int64_t stride, float *sums, int64_t sums_stride) {                                               \
+                   int64_t stride, float *sums, int64_t sums_stride, const uint8_t *ahead, int64_t pace) {           \
     switch (rows * 8 + vectors) {                                                                                    \
       MICRO_CASES(NAME)                                                                                              \
     }                                                                                                                \
   }
 #define MICRO_CASE(NAME, R, N)                                                                                       \
   case R * 8 + N:                                                                                                    \
-    NAME##_body(R, N, a, a_stride, count, codes, stride, sums, sums_stride);                                         \
+    NAME##_body(R, N, a, a_stride, count, codes, stride, sums, sums_stride, ahead, pace);                            \
     break;
 #define MICRO_ROW(NAME, R) MICRO_CASE(NAME, R, 1) MICRO_CASE(NAME, R, 2) MICRO_CASE(NAME, R, 3) MICRO_CASE(NAME, R, 4)
 #define MICRO_CASES(NAME) MICRO_ROW(NAME, 1) MICRO_ROW(NAME, 2) MICRO_ROW(NAME, 3) MICRO_ROW(NAME, 4)
@@ -356,6 +358,8 @@ static cursor_t seek(const side_t *side, int64_t block) {
 typedef struct {
   int8_t *codes;
   float *scale, *mid; /* per channel [D], per token [groups][L] */
+  const uint8_t *ahead; /* the widest plane of the block behind, which is fetched while this one is multiplied */
+  int64_t ahead_bytes;
 } block_t;
 
 static void read_numbers(float *to, const uint8_t *from, int64_t type, const side_t *side, float factor) {
@@ -391,7 +395,10 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
   for (int64_t p = 0; p < side->plane_count; p++) {
     int64_t width = side->widths[p];
     uint8_t half = p + 1 == side->plane_count ? (uint8_t)(1 << (side->bits - 1)) : 0;
-    unpack_plane(side, is_key, width, shift, half, segment->planes[p] + place * (L * width / 8 * D), block->codes);
+    int64_t bytes = L * width / 8 * D;
+    const uint8_t *packed = segment->planes[p] + place * bytes;
+    if (p == 0) block->ahead = packed + bytes, block->ahead_bytes = bytes;
+    unpack_plane(side, is_key, width, shift, half, packed, block->codes);
     shift += (int)width;
   }
   float factor = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
@@ -425,6 +432,7 @@ static void score_block(work_t *w, const float *query, int64_t offset) {
   const side_t *side = &w->q->key;
   const block_t *block = &w->block;
   int64_t L = side->block_length, D = side->head_dim, G = side->group_length;
+  int64_t pace = block->ahead_bytes / D;
   for (int64_t first = 0; first < w->rows; first += MAX_ROWS) {
     int rows = (int)least(MAX_ROWS, w->rows - first);
     const float *q = query + first * D;
@@ -451,7 +459,8 @@ static void score_block(work_t *w, const float *query, int64_t offset) {
       for (int64_t g = 0; g < side->groups; g++) {
         int64_t start = g * G, count = side->per_channel ? D : least(G, D - start);
         const float *a = side->per_channel ? w->folded : q + start;
-        multiply_codes(rows, vectors, a, D, count, block->codes + start * L + t, L, w->sums, MAX_VECTORS * VL);
+        multiply_codes(rows, vectors, a, D, count, block->codes + start * L + t, L, w->sums, MAX_VECTORS * VL,
+                       block->ahead + start * pace, pace);
         for (int r = 0; r < rows; r++) {
           float *scores = w->scores + (first + r) * w->score_stride + offset + t;
           const float *sums = w->sums + r * MAX_VECTORS * VL;
@@ -476,6 +485,7 @@ static void mix_block(work_t *w, int64_t offset) {
   const block_t *block = &w->block;
   int64_t L = side->block_length, D = side->head_dim, groups = side->per_channel ? 1 : side->groups;
   int64_t G = side->per_channel ? D : side->group_length;
+  int64_t strips = (D + MAX_VECTORS * VL - 1) / (MAX_VECTORS * VL), pace = block->ahead_bytes / (strips * L);
   for (int64_t first = 0; first < w->rows; first += MAX_ROWS) {
     int rows = (int)least(MAX_ROWS, w->rows - first);
     const float *weights = w->scores + first * w->score_stride + offset;
@@ -513,7 +523,8 @@ static void mix_block(work_t *w, int64_t offset) {
       for (int64_t d = g * G; d < end; d += MAX_VECTORS * VL) {
         int64_t channels = least(MAX_VECTORS * VL, end - d);
         int vectors = (int)((channels + VL - 1) / VL);
-        multiply_codes(rows, vectors, a, a_stride, L, block->codes + d, D, w->sums, MAX_VECTORS * VL);
+        multiply_codes(rows, vectors, a, a_stride, L, block->codes + d, D, w->sums, MAX_VECTORS * VL,
+                       block->ahead + d / (MAX_VECTORS * VL) * L * pace, pace);
         for (int r = 0; r < rows; r++) {
           float *out = w->stored_sum + (first + r) * D + d;
           const float *sums = w->sums + r * MAX_VECTORS * VL;
@@ -632,7 +643,7 @@ static void attend_exact(work_t *w, const states_t *keys, const states_t *values
         int64_t channels = least(MAX_VECTORS * VL, Dv - d);
         int vectors = (int)((channels + VL - 1) / VL);
         multiply_states(rows, vectors, w->scores + first * w->score_stride, w->score_stride, count, w->states + d, Dv,
-                        w->sums, MAX_VECTORS * VL);
+                        w->sums, MAX_VECTORS * VL, (const uint8_t *)w->states, 0);
         for (int r = 0; r < rows; r++)
           for (int64_t i = 0; i < channels; i++)
             w->exact_sum[(first + r) * Dv + d + i] += w->sums[r * MAX_VECTORS * VL + i];
