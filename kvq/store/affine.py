@@ -95,10 +95,11 @@ class AffineCodec:
         A group with an element that is not finite comes back as NaN, all of it: what it was is lost, and nothing that
         looks like an ordinary number may stand in its place. The backend sees zeros there.
         """
-        rotated = states.float() if self.rotation is None else self.rotation.apply(states.float())
-        groups = self._group(rotated.unflatten(2, (-1, self.block_length)))
-        lost = groups.isfinite().all(-1).logical_not_()
-        groups = groups.masked_fill(lost[..., None], 0)
+        rotated = states if self.rotation is None else self.rotation.apply(states.float())
+        groups = self._group(rotated.unflatten(2, (-1, self.block_length))).float()
+        lost = groups.abs().amax(-1).isfinite().logical_not_()
+        if lost.device.type != "cpu" or lost.any():  # elsewhere asking takes longer than filling
+            groups = groups.masked_fill(lost[..., None], 0)
         codes, scale, offset = self.quantizer.encode(groups)
         self._check_result(groups, codes, scale, offset)
         parts = {}

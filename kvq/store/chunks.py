@@ -17,7 +17,7 @@ from kvq.store.segments import Segment, copy_segments
 
 MAX_CHUNK_LENGTH = 2048
 """Tokens in the largest chunk."""
-ENCODE_ELEMENTS = 1 << 20
+ENCODE_ELEMENTS = 1 << 19
 """Elements quantized in one call, which bounds the temporaries to some MiB whatever is flushed."""
 GROWTH_DIVISOR = 4
 """A chunk opened for future tokens holds at most this fraction of what is stored, which bounds the slack."""
