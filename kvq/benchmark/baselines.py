@@ -91,6 +91,10 @@ class BufferLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens."""
+        self.length += tokens_to_remove
+
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
         return self.length

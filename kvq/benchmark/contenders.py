@@ -10,6 +10,7 @@ from transformers import DynamicCache, PretrainedConfig, QuantizedCache
 from transformers.cache_utils import Cache
 
 from kvq.attention.attend import ATTENTION_NAME
+from kvq.attention.eager import REFERENCE
 from kvq.benchmark.baselines import PACKED_ATTENTION, build_buffer_cache
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig
@@ -22,6 +23,8 @@ DYNAMIC_PACKED = "DynamicCache, packed queries"
 BUFFER = "buffer, packed queries"
 """The baseline that every ratio is taken against: full precision as fast as plain torch has it."""
 SDPA = "sdpa"
+FORMS = (("fused", ATTENTION_NAME, None), ("eager", ATTENTION_NAME, REFERENCE.name), ("materialized", SDPA, None))
+"""How a cache of ours is read: label, attention implementation and kernel."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Contender:
         attention: the attention implementation, by its name in transformers.
         build: makes an empty cache for a model of this configuration, with room for so many tokens where it asks.
         settings: what it was made from, as plain values.
+        kernel: the kernel that must read it, by name; None for the one that is the default here.
     """
 
     label: str
@@ -41,11 +45,12 @@ class Contender:
     attention: str
     build: Callable[[PretrainedConfig, int], Cache] = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    kernel: str | None = None
 
     @property
-    def is_materialized(self) -> bool:
-        """Whether it is a cache of ours that is not read packed."""
-        return self.kind == "kvq" and self.attention != ATTENTION_NAME
+    def is_variant(self) -> bool:
+        """Whether it is a cache of ours that is not read as it is by default under "kvq" attention."""
+        return self.kind == "kvq" and (self.attention != ATTENTION_NAME or self.kernel is not None)
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,11 @@ def list_peers(nbits: int) -> Iterator[Contender]:
 
 
 def list_own(configs: Mapping[str, KVQCacheConfig]) -> Iterator[Contender]:
-    """Yield each configuration twice: read packed, and materialized for transformers' own attention."""
+    """Yield each configuration three times: read packed, the same by the reference, and materialized for SDPA."""
     for label, config in configs.items():
-        for form, attention in (("fused", ATTENTION_NAME), ("materialized", SDPA)):
-            yield Contender(f"kvq {label}, {form}", "kvq", attention, _own_builder(config), config.to_dict())
+        for form, attention, kernel in FORMS:
+            build, settings = _own_builder(config), config.to_dict()
+            yield Contender(f"kvq {label}, {form}", "kvq", attention, build, settings, kernel)
 
 
 def backend_configs(backends: Sequence[str], nbits: int) -> dict[str, KVQCacheConfig]:

@@ -7,6 +7,7 @@ second is the first decode step, where a kernel is compiled or loaded.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,10 +19,10 @@ from transformers import PreTrainedModel
 
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.clock import time_call
-from kvq.benchmark.contenders import Contender, ContenderChoice
+from kvq.benchmark.contenders import DYNAMIC, Contender, ContenderChoice
 from kvq.benchmark.models import build_model
 from kvq.benchmark.setting import Setting, Shape, find_dtype
-from kvq.benchmark.statistics import Spread
+from kvq.benchmark.statistics import Spread, ratio
 from kvq.errors import KVQError
 from kvq.evaluation.model_loading import load_model
 
@@ -45,13 +46,14 @@ class FirstTokens:
     warm_ms: list[tuple[float, float]] = field(default_factory=list)
     failure: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+    def to_dict(self, dynamic: Sequence[float]) -> dict[str, Any]:
+        """Return plain values; `dynamic` are the milliseconds of `DynamicCache` to the first token, warm."""
         firsts, seconds = ([times[place] for times in self.warm_ms] for place in (0, 1))
         return {
             "label": self.label,
             "cold_ms": {"first": self.cold_ms[0], "second": self.cold_ms[1]} if self.cold_ms else None,
             "warm_ms": {"first": asdict(Spread.of(firsts)), "second": asdict(Spread.of(seconds))} if firsts else None,
+            "first_to_dynamic": asdict(ratio(firsts, dynamic)) if firsts and len(firsts) == len(dynamic) else None,
             "failure": self.failure,
         }
 
@@ -61,6 +63,7 @@ def measure_first_tokens(
     choice: ContenderChoice,
     rounds: int,
     model_name: str | None = None,
+    limit_s: float = math.inf,
     on_progress: Callable[[str, int], None] = lambda label, work: None,  # noqa: ARG005
 ) -> dict[str, Any]:
     """Return what every contender takes, as plain values: each cold first, then in turns.
@@ -70,20 +73,25 @@ def measure_first_tokens(
         choice: of contenders.
         rounds: of warm runs.
         model_name: of a model of the user's; a random one of the setting's shape unless given.
+        limit_s: seconds that the warm runs of one contender may take, by its cold one.
         on_progress: called with a label and tokens read.
     """
-    contenders = [one for one in choice.contenders() if not one.is_materialized]
+    contenders = [one for one in choice.contenders() if not one.is_variant]
     found = [FirstTokens(one.label) for one in contenders]
     for one in found:
         on_progress(f"{one.label}, first token cold", setting.tokens)
         _measure_cold(one, setting, choice, model_name)
+        if one.cold_ms is not None and one.cold_ms[0] * rounds > limit_s * 1e3:
+            one.failure = f"no warm run: the cold one took {one.cold_ms[0] / 1e3:.0f} s; --limit allows {limit_s:.0f} s"
     model = _load(model_name, setting)
     for _ in range(rounds):
         for one, contender in zip(found, contenders, strict=True):
             on_progress(f"{one.label}, first token warm", setting.tokens)
             if one.failure is None:
                 one.warm_ms.append(read_prompt(model, contender, setting))
-    return {**setting.to_dict(), "shape": asdict(setting.shape), "contenders": [one.to_dict() for one in found]}
+    dynamic = [first for one in found if one.label == DYNAMIC for first, _ in one.warm_ms]
+    described = [one.to_dict(dynamic) for one in found]
+    return {**setting.to_dict(), "shape": asdict(setting.shape), "contenders": described}
 
 
 @torch.inference_mode()

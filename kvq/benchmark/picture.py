@@ -70,7 +70,7 @@ def _draw_axes(axes: Any, results: Sequence[Mapping[str, Any]], quantity: str, n
         medians = [spread["median"] for _, spread in points]
         below = [spread["median"] - spread["low"] for _, spread in points]
         above = [spread["high"] - spread["median"] for _, spread in points]
-        is_materialized = label.endswith("materialized")
+        is_materialized = label.endswith(("materialized", "eager"))
         axes.errorbar(
             lengths,
             medians,

@@ -61,9 +61,10 @@ class Measured:
             return None
         return ratio(self.steps_ms, other.steps_ms)
 
-    def to_dict(self, baseline: Measured | None) -> dict[str, Any]:
-        """Return plain values, with the ratio to the baseline where both were measured."""
-        compared = self.ratio_to(baseline) if baseline else None
+    def to_dict(self, buffer: Measured | None, dynamic: Measured | None = None) -> dict[str, Any]:
+        """Return plain values, with the ratios to the buffer and to `DynamicCache` where these were measured."""
+        compared = self.ratio_to(buffer) if buffer else None
+        to_dynamic = self.ratio_to(dynamic) if dynamic else None
         return {
             "label": self.contender.label,
             "kind": self.contender.kind,
@@ -72,6 +73,7 @@ class Measured:
             "step_ms": _plain(self.step),
             "to_buffer": _plain(compared),
             "is_tie": is_tie(compared) if compared else None,
+            "to_dynamic": _plain(to_dynamic),
             "flush_ms": _plain(self.flush),
             "flush_interval": self.flush_interval,
             "amortized_ms": self.amortized_ms,

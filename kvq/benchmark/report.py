@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvq.benchmark.clock import memory_tool
-from kvq.benchmark.contenders import BUFFER
+from kvq.benchmark.contenders import BUFFER, DYNAMIC
 from kvq.benchmark.machine import describe_machine
 from kvq.benchmark.record_proof import summarize_proof
 from kvq.benchmark.run import SettingResult
@@ -18,6 +18,9 @@ from kvq.byte_size import format_bytes
 FIRST_TOKEN_COLUMNS = ("cache", "first token cold s", "second ms", "first token warm s", "second ms")
 FORMAT = 1
 """Of the JSON document."""
+
+FORWARD_COLUMNS = ("cache", "ms", f"time against {DYNAMIC}", f"against the {BUFFER}", "transient", "read by")
+STEPS_COLUMNS = ("cache", "median ms", "99th percentile ms", "longest ms", "percentile / median")
 
 COLUMNS = ("cache", "step ms", f"time against the {BUFFER}", "flush ms", "with its share", "transient", "held")
 
@@ -29,7 +32,7 @@ def describe_results(results: Sequence[SettingResult]) -> list[dict[str, Any]]:
             **result.setting.to_dict(),
             "shape": asdict(result.setting.shape),
             "failure": result.failure,
-            "contenders": [one.to_dict(result.baseline) for one in result.measured],
+            "contenders": [one.to_dict(result.find(BUFFER), result.find(DYNAMIC)) for one in result.measured],
         }
         for result in results
     ]
@@ -93,13 +96,46 @@ def first_token_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def forward_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a row of cells under `FORWARD_COLUMNS` for each contender that was measured."""
+    return [
+        (
+            one["label"],
+            milliseconds(one["time_ms"]["median"]),
+            spread_text(one["to_dynamic"]),
+            spread_text(one["to_buffer"]),
+            format_bytes(one["transient_bytes"]),
+            one["kernel"] or "-",
+        )
+        for one in facts["contenders"]
+        if one["time_ms"]
+    ]
+
+
+def steps_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return a row of cells under `STEPS_COLUMNS` for each contender that was measured."""
+    return [
+        (
+            one["label"],
+            *(milliseconds(one[name]) for name in ("median_ms", "p99_ms", "longest_ms")),
+            f"{one['p99_to_median']:.2f}",
+        )
+        for one in facts["contenders"]
+        if one["median_ms"]
+    ]
+
+
+def spread_text(spread: Mapping[str, float] | None) -> str:
+    """Return a median with its interval, or a dash."""
+    return "-" if spread is None else f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
+
+
 def compare(one: Mapping[str, Any]) -> str:
     """Return a ratio to the buffer with its interval; a tie is called one."""
     ratio = one["to_buffer"]
     if one["label"] == BUFFER or ratio is None:
         return "1" if one["label"] == BUFFER else "-"
-    text = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    return f"{text}, a tie" if one["is_tie"] else text
+    return f"{spread_text(ratio)}, a tie" if one["is_tie"] else spread_text(ratio)
 
 
 def _row(one: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvq.benchmark.clock import time_call, transient_bytes
-from kvq.benchmark.contenders import BUFFER, Contender
+from kvq.benchmark.contenders import Contender
 from kvq.benchmark.flush import flush_interval, steps_before_flush
 from kvq.benchmark.machine import find_available_bytes
 from kvq.benchmark.record import Measured
@@ -80,10 +80,9 @@ class SettingResult:
     measured: list[Measured] = field(default_factory=list)
     failure: str | None = None
 
-    @property
-    def baseline(self) -> Measured | None:
-        """The buffer in full precision."""
-        return next((one for one in self.measured if one.contender.label == BUFFER), None)
+    def find(self, label: str) -> Measured | None:
+        """Return what was measured of a contender, or None."""
+        return next((one for one in self.measured if one.contender.label == label), None)
 
 
 def run(plan: Plan, on_progress: OnProgress = lambda label, work: None) -> Iterator[SettingResult]:  # noqa: ARG005
@@ -152,6 +151,7 @@ def _take_step(one: Measured, trial: Trial, number: int) -> None:
 
 def _measure_memory(trial: Trial) -> int:
     """Return the transient bytes of a step that does not flush."""
+    trial.prepare(0)
     waiting = steps_before_flush(trial.cache)
     if waiting is not None and waiting < MEMORY_STEPS:
         trial.extend(waiting + 1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from kvq.attention.handle import PackedStates
+from kvq.attention.kernel import KERNEL_VARIABLE
 from kvq.benchmark.baselines import packed_attention_forward
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.setting import Setting
@@ -85,25 +89,29 @@ class LayerTrial(Trial):
     def step(self) -> torch.Tensor:
         """Return the attention output `[B, 1, Hq, D]`."""
         keys, values = self.cache.update(self.key, self.value, 0)
-        scaling = self.setting.shape.head_dim**-0.5
-        output: torch.Tensor = self.attend(self.module, self.query, keys, values, None, dropout=0.0, scaling=scaling)[0]
-        return output
+        with forced_kernel(self.contender.kernel):
+            return self._attend(keys, values)
 
     def find_error(self) -> float | None:
         """Return the largest difference from attention in float32 over the dequantized states, relative to that."""
         keys, values = self.cache.update(self.key, self.value, 0)
         if not isinstance(keys, PackedStates) or not isinstance(values, PackedStates):
             return None
-        scaling = self.setting.shape.head_dim**-0.5
-        output = self.attend(self.module, self.query, keys, values, None, dropout=0.0, scaling=scaling)[0].float()
+        with forced_kernel(self.contender.kernel):
+            output = self._attend(keys, values).float()
         full_keys, full_values = keys.materialize().float(), values.materialize().float()
-        query = self.query.float()
+        query, scaling = self.query.float(), self.setting.shape.head_dim**-0.5
         expected = packed_attention_forward(self.module, query, full_keys, full_values, None, scaling=scaling)[0]
         return float((output - expected).abs().max() / expected.abs().max())
 
+    def _attend(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        options = {"dropout": 0.0, "scaling": self.setting.shape.head_dim**-0.5}
+        output: torch.Tensor = self.attend(self.module, self.query, keys, values, None, **options)[0]
+        return output
+
 
 class ModelTrial(Trial):
-    """A whole model: a forward of one token for each row.
+    """A whole model: a forward of `width` tokens for each row, one unless set; the last `rejected` are taken back.
 
     Args:
         contender: what is measured.
@@ -119,6 +127,7 @@ class ModelTrial(Trial):
     ) -> None:
         self.model = model
         self.reads_prompt = reads_prompt
+        self.width, self.rejected = 1, 0
         super().__init__(contender, setting, spare)
         self.prepare(0)
 
@@ -140,14 +149,33 @@ class ModelTrial(Trial):
     def prepare(self, seed: int) -> None:
         """Draw the next tokens and give the model the contender's attention."""
         generator = torch.Generator("cpu").manual_seed(seed)
-        tokens = torch.randint(self.setting.shape.vocabulary, (self.setting.batch, 1), generator=generator)
+        size = (self.setting.batch, self.width)
+        tokens = torch.randint(self.setting.shape.vocabulary, size, generator=generator)
         self.tokens = tokens.to(self.setting.device)
         self.model.set_attn_implementation(self.contender.attention)
 
     def step(self) -> torch.Tensor:
         """Return the logits `[B, 1, vocabulary]`."""
-        logits: torch.Tensor = self.model(self.tokens, past_key_values=self.cache, use_cache=True).logits
+        with forced_kernel(self.contender.kernel):
+            output = self.model(self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits
+        if self.rejected:
+            self.cache.crop(-self.rejected)
         return logits
+
+
+@contextmanager
+def forced_kernel(name: str | None) -> Iterator[None]:
+    """Let attention choose the kernel of that name within the block, or as it does by default."""
+    before = os.environ.get(KERNEL_VARIABLE)
+    if name is not None:
+        os.environ[KERNEL_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ.pop(KERNEL_VARIABLE)
+            os.environ.update({} if before is None else {KERNEL_VARIABLE: before})
 
 
 class _AttentionModule(nn.Module):

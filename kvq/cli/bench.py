@@ -6,16 +6,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvq.cli.console import get_console, print_error, print_line, print_table
+from kvq.cli.bench_parts import run_plan, time_generation, time_prompts
+from kvq.cli.console import print_error
 from kvq.errors import BackendError, ConfigError, EvaluationError, ModelError
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ USUAL: dict[str, Any] = {
     "rounds": 21,
     "flushes": 5,
     "layers": 4,
-    "prompt": [2048],
+    "prompt": [2048, 8192],
+    "chunk": [512],
+    "draft": [5],
+    "steps": 512,
 }
 """What is measured unless something else is asked for."""
 QUICK: dict[str, Any] = {
@@ -44,10 +47,11 @@ QUICK: dict[str, Any] = {
     "flushes": 1,
     "layers": 0,
     "prompt": [],
+    "chunk": [],
+    "draft": [],
+    "steps": 0,
 }
 """What `--quick` measures."""
-PROMPT_ROUNDS = 3
-"""Warm runs of each prompt."""
 SPARE = 512
 """Positions that a run may take behind the history: rounds, and the tokens between flushes."""
 _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -56,7 +60,7 @@ _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 def bench(
     length: Annotated[
-        list[int] | None, typer.Option(min=256, help="Tokens of history; may be given several times.")
+        list[int] | None, typer.Option(min=64, help="Tokens of history; may be given several times.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; may be given several times.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; several times.")] = None,
@@ -79,6 +83,15 @@ def bench(
     prompt: Annotated[
         list[int] | None, typer.Option(min=256, help="Tokens of a prompt to time up to the first token; several times.")
     ] = None,
+    chunk: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens of a chunk of a prompt to time behind the history; several.")
+    ] = None,
+    draft: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens of a draft to time the verdict on; several times.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Steps in a row of which median and 99th percentile are told (512).")
+    ] = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds that filling one cache, or its flushes, may take.")] = 60,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
@@ -98,6 +111,7 @@ def bench(
     """
     given: dict[str, Any] = {"length": length, "batch": batch, "dtype": dtype, "rounds": rounds, "flushes": flushes}
     given |= {"layers": layers, "prompt": prompt, "bits": bits, "limit": limit, "peers": peers}
+    given |= {"chunk": chunk, "draft": draft, "steps": steps}
     asked = {name: value if value is not None else (QUICK if quick else USUAL)[name] for name, value in given.items()}
     with _usage_errors():
         _check_files(out, picture)
@@ -106,9 +120,10 @@ def bench(
         choice = _choose_contenders(backend, config, bits, peers=peers)
         loaded = _load(model, where, asked)
         plans = _make_plans(choice, asked, where, loaded)
-    parts = {name: _run(plan) for name, plan in plans.items()}
-    if asked["prompt"] and asked["layers"]:
-        parts["first_token"] = _time_prompts(choice, asked, where, loaded)
+    parts = {name: run_plan(plan) for name, plan in plans.items()}
+    if asked["layers"]:
+        parts["first_token"] = time_prompts(choice, asked, where, loaded)
+        parts |= time_generation(plans["model"], asked)
     _finish(where, {**asked, "model": model, "configs": dict(choice.configs)}, parts, out, picture)
 
 
@@ -206,7 +221,8 @@ def _make_plans(
     plans = {"layer": Plan(contenders, one_layer, make_trial=LayerTrial, **sizes)}
     if asked["layers"]:
         settings = _list_settings(replace(shape, layers=asked["layers"]), asked, device)
-        plans["model"] = Plan(contenders, settings, make_trial=ModelTrials(model), **sizes)
+        in_models = [one for one in contenders if one.kernel is None]
+        plans["model"] = Plan(in_models, settings, make_trial=ModelTrials(model), **sizes)
     return plans
 
 
@@ -219,59 +235,6 @@ def _list_settings(shape: Shape, asked: dict[str, Any], device: torch.device) ->
         for batch in asked["batch"]
         for length in sorted(asked["length"])
     ]
-
-
-def _run(plan: Plan) -> list[dict[str, Any]]:
-    """Measure, and print each table as soon as it is complete."""
-    from kvq.benchmark.report import COLUMNS, describe_results, list_failures, table_rows, title
-    from kvq.benchmark.run import run
-
-    found = []
-    with _progress(plan.work) as on_progress:
-        for result in run(plan, on_progress):
-            (facts,) = describe_results([result])
-            found.append(facts)
-            print_line(title(facts))
-            print_table(COLUMNS, table_rows(facts))
-            for failure in list_failures(facts):
-                print_line(failure)
-            print_line()
-    return found
-
-
-def _time_prompts(
-    choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
-) -> list[dict[str, Any]]:
-    """Measure the time to the first token, at the first batch and dtype that were asked for."""
-    from kvq.benchmark.first_token import measure_first_tokens
-    from kvq.benchmark.report import FIRST_TOKEN_COLUMNS, first_token_rows, list_failures, title
-    from kvq.benchmark.setting import Setting, Shape, find_dtype
-
-    found = []
-    shape = Shape(layers=asked["layers"]) if model is None else Shape.of(model.config)
-    dtype, name = find_dtype(asked["dtype"][0]), None if model is None else model.name_or_path
-    visits = (1 + PROMPT_ROUNDS) * sum(not one.is_materialized for one in choice.contenders())
-    with _progress(visits * asked["batch"][0] * sum(asked["prompt"])) as on_progress:
-        for length in sorted(asked["prompt"]):
-            setting = Setting(shape, length, asked["batch"][0], dtype, device)
-            facts = measure_first_tokens(setting, choice, PROMPT_ROUNDS, name, on_progress)
-            found.append(facts)
-            print_line(f"{title(facts)}: from the prompt to the first and second token")
-            print_table(FIRST_TOKEN_COLUMNS, first_token_rows(facts))
-            for failure in list_failures(facts):
-                print_line(failure)
-            print_line()
-    return found
-
-
-@contextmanager
-def _progress(work: int) -> Iterator[Callable[[str, int], None]]:
-    """Show a bar with the time left."""
-    left = TextColumn("left"), TimeRemainingColumn()
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), *left
-    with Progress(*columns, console=get_console(stderr=True), transient=True) as progress:
-        task = progress.add_task("filling", total=work)
-        yield lambda label, done: progress.update(task, description=label, advance=done)
 
 
 def _finish(
