@@ -9,6 +9,9 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUFFER = "buffer, packed queries"
+DYNAMIC = "DynamicCache"
+SHORT_LENGTH = 1024
+"""Tokens up to which a run counts as one of short contexts."""
 PUBLISHED = (
     (
         "KIVI ([arXiv 2402.02750](https://arxiv.org/abs/2402.02750))",
@@ -42,6 +45,31 @@ def list_settings(run: dict[str, Any], part: str, batch: int) -> list[dict[str, 
     """Return the measured results of a part at one batch size, by dtype and length."""
     found = [facts for facts in run.get(part, ()) if facts["batch"] == batch and facts["contenders"]]
     return sorted(found, key=lambda facts: (facts["dtype"] != "float32", facts["length"]))
+
+
+def is_short(run: dict[str, Any]) -> bool:
+    """Return whether a run is about contexts so short that quantizing has hardly begun."""
+    return max(facts["length"] for facts in run["model"] or run["layer"]) <= SHORT_LENGTH
+
+
+def short_columns(settings: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the header of the table of short contexts."""
+    names = (f"{facts['length']:,}, batch {facts['batch']}" for facts in settings)
+    return ("time of a step, against DynamicCache", *names)
+
+
+def short_rows(settings: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a row for each contender: its time relative to that of `DynamicCache`, under each setting."""
+    labels = list(dict.fromkeys(one["label"] for facts in settings for one in facts["contenders"]))
+    by_setting = [{one["label"]: one for one in facts["contenders"]} for facts in settings]
+    return [(label, *(_to_dynamic(found[label]) for found in by_setting)) for label in labels]
+
+
+def _to_dynamic(one: dict[str, Any]) -> str:
+    ratio = one["to_dynamic"]
+    if one["label"] == DYNAMIC:
+        return f"1 ({_milliseconds(one['step_ms']['median'])} ms)"
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "-"
 
 
 def columns(settings: Sequence[dict[str, Any]]) -> tuple[str, ...]:

@@ -33,10 +33,15 @@ from speed_tables import (
     columns,
     describe_machine,
     flush_rows,
+    is_short,
     list_settings,
     load_runs,
     ratio_rows,
+    short_columns,
+    short_rows,
 )
+from target_table import COLUMNS as TARGET_COLUMNS
+from target_table import target_rows
 
 from kvq import KVQ, KVQCacheConfig, attach, available_backends
 from kvq.cli.demo import demo as demo_command
@@ -193,7 +198,9 @@ def render_speed() -> str:
     for device, place in (("cpu", "a CPU"), ("cuda", "a GPU")):
         runs = load_runs(device)
         parts.append(f"**Measured here, on {place}.**" + ("" if runs else " Nothing yet."))
-        parts += [text for run in runs for text in render_speed_run(run)]
+        parts += [text for run in runs if not is_short(run) for text in render_speed_run(run)]
+        parts += [text for run in runs if is_short(run) for text in render_short_run(run)]
+    parts += ["What is aimed at, all on the CPU above:", table(TARGET_COLUMNS, target_rows(load_runs("cpu")))]
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
     return "\n\n".join(parts)
@@ -212,6 +219,13 @@ def render_speed_run(run: dict[str, Any]) -> Iterable[str]:
         longest = max((facts for facts in layer if facts["dtype"] == "float32"), key=lambda facts: facts["length"])
         yield f"One layer at {longest['length']:,} tokens in float32: flush and memory ({run['memory_tool']})."
         yield table(FLUSH_COLUMNS, flush_rows(longest), right=range(1, len(FLUSH_COLUMNS)))
+
+
+def render_short_run(run: dict[str, Any]) -> Iterable[str]:
+    """Yield the table of a run at short contexts: the whole model against `DynamicCache`."""
+    yield f"The whole model at short contexts; {describe_machine(run)}"
+    settings = [facts for facts in run["model"] if facts["contenders"]]
+    yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
 
 
 def render_memory() -> str:

@@ -17,13 +17,30 @@ def test_a_small_run_prints_a_table_and_writes_what_it_measured(run_kvq, tmp_pat
     document = json.loads((tmp_path / "speed.json").read_text())
     (facts,) = document["layer"]
     labels = [one["label"] for one in facts["contenders"]]
-    assert len(labels) == 5
+    assert len(labels) == 6
     assert all(label in done.stdout for label in labels)
     assert document["machine"]["threads"] == 1
     assert document["machine"]["versions"]["torch"]
     assert document["memory_tool"] == "torch.profiler memory events"
     assert document["options"]["rounds"] == 3
     assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_whole_model_is_measured_in_single_steps_chunks_drafts_and_many_steps(call_kvq, monkeypatch, tmp_path):
+    facts = {"shape": {"layers": 1}, "length": 256, "batch": 1, "dtype": "float32", "contenders": []}
+    # Its test is in tests/benchmark: each contender starts a process of its own.
+    monkeypatch.setattr("kvq.benchmark.first_token.measure_first_tokens", lambda *_: facts)
+    whole = ("--layers", "1", "--chunk", "8", "--draft", "3", "--steps", "4", "--dtype", "float32")
+    out = tmp_path / "speed.json"
+    done = call_kvq(*SMALL, *whole, "--backend", "native", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "8 tokens at once" in done.stdout
+    assert "3 tokens at once, 2 taken back" in done.stdout
+    assert "4 steps in a row" in done.stdout
+    document = json.loads(out.read_text())
+    assert [(one["tokens"], one["rejected"]) for one in document["forwards"]] == [(8, 0), (3, 2)]
+    assert [one["steps"] for one in document["steps"]] == [4]
+    assert len(document["model"][0]["contenders"]) == 5
 
 
 @pytest.mark.parametrize(
@@ -47,7 +64,9 @@ def test_bad_input_is_one_line_and_exit_code_2(call_kvq, arguments, told):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [("--length", "10"), ("--rounds", "1"), ("--batch", "0"), ("--bits", "9")])
+@pytest.mark.parametrize(
+    "arguments", [("--length", "10"), ("--rounds", "1"), ("--batch", "0"), ("--bits", "9"), ("--draft", "1")]
+)
 def test_numbers_out_of_range_are_refused(run_kvq, arguments):
     done = run_kvq("bench", *arguments)
     assert done.returncode == 2

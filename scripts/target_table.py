@@ -1,0 +1,115 @@
+"""The targets of speed that kvq has set itself, beside what `kvq bench` measured; see `speed_tables`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+BUFFER = "buffer, packed queries"
+DYNAMIC_PACKED = "DynamicCache, packed queries"
+PEER = "transformers quanto 4"
+FUSED = "kvq native 4, fused"
+EAGER = "kvq native 4, eager"
+DEFAULTS = (FUSED, "kvq quanto 4, fused")
+"""What targets that name backends are held against."""
+LENGTHS = (8192, 32768)
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+
+COLUMNS = ("on 2 threads", "at least", "aim", "reached")
+LEFT_OUT = "not measured"
+
+Facts = Mapping[str, Any]
+
+
+def target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
+    """Return a row for each target; what the runs do not have is said to be not measured."""
+    return [
+        ("one layer against the buffer, bf16 / fp32", "1.45x / 2x faster", "2.5x / 4x", _join(_layers(runs, BUFFER))),
+        (f"one layer against {PEER}", "18x", "30x", _join(_layers(runs, PEER))),
+        (f"the eager reference against {PEER}", "3x", "6x", _join(_layers(runs, PEER, EAGER))),
+        ("transient memory of a step at 32,768 tokens", "8 MiB", "1 MiB", _join(_transients(runs))),
+        (f"a model of 4 layers at 8,192 against {DYNAMIC_PACKED}", "faster", "1.7x", _join(_models(runs))),
+        ("a prompt of 8,192 tokens against DynamicCache", "at most 1.10x its time", "", _join(_prompts(runs))),
+        ("512 steps in a row: 99th percentile over median", "at most 2", "", _join(_steps(runs))),
+        ("a step at 64 to 1,024 tokens, batch 1 and 8, against DynamicCache", "at most 1.15x", "", _join(_short(runs))),
+        ("512 tokens of a prompt behind 32,768", "at most 1.3x", "", _join(_forwards(runs, is_draft=False))),
+        ("5 tokens of a draft behind 32,768", "at most 1.3x", "", _join(_forwards(runs, is_draft=True))),
+        ("Triton on Hopper against bf16 SDPA", "1.3x", "2x", f"{LEFT_OUT}: no GPU"),
+    ]
+
+
+def _settings(runs: Sequence[Facts], part: str, lengths: Iterable[int] = LENGTHS) -> Iterable[Facts]:
+    """Yield the results of a part at batch 1 and some lengths, bfloat16 first."""
+    found = [facts for run in runs for facts in run.get(part, ()) if facts["batch"] == 1]
+    chosen = [facts for facts in found if facts["length"] in lengths and facts["contenders"]]
+    return sorted(chosen, key=lambda facts: (facts["dtype"] != "bfloat16", facts["length"]))
+
+
+def _find(facts: Facts, label: str) -> Facts | None:
+    return next((one for one in facts["contenders"] if one["label"] == label and not one["failure"]), None)
+
+
+def _layers(runs: Sequence[Facts], other: str, ours: str = FUSED) -> Iterable[str]:
+    return _times_faster(_settings(runs, "layer"), ours, other)
+
+
+def _models(runs: Sequence[Facts]) -> Iterable[str]:
+    return _times_faster(_settings(runs, "model", LENGTHS[:1]), FUSED, DYNAMIC_PACKED)
+
+
+def _times_faster(settings: Iterable[Facts], ours: str, theirs: str) -> Iterable[str]:
+    for facts in settings:
+        one, other = _find(facts, ours), _find(facts, theirs)
+        if one and other and one["step_ms"] and other["step_ms"]:
+            faster = other["step_ms"]["median"] / one["step_ms"]["median"]
+            yield f"{DTYPES[facts['dtype']]} {faster:.3g}x at {facts['length']:,}"
+
+
+def _transients(runs: Sequence[Facts]) -> Iterable[str]:
+    for facts in _settings(runs, "layer", LENGTHS[1:]):
+        one = _find(facts, FUSED)
+        if one:
+            yield f"{DTYPES[facts['dtype']]} {one['transient_bytes'] / 2**20:.2f} MiB"
+
+
+def _prompts(runs: Sequence[Facts]) -> Iterable[str]:
+    for facts in _settings(runs, "first_token", LENGTHS[:1]):
+        yield from _ratios(facts, "first_to_dynamic")
+
+
+def _forwards(runs: Sequence[Facts], *, is_draft: bool) -> Iterable[str]:
+    for facts in _settings(runs, "forwards", LENGTHS[1:]):
+        if bool(facts["rejected"]) is is_draft:
+            yield from _ratios(facts, "to_dynamic")
+
+
+def _ratios(facts: Facts, name: str) -> Iterable[str]:
+    for label in DEFAULTS:
+        one = _find(facts, label)
+        if one and one[name]:
+            yield f"{_backend(label)} {one[name]['median']:.2f}x"
+
+
+def _steps(runs: Sequence[Facts]) -> Iterable[str]:
+    settings = list(_settings(runs, "steps", {facts["length"] for run in runs for facts in run.get("steps", ())}))
+    for label in DEFAULTS:
+        spreads = [one["p99_to_median"] for facts in settings if (one := _find(facts, label))]
+        if spreads:
+            yield f"{_backend(label)} {min(spreads):.2f} to {max(spreads):.2f}"
+
+
+def _short(runs: Sequence[Facts]) -> Iterable[str]:
+    settings = [facts for run in runs for facts in run.get("model", ()) if facts["length"] <= 1024]
+    for label in DEFAULTS:
+        found = [one for facts in settings if (one := _find(facts, label)) and one["to_dynamic"]]
+        if found:
+            medians = [one["to_dynamic"]["median"] for one in found]
+            yield f"{_backend(label)} {min(medians):.2f}x to {max(medians):.2f}x"
+
+
+def _backend(label: str) -> str:
+    return label.split()[1]
+
+
+def _join(figures: Iterable[str]) -> str:
+    return ", ".join(figures) or LEFT_OUT

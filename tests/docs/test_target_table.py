@@ -1,0 +1,46 @@
+"""The targets of speed as README.md tells them."""
+
+from target_table import LEFT_OUT, target_rows
+
+
+def measured(label, step_ms=None, **facts):
+    step = None if step_ms is None else {"median": step_ms}
+    return {"label": label, "failure": None, "step_ms": step, "transient_bytes": 2**19, **facts}
+
+
+def setting_facts(length, *contenders, batch=1, dtype="bfloat16", **facts):
+    return {"length": length, "batch": batch, "dtype": dtype, "contenders": list(contenders), **facts}
+
+
+def test_targets_are_filled_from_the_runs():
+    fused, buffer = measured("kvq native 4, fused", 2.0), measured("buffer, packed queries", 5.0)
+    peer, eager = measured("transformers quanto 4", 50.0), measured("kvq native 4, eager", 10.0)
+    short = measured("kvq quanto 4, fused", 1.0, to_dynamic={"median": 0.7})
+    prompt = measured("kvq native 4, fused", first_to_dynamic={"median": 1.03})
+    draft = measured("kvq native 4, fused", to_dynamic={"median": 0.9})
+    steps = measured("kvq native 4, fused", p99_to_median=1.6)
+    runs = [
+        {
+            "layer": [setting_facts(32768, fused, buffer, peer, eager), setting_facts(2048, fused, buffer)],
+            "model": [setting_facts(8192, fused, measured("DynamicCache, packed queries", 3.0))],
+            "first_token": [setting_facts(8192, prompt)],
+            "forwards": [setting_facts(32768, draft, rejected=3)],
+            "steps": [setting_facts(2048, steps)],
+        },
+        {"model": [setting_facts(256, short, batch=8)], "layer": []},
+    ]
+    reached = [row[-1] for row in target_rows(runs)]
+    assert reached == [
+        "bf16 2.5x at 32,768",
+        "bf16 25x at 32,768",
+        "bf16 5x at 32,768",
+        "bf16 0.50 MiB",
+        "bf16 1.5x at 8,192",
+        "native 1.03x",
+        "native 1.60 to 1.60",
+        "quanto 0.70x to 0.70x",
+        LEFT_OUT,
+        "native 0.90x",
+        f"{LEFT_OUT}: no GPU",
+    ]
+    assert {row[-1] for row in target_rows([])} == {LEFT_OUT, f"{LEFT_OUT}: no GPU"}
