@@ -47,11 +47,15 @@ def usable_device(device: str | torch.device) -> torch.device:
 def reading_ahead(layers: Sequence[Any], layer_idx: int) -> Iterator[None]:
     """Read an offloaded layer within the block, and begin to bring the next one, around the end, after it.
 
-    The copies of a layer are dropped with the block: what was returned to the attention keeps them as long as it needs.
-    On a GPU they travel on a stream of their own while the model computes.
+    The copies of a layer are dropped with the block: what was returned to the attention keeps them as long as it needs,
+    and what a kernel keeps of them goes when the next layer is read. On a GPU they travel on a stream of their own while
+    the model computes.
     """
     layer = layers[layer_idx]
     device = layer.device
+    for other in layers:
+        if isinstance(other, KVQLayer) and other is not layer:
+            other.attention.plans.clear()
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
     try:

@@ -180,3 +180,13 @@ def test_the_compiled_kernel_reads_no_store_that_is_elsewhere(monkeypatch):
     pair = PackedPair(*(side.view() for _, side in layer.sides()), owner=layer)
     request = AttentionRequest(draw(1, 2), pair, None, 1.0)
     assert "another device" in CompiledKernel().find_obstacle(request)
+
+
+def test_what_kernels_keep_of_brought_layers_is_never_more_than_one_layer(elsewhere, copied):
+    cache = KVQ()
+    forward(cache, 300, 0)
+    for step in range(3):
+        for layer_idx, layer in enumerate(cache.layers):
+            cache.update(draw(1, step), draw(1, step + 10), layer_idx)
+            layer.attention.plans["a kernel"] = layer.side("key").store.view().segments
+            assert [one.layer_idx for one in cache.layers if one.attention.plans] == [layer_idx]
