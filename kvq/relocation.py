@@ -48,8 +48,8 @@ def reading_ahead(layers: Sequence[Any], layer_idx: int) -> Iterator[None]:
     """Read an offloaded layer within the block, and begin to bring the next one, around the end, after it.
 
     The copies of a layer are dropped with the block: what was returned to the attention keeps them as long as it needs,
-    and what a kernel keeps of them goes when the next layer is read. On a GPU they travel on a stream of their own while
-    the model computes.
+    and what a kernel keeps of them goes when the next layer is read. On a GPU they travel on a stream of their own
+    while the model computes.
     """
     layer = layers[layer_idx]
     device = layer.device

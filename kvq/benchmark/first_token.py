@@ -82,7 +82,7 @@ def measure_first_tokens(
         on_progress(f"{one.label}, first token cold", setting.tokens)
         _measure_cold(one, setting, choice, model_name)
         if one.cold_ms is not None and one.cold_ms[0] * rounds > limit_s * 1e3:
-            one.failure = f"no warm run: the cold one took {one.cold_ms[0] / 1e3:.0f} s; --limit allows {limit_s:.0f} s"
+            one.failure = f"no warm run: {rounds} would take more than the {limit_s:.0f} s that are allowed"
     model = _load(model_name, setting)
     for _ in range(rounds):
         for one, contender in zip(found, contenders, strict=True):

@@ -173,8 +173,8 @@ def _keep(one: Times, elapsed_ms: float, number: int, effort: Effort) -> None:
         one.times_ms.append(elapsed_ms)
     elif number == -1 and expected_s > effort.limit_s:
         one.failure = (
-            f"not measured: {effort.count} forwards would take about {expected_s:.0f} s; --limit allows "
-            f"{effort.limit_s:.0f} s"
+            f"not measured: {effort.count} forwards would take about {expected_s:.0f} s; {effort.limit_s:.0f} s are "
+            "allowed"
         )
 
 

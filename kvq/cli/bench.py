@@ -92,7 +92,10 @@ def bench(
     steps: Annotated[
         int | None, typer.Option(min=0, help="Steps in a row of which median and 99th percentile are told (512).")
     ] = None,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds that filling one cache, or its flushes, may take.")] = 60,
+    limit: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds to fill one cache, and for its flushes; a prompt has 6 times that."),
+    ] = 60,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
     quick: Annotated[
@@ -120,11 +123,18 @@ def bench(
         choice = _choose_contenders(backend, config, bits, peers=peers)
         loaded = _load(model, where, asked)
         plans = _make_plans(choice, asked, where, loaded)
-    parts = {name: run_plan(plan) for name, plan in plans.items()}
+    options = {**asked, "model": model, "configs": dict(choice.configs)}
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for name, plan in plans.items():
+        parts[name] = run_plan(plan)
+        _write(where, options, parts, out)
     if asked["layers"]:
+        parts |= time_generation(plans["model"], parts["model"], asked)
+        _write(where, options, parts, out)
         parts["first_token"] = time_prompts(choice, asked, where, loaded)
-        parts |= time_generation(plans["model"], asked)
-    _finish(where, {**asked, "model": model, "configs": dict(choice.configs)}, parts, out, picture)
+        _write(where, options, parts, out)
+    if picture is not None:
+        _draw(where, parts["layer"], picture)
 
 
 @contextmanager
@@ -237,20 +247,21 @@ def _list_settings(shape: Shape, asked: dict[str, Any], device: torch.device) ->
     ]
 
 
-def _finish(
-    device: torch.device,
-    options: dict[str, Any],
-    parts: dict[str, list[dict[str, Any]]],
-    out: Path | None,
-    picture: Path | None,
+def _write(
+    device: torch.device, options: dict[str, Any], parts: dict[str, list[dict[str, Any]]], out: Path | None
 ) -> None:
-    from kvq.benchmark.picture import draw_results
+    """Keep what is measured so far."""
     from kvq.benchmark.report import describe_run
 
-    document = describe_run(device, options, parts)
     if out is not None:
+        document = describe_run(device, options, parts)
         out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    if picture is not None:
-        machine = document["machine"]
-        with _usage_errors():
-            draw_results(parts["layer"], picture, f"One layer on {machine['cpu']}, {machine['threads']} threads")
+
+
+def _draw(device: torch.device, results: list[dict[str, Any]], picture: Path) -> None:
+    from kvq.benchmark.machine import describe_machine
+    from kvq.benchmark.picture import draw_results
+
+    machine = describe_machine(device)
+    with _usage_errors():
+        draw_results(results, picture, f"One layer on {machine['cpu']}, {machine['threads']} threads")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PROMPT_ROUNDS = 7
 """Warm runs of each prompt, and timed forwards of several tokens."""
+PATIENCE = 6
+"""Times the limit, what prompts, forwards of several tokens or steps in a row of one contender may take."""
 
 
 def run_plan(plan: Plan) -> list[dict[str, Any]]:
@@ -51,15 +53,20 @@ def time_prompts(
     with _progress(visits * asked["batch"][0] * sum(asked["prompt"])) as on_progress:
         for length in sorted(asked["prompt"]):
             setting = Setting(shape, length, asked["batch"][0], dtype, device)
-            facts = measure_first_tokens(setting, choice, PROMPT_ROUNDS, name, asked["limit"], on_progress)
+            facts = measure_first_tokens(setting, choice, PROMPT_ROUNDS, name, PATIENCE * asked["limit"], on_progress)
             found.append(facts)
             head = f"{title(facts)}: from the prompt to the first and second token"
             _print_part(head, FIRST_TOKEN_COLUMNS, first_token_rows(facts), list_failures(facts))
     return found
 
 
-def time_generation(plan: Plan, asked: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Measure forwards of several tokens and many steps in a row, at each length and the first batch and dtype."""
+def time_generation(
+    plan: Plan, measured: list[dict[str, Any]], asked: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure forwards of several tokens and many steps in a row, at each length and the first batch and dtype.
+
+    What took too long, or too much memory, for single steps is left out here as well.
+    """
     from kvq.benchmark.generation import (
         WARMUPS,
         Effort,
@@ -71,23 +78,26 @@ def time_generation(plan: Plan, asked: dict[str, Any]) -> dict[str, list[dict[st
     )
     from kvq.benchmark.report import FORWARD_COLUMNS, STEPS_COLUMNS, forward_rows, list_failures, steps_rows, title
 
-    make_trial = cast("ModelTrials", plan.make_trial)
+    make_trial, limit_s = cast("ModelTrials", plan.make_trial), PATIENCE * plan.limit_s
     first = plan.settings[0]
-    settings = [one for one in plan.settings if (one.batch, one.dtype) == (first.batch, first.dtype)]
     kinds = [*map(Forward, asked["chunk"]), *(Forward(tokens, is_draft=True) for tokens in asked["draft"])]
-    several, single = choose_for_forwards(plan.contenders), choose_for_steps(plan.contenders)
     parts: dict[str, list[dict[str, Any]]] = {"forwards": [], "steps": []}
-    for setting in settings:
+    for setting, result in zip(plan.settings, measured, strict=True):
+        labels = {one["label"] for one in result["contenders"] if one["step_ms"]}
+        if not labels or (setting.batch, setting.dtype) != (first.batch, first.dtype):
+            continue
+        contenders = [one for one in plan.contenders if one.label in labels]
+        several, single = choose_for_forwards(contenders), choose_for_steps(contenders)
         for kind in kinds:
             with _progress(len(several) * (PROMPT_ROUNDS + WARMUPS)) as on_progress:
-                effort = Effort(PROMPT_ROUNDS, asked["limit"], make_trial, on_progress)
+                effort = Effort(PROMPT_ROUNDS, limit_s, make_trial, on_progress)
                 facts = measure_forwards(several, setting, kind, effort)
             parts["forwards"].append(facts)
             what = f"{kind.tokens} tokens at once" + (f", {kind.rejected} taken back" if kind.is_draft else "")
             _print_part(f"{title(facts)}: {what}", FORWARD_COLUMNS, forward_rows(facts), list_failures(facts))
         if asked["steps"]:
             with _progress(len(single) * (asked["steps"] + WARMUPS)) as on_progress:
-                effort = Effort(asked["steps"], asked["limit"], make_trial, on_progress)
+                effort = Effort(asked["steps"], limit_s, make_trial, on_progress)
                 facts = measure_steps(single, setting, effort)
             parts["steps"].append(facts)
             what = f"{asked['steps']} steps in a row"
