@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from kvq.attention.active import ActiveAttention
 from kvq.attention.attend import ATTENTION_NAME, hint_at_attention, register_attention
 from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
@@ -66,7 +67,7 @@ class KVQ(CarriedStates):
     def _fill(self, config: KVQCacheConfig, decoder: DecoderConfig | None, padding: Sequence[int] | None) -> None:
         self.config = config
         self._model_config = None if decoder is None else decoder.layers
-        self._attention_config = None if decoder is None else decoder.attention
+        self._attention = ActiveAttention(None if decoder is None else decoder.attention)
         self._model = ModelReference()
         self._padding = _check_padding(padding)
         self._records_past = False
@@ -95,7 +96,7 @@ class KVQ(CarriedStates):
 
         Returns:
             Keys and values `[B, H, total, D]`: plain tensors that alias nothing in the cache, or handles where the
-            model's active attention is "kvq".
+            model's active attention is "kvq". Without `model=` the first attention of the model tells which it is.
 
         Raises:
             StatesError: the states do not fit; the cache is then as it was before.
@@ -105,10 +106,12 @@ class KVQ(CarriedStates):
             count = len(self.layers)
             self._grow(layer_idx)
             try:
-                return self._update_layer(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
+                states = self._update_layer(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
             except BaseException:
                 del self.layers[count:]
                 raise
+        self._attention.expect(states[0])
+        return states
 
     def memory(self) -> MemoryReport:
         """Return the bytes held, counted from the storages that exist, against those of `DynamicCache`."""
@@ -193,7 +196,7 @@ class KVQ(CarriedStates):
         These are the finished chunks of quantized layers, and keys and values of transformers' own attention layers.
         """
         other = copy.copy(self)
-        other._thread_guard = ThreadGuard()
+        other._thread_guard, other._attention = ThreadGuard(), self._attention.fork()
         other.layers = [layer.fork() if isinstance(layer, KVQLayer) else fork_layer(layer) for layer in self.layers]
         return other
 
@@ -229,6 +232,7 @@ class KVQ(CarriedStates):
         """Forget everything; the next update may bring states of another shape."""
         for layer in self.layers:
             reset_layer(layer)
+        self._attention.forget()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -243,8 +247,7 @@ class KVQ(CarriedStates):
         """Return an independent copy that belongs to the same model."""
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        for config in (self._model_config, self._attention_config):
-            memo[id(config)] = config
+        memo[id(self._model_config)] = self._model_config
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
 
@@ -309,8 +312,7 @@ class KVQ(CarriedStates):
             )
 
     def _reads_packed(self) -> bool:
-        config = self._attention_config
-        active = None if config is None else getattr(config, "_attn_implementation", None)
+        active = self._attention.name
         if active is not None and active != ATTENTION_NAME:
             hint_at_attention(active)
         return active == ATTENTION_NAME

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvq.attention import kernels as _kernels  # noqa: F401  # registers them
+from kvq.attention.active import tell_model
 from kvq.attention.eager import REFERENCE
 from kvq.attention.handle import PackedPair, PackedStates
 from kvq.attention.kernel import Choice, choose, is_distrusted
@@ -157,6 +158,9 @@ def kvq_attention_forward(
     if isinstance(key, PackedStates) and isinstance(value, PackedStates) and key.pair is value.pair:
         key.check_fresh()
         return attend(module, query, key.pair, attention_mask, **options)
+    config = getattr(module, "config", None)
+    if getattr(config, "_attn_implementation", None) == ATTENTION_NAME:
+        tell_model(key, config)
     return attend_full_precision(module, query, _plain(key), _plain(value), attention_mask, **options)
 
 
