@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvq.attention import kernels as _kernels  # noqa: F401  # registers them
@@ -21,6 +19,7 @@ from kvq.attention.eager import REFERENCE
 from kvq.attention.handle import PackedPair, PackedStates
 from kvq.attention.kernel import Choice, choose, is_distrusted
 from kvq.attention.memo import AttentionMemo
+from kvq.attention.plain import SDPA_OPTIONS, attend_full_precision, find_option_beyond, is_causal
 from kvq.attention.request import AttentionRequest
 from kvq.attention.trial import attend_on_trial
 
@@ -29,20 +28,8 @@ _LOG = logging.getLogger("kvq")
 ATTENTION_NAME = "kvq"
 """The name under which transformers knows our attention."""
 
-SDPA_OPTIONS = frozenset({"scaling", "dropout", "is_causal"})
-"""Arguments that scaled-dot-product attention obeys; the model's own eager attention is given all others."""
 READ_OPTIONS = SDPA_OPTIONS | {"softcap", "s_aux"}
 """Arguments that kernels obey."""
-WITHOUT_EFFECT = frozenset(
-    {
-        *("sliding_window", "position_ids", "cache_position", "use_cache"),
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-        *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch"),
-        *("token_type_ids", "mm_token_type_ids"),
-    }
-)
-"""Arguments that say nothing of attention which query, keys and mask do not say as well."""
-
 MAX_REMEMBERED_KINDS = 64
 """Kinds of requests that a layer remembers the choice for."""
 
@@ -71,13 +58,13 @@ def attend(
         memo.last_reader = f"materialized: {reason}"
         keys, values = pair.key.materialize(), pair.value.materialize()
         return attend_full_precision(module, query, keys, values, attention_mask, **options)
-    scaling, is_causal = options.get("scaling"), options.get("is_causal")
+    scaling = options.get("scaling")
     request = AttentionRequest(
         query,
         pair,
         attention_mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        is_causal=is_causal(module, options),
         softcap=options.get("softcap"),
         sink_logits=options.get("s_aux"),
     )
@@ -111,28 +98,8 @@ def find_reason_to_materialize(query: torch.Tensor, pair: PackedPair, options: M
         return "dropout"
     if torch.is_grad_enabled() and (query.requires_grad or (pair.key.new is not None and pair.key.new.requires_grad)):
         return "gradients"
-    beyond = _find_option_beyond(READ_OPTIONS, options)
+    beyond = find_option_beyond(READ_OPTIONS, options)
     return None if beyond is None else f"argument {beyond!r}"
-
-
-def attend_full_precision(
-    module: nn.Module,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend to plain keys and values `[B, H, Tk, D]`, by SDPA or, where that would drop an argument, by the model."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if eager is None or _find_option_beyond(SDPA_OPTIONS, options) is None:
-        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, keys, values, attention_mask, **options
-        )
-        return output
-    additive = _additive_mask(attention_mask, query, keys, is_causal=bool(getattr(module, "is_causal", True)))
-    attended: tuple[torch.Tensor, torch.Tensor | None] = eager(module, query, keys, values, additive, **options)
-    return attended
 
 
 # Under torch.compile each layer breaks its graph here and at `KVQ.update`: chunks and addresses are Python's.
@@ -198,24 +165,3 @@ register_attention()
 
 def _plain(states: torch.Tensor) -> torch.Tensor:
     return states.materialize() if isinstance(states, PackedStates) else states
-
-
-def _find_option_beyond(known: Set[str], options: Mapping[str, Any]) -> str | None:
-    """Return the first argument that is set, means something to attention and is not known."""
-    for name, value in options.items():
-        if name not in known and name not in WITHOUT_EFFECT and value is not None and value is not False:
-            return name
-    return None
-
-
-def _additive_mask(
-    mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, *, is_causal: bool
-) -> torch.Tensor | None:
-    """Return the mask as eager attention adds it, with the causal one written out where SDPA needs none."""
-    if mask is None and is_causal and query.shape[2] > 1:
-        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device)
-        mask = mask.tril(keys.shape[2] - query.shape[2])[None, None]
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    lowest = torch.finfo(query.dtype).min
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)

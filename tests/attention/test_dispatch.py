@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.attention import attend as attend_module
 from kvq.attention import kernel as kernel_module
 from kvq.attention.attend import attend, attend_packed, hint_at_attention, kvq_attention_forward
 from kvq.attention.eager import REFERENCE
@@ -282,11 +281,3 @@ def test_another_attention_gets_one_hint(llama, caplog):
     caplog.clear()
     llama(torch.arange(1)[None], past_key_values=cache)
     assert not caplog.records
-
-
-def test_attention_modules_of_other_files_use_sdpa(request_, scaling, monkeypatch):
-    monkeypatch.delattr(attend_module.sys.modules[__name__], "eager_attention_forward")
-    output, weights, reader = read(request_, **scaling, output_attentions=True)
-    assert weights is None
-    assert reader.startswith("materialized")
-    assert output.ne(7).all()
