@@ -50,6 +50,12 @@ class AttentionRequest:
         """Tokens in the store."""
         return self.pair.key.store.length
 
+    @property
+    def is_reordered(self) -> bool:
+        """Whether the rows of the batch stand in another order than in some chunk of the store."""
+        sides = self.pair.key, self.pair.value
+        return any(segment.rows is not None for side in sides for segment in side.store.segments)
+
     def kind(self) -> Hashable:
         """Return what, beside the layer itself, a kernel may make its choice by; equal kinds get equal choices."""
         query, mask = self.query, self.mask
@@ -60,6 +66,8 @@ class AttentionRequest:
             None if mask is None else mask.dtype,
             self.softcap is None,
             self.sink_logits is None,
+            self.is_causal,
+            self.is_reordered,
             self.pair.key.store.device,  # None: nothing is stored
             # The layer keeps them alive; quantizers of plugins need not be hashable.
             id(self.pair.key.store.quantizer),

@@ -13,6 +13,7 @@ from torch import nn
 
 from kvq import KVQ, KVQCacheConfig
 from kvq.attention import kernel as kernel_module
+from kvq.attention import trial as trial_module
 from kvq.attention.attend import attend, attend_packed, hint_at_attention, kvq_attention_forward
 from kvq.attention.eager import REFERENCE
 from kvq.attention.kernel import available_kernels, choose
@@ -151,6 +152,7 @@ def own_kernels(monkeypatch):
     def put(*kernels):
         monkeypatch.setattr(kernel_module, "_KERNELS", {kernel.name: kernel for kernel in kernels})
         monkeypatch.setattr(kernel_module, "_DISTRUSTED", {})
+        monkeypatch.setattr(trial_module, "_PASSED", set())
 
     return put
 
