@@ -322,6 +322,20 @@ class ForgetsTheScale(RightOpaque):
         return mixed
 
 
+class ServesFourQueries(ForgetsTheScale):
+    """Computes on the packed form, right but for the fifth row of queries and those after it."""
+
+    def _repeat(self, parts, query):
+        blocks = parts["codes"].float() * parts["scale"].float()[..., None]
+        states = blocks.flatten(2, 3)
+        return states.repeat_interleave(query.shape[1] // states.shape[1], dim=1)
+
+    def scores(self, query, parts):
+        scores = super().scores(query, parts)
+        scores[:, :, 4:] = 0
+        return scores
+
+
 class NoisyDecoder(RightOpaque):
     def decode_into(self, parts, out):
         super().decode_into(parts, out)
@@ -376,7 +390,7 @@ WRONG = {
     "check_independent": [make_spec(SharedFactor)],
     "check_threads": [make_spec(SharedScratch)],
     "check_fused_scores": [make_spec(ForgetsTheScale)],
-    "check_fused_attention": [make_spec(NoisyDecoder)],
+    "check_fused_attention": [make_spec(NoisyDecoder), make_spec(ServesFourQueries)],
     "check_generation": [make_spec(ShiftsKeys)],
 }
 """By the check that is to catch them; `check_light_import`, which needs an installed distribution, has its own test."""
