@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.clock import time_call
-from kvq.benchmark.contenders import DYNAMIC, Contender, ContenderChoice
+from kvq.benchmark.contenders import BUFFER, DYNAMIC, DYNAMIC_PACKED, Contender, ContenderChoice
 from kvq.benchmark.models import build_model
 from kvq.benchmark.setting import Setting, Shape, find_dtype
 from kvq.benchmark.statistics import Spread, ratio
@@ -76,7 +76,7 @@ def measure_first_tokens(
         limit_s: seconds that the warm runs of one contender may take, by its cold one.
         on_progress: called with a label and tokens read.
     """
-    contenders = [one for one in choice.contenders() if not one.is_variant]
+    contenders = choose_for_prompts(choice.contenders())
     found = [FirstTokens(one.label) for one in contenders]
     for one in found:
         on_progress(f"{one.label}, first token cold", setting.tokens)
@@ -92,6 +92,11 @@ def measure_first_tokens(
     dynamic = [first for one in found if one.label == DYNAMIC for first, _ in one.warm_ms]
     described = [one.to_dict(dynamic) for one in found]
     return {**setting.to_dict(), "shape": asdict(setting.shape), "contenders": described}
+
+
+def choose_for_prompts(contenders: Sequence[Contender]) -> list[Contender]:
+    """Return those that read a prompt each in a way of its own: the three forms of full precision read it alike."""
+    return [one for one in contenders if not one.is_variant and one.label not in (DYNAMIC_PACKED, BUFFER)]
 
 
 @torch.inference_mode()

@@ -14,6 +14,8 @@ _COLOURS = {
     "kvq": ("#1f5fa8", "#2a9d8f", "#5e3c99", "#4aa3df", "#74a12e", "#8d6fc0"),
 }
 _MARKERS = {"full precision": "s", "transformers": "^", "kvq": "o"}
+_LINES = {"materialized": "--", "eager": ":"}
+"""By the form in which a cache of ours is read; the default one has a line without gaps."""
 _QUANTITIES = (("step_ms", "a step without a flush (ms)"), ("flush_ms", "a step with a flush (ms)"))
 
 
@@ -70,7 +72,7 @@ def _draw_axes(axes: Any, results: Sequence[Mapping[str, Any]], quantity: str, n
         medians = [spread["median"] for _, spread in points]
         below = [spread["median"] - spread["low"] for _, spread in points]
         above = [spread["high"] - spread["median"] for _, spread in points]
-        is_materialized = label.endswith(("materialized", "eager"))
+        form = label.rpartition(", ")[2]
         axes.errorbar(
             lengths,
             medians,
@@ -78,8 +80,8 @@ def _draw_axes(axes: Any, results: Sequence[Mapping[str, Any]], quantity: str, n
             label=label,
             color=colour,
             marker=marker,
-            fillstyle="none" if is_materialized else "full",
-            linestyle="--" if is_materialized else "-",
+            fillstyle="none" if form in _LINES else "full",
+            linestyle=_LINES.get(form, "-"),
             capsize=2,
         )
     lengths = sorted({facts["length"] for facts in results})
@@ -94,7 +96,7 @@ def _draw_axes(axes: Any, results: Sequence[Mapping[str, Any]], quantity: str, n
 
 
 def _styles(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return label, colour and marker of each contender; both forms of one of ours share a colour."""
+    """Return label, colour and marker of each contender; the forms of one of ours share a colour."""
     seen: dict[str, tuple[str, str, str]] = {}
     names: dict[str, list[str]] = {kind: [] for kind in _COLOURS}
     for facts in results:

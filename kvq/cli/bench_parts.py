@@ -42,14 +42,14 @@ def time_prompts(
     choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
 ) -> list[dict[str, Any]]:
     """Measure the time to the first token, at the first batch and dtype that were asked for."""
-    from kvq.benchmark.first_token import measure_first_tokens
+    from kvq.benchmark.first_token import choose_for_prompts, measure_first_tokens
     from kvq.benchmark.report import FIRST_TOKEN_COLUMNS, first_token_rows, list_failures, title
     from kvq.benchmark.setting import Setting, Shape, find_dtype
 
     found = []
     shape = Shape(layers=asked["layers"]) if model is None else Shape.of(model.config)
     dtype, name = find_dtype(asked["dtype"][0]), None if model is None else model.name_or_path
-    visits = (1 + PROMPT_ROUNDS) * sum(not one.is_variant for one in choice.contenders())
+    visits = (1 + PROMPT_ROUNDS) * len(choose_for_prompts(choice.contenders()))
     with _progress(visits * asked["batch"][0] * sum(asked["prompt"])) as on_progress:
         for length in sorted(asked["prompt"]):
             setting = Setting(shape, length, asked["batch"][0], dtype, device)
