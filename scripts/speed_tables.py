@@ -72,6 +72,31 @@ def _to_dynamic(one: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "-"
 
 
+def prompt_rows(facts: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return what the time from a prompt to its first and second token is with each contender."""
+    return [
+        (
+            one["label"],
+            f"{one['cold_ms']['first'] / 1e3:.2f}",
+            f"{one['warm_ms']['first']['median'] / 1e3:.2f}",
+            _first_to_dynamic(one),
+            _milliseconds(one["warm_ms"]["second"]["median"]),
+        )
+        for one in facts["contenders"]
+        if one["warm_ms"]
+    ]
+
+
+PROMPT_COLUMNS = ("cache", "first token cold, s", "warm, s", "against DynamicCache", "second token warm, ms")
+
+
+def _first_to_dynamic(one: dict[str, Any]) -> str:
+    ratio = one["first_to_dynamic"]
+    if one["label"] == DYNAMIC or ratio is None:
+        return "1" if one["label"] == DYNAMIC else "-"
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
 def columns(settings: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Return the header of a table of ratios."""
     names = (f"{facts['dtype']}, {facts['length']:,}" for facts in settings)

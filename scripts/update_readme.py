@@ -29,6 +29,7 @@ from pydantic.fields import FieldInfo
 from quality_tables import render_choices, render_quality
 from speed_tables import (
     FLUSH_COLUMNS,
+    PROMPT_COLUMNS,
     PUBLISHED,
     columns,
     describe_machine,
@@ -36,6 +37,7 @@ from speed_tables import (
     is_short,
     list_settings,
     load_runs,
+    prompt_rows,
     ratio_rows,
     short_columns,
     short_rows,
@@ -222,10 +224,14 @@ def render_speed_run(run: dict[str, Any]) -> Iterable[str]:
 
 
 def render_short_run(run: dict[str, Any]) -> Iterable[str]:
-    """Yield the table of a run at short contexts: the whole model against `DynamicCache`."""
-    yield f"The whole model at short contexts; {describe_machine(run)}"
+    """Yield the tables of a run at short contexts against `DynamicCache`: the whole model, and prompts."""
     settings = [facts for facts in run["model"] if facts["contenders"]]
-    yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
+    if len(settings) > 1:
+        yield f"The whole model at short contexts; {describe_machine(run)}"
+        yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
+    for facts in run.get("first_token", ()):
+        yield f"A prompt of {facts['length']:,} tokens, batch 1, {facts['dtype']}: time to its first tokens."
+        yield table(PROMPT_COLUMNS, prompt_rows(facts), right=range(1, len(PROMPT_COLUMNS)))
 
 
 def render_memory() -> str:
