@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ QUICK: dict[str, Any] = {
 """What `--quick` measures."""
 SPARE = 512
 """Positions that a run may take behind the history: rounds, and the tokens between flushes."""
+_NUMBERS = re.compile(r"\[[-\d.e,\s]+\]")
+"""A list of numbers, which stands on one line of the file."""
 _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 """The profiler reports each start and stop on stderr unless told otherwise, before torch is imported."""
 
@@ -255,7 +258,8 @@ def _write(
 
     if out is not None:
         document = describe_run(device, options, parts)
-        out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(document, indent=1, allow_nan=False)
+        out.write_text(_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def _draw(device: torch.device, results: list[dict[str, Any]], picture: Path) -> None:
