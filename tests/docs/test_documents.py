@@ -106,7 +106,11 @@ def test_a_command_exists(path, text):
             assert all((ROOT / word / "pyproject.toml").is_file() for word in folders), arguments
         else:
             assert program == "kvq", program
-            options = {name for parameter in COMMANDS[arguments[0]].params for name in parameter.opts}
+            options = {
+                name
+                for parameter in COMMANDS[arguments[0]].params
+                for name in (*parameter.opts, *parameter.secondary_opts)
+            }
             assert {word for word in arguments if word.startswith("-")} <= options
             assert all((ROOT / word).is_file() for word in arguments if word.endswith(".yaml"))
 
