@@ -74,7 +74,7 @@ class Effort:
 
     Attributes:
         count: timed forwards of each contender.
-        limit_s: seconds that those of one contender may take, by its first.
+        limit_s: seconds that those of one contender may take, by the last before them.
         make_trial: puts a contender to work.
         on_progress: called with a label and forwards done.
     """

@@ -116,3 +116,19 @@ def test_causality_by_keyword_wins_over_the_module(make_request, reference, erro
         assert error_of(output, reference(altered(request, is_causal=not given))) > 1e-2
         module.is_causal = given
         assert read_plainly(request, module, is_causal=None, **option)[0].equal(output)
+
+
+def test_sdpa_on_a_processor_is_given_neighbouring_tokens(monkeypatch):
+    """Models hand over transposed views, which SDPA reads more slowly; time is not tested, what it is given is."""
+    given = []
+
+    def note(module, query, keys, values, mask, **options):
+        given.extend([keys, values])
+        return query, None
+
+    monkeypatch.setattr("kvq.attention.plain.sdpa_attention_forward", note)
+    states = torch.randn(1, 5, 2, 16).transpose(1, 2)
+    attend_full_precision(nn.Module(), states, states, states, None)
+    assert not states.is_contiguous()
+    assert all(one.is_contiguous() and torch.equal(one, states) for one in given)
+    assert len(given) == 2
