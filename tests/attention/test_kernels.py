@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvq.attention.blockwise import BlockwiseKernel
 from kvq.attention.kernel import available_kernels
@@ -172,22 +172,6 @@ def test_quantizers_that_are_not_affine(make_request, reference, error_of, name,
     assert "affine" in choice.passed_over["compiled"]
     assert error_of(choice.kernel.attend(request), reference(request)) < FP32_ERROR
     assert error_of(available_kernels()[-1].attend(request), reference(request)) < FP32_ERROR
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the elements of the largest tensor that an operation returns with storage of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 def test_a_step_allocates_nothing_of_the_size_of_the_history(kernel, make_request, monkeypatch):

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvq import KVQ, KVQCacheConfig
@@ -20,22 +20,6 @@ from kvq.encoder_decoder import EncoderDecoderKVQ
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 SMALL = dict(nbits_k=8, nbits_v=8, residual_length=32)
 KERNELS = {"compiled", "blockwise", "eager"}
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the elements of the largest tensor that an operation returns with storage of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        known = {arg.untyped_storage().data_ptr() for arg in args if type(arg) is torch.Tensor}
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if type(tensor) is torch.Tensor and tensor.untyped_storage().data_ptr() not in known:
-                self.elements = max(self.elements, tensor.numel())
-        return result
 
 
 @pytest.fixture
