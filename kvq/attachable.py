@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from kvq.errors import ModelError
-
-PREPARE_CACHE = "_prepare_cache_for_generation"
-"""The method of transformers that makes the cache of a `generate`."""
+from kvq.transformers_seams import PREPARE_CACHE
 
 
 def find_generating_model(model: Any) -> PreTrainedModel:
@@ -29,8 +28,19 @@ def find_generating_model(model: Any) -> PreTrainedModel:
             "it does not generate: attach to model.module"
         )
     inner = _unwrap(model)
-    if not isinstance(inner, PreTrainedModel) or not hasattr(inner, PREPARE_CACHE):
+    if not isinstance(inner, PreTrainedModel) or not callable(getattr(inner, "generate", None)):
         raise ModelError(f"{type(model).__name__} is not a model of transformers that generates")
+    if not hasattr(inner, PREPARE_CACHE):
+        raise ModelError(
+            f"{type(inner).__name__} generates, but has no {PREPARE_CACHE}, by which kvq attaches: transformers "
+            f"{transformers.__version__} has another name for it, or the model a loop of its own; pass "
+            "past_key_values=KVQ(model=model) to generate, and please report this"
+        )
+    if inner.dtype == torch.float64:
+        raise ModelError(
+            f"{type(inner).__name__} computes in float64, which the cache does not take: convert it by "
+            "model.to(torch.float32), or to bfloat16 or float16"
+        )
     if not inner._supports_default_dynamic_cache():
         raise ModelError(
             f"{type(inner).__name__} brings a cache of its own kind and takes no other, so that nothing is quantized"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,15 +12,16 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.attachable import PREPARE_CACHE, find_generating_model
-from kvq.attention.attend import ATTENTION_NAME, register_attention
+from kvq.attachable import find_generating_model
+from kvq.attention_switch import AttentionSwitch
 from kvq.cache import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.encoder_decoder import EncoderDecoderKVQ
 from kvq.errors import CacheStateError, ModelError
+from kvq.generation_watch import GenerationWatch
+from kvq.padding import left_padding
+from kvq.transformers_seams import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache
 from kvq.user_warnings import warn_user
-
-_BATCHING = "init_continuous_batching"
 
 
 def attach(
@@ -32,8 +34,10 @@ def attach(
     An encoder-decoder model gets an `EncoderDecoderKVQ`. A draft model of assisted generation keeps the cache that it
     has by itself, unless it is attached too. Continuous batching (`generate_batch`) is refused meanwhile.
 
-    Takes effect at once and until `detach()`, or the end of a `with` block. A `past_key_values` or
-    `cache_implementation` of the user's own wins.
+    Takes effect at once and until `detach()`, or the end of a `with` block. A cache that you pass to `generate` is left
+    alone, and a `cache_implementation` wins. Where a `generate` does not read the attached cache for any other reason,
+    a warning says so, once, and `Attachment.cache` is None. A forward outside of `generate` takes the cache that you
+    pass to it. Copies of the model (`copy.deepcopy`, `pickle`, `torch.save`) are not attached.
 
     Args:
         model: a model of transformers that generates, compiled or not, or an adapter of PEFT around one.
@@ -53,7 +57,9 @@ class Attachment:
     Attributes:
         model: the model of transformers.
         config: the configuration of its caches.
-        cache: the cache of the latest `generate`, or None before the first; not that of a draft.
+        cache: the cache of the latest `generate`, also where the model drafts for another one, or where you passed a
+            `KVQ` yourself; None before the first, and where the latest one did not read a quantized cache. A model that
+            drafts for itself shows the cache of its own `generate`.
     """
 
     def __init__(self, model: PreTrainedModel, config: KVQCacheConfig) -> None:
@@ -61,20 +67,27 @@ class Attachment:
         self.config = config
         self.cache: KVQ | EncoderDecoderKVQ | None = None
         self._build_cache(None)  # refuses now what could only fail at the first generate
-        self._hooks = {PREPARE_CACHE: self._prepare_cache, _BATCHING: self._refuse_batching}
+        self._hooks: dict[str, Callable[..., Any]] = {
+            PREPARE_CACHE: self._prepare_cache,
+            START_BATCHING: self._refuse_batching,
+            "generate": self._generate,
+            "__getstate__": self._state_without_hooks,
+        }
         self._shadowed = {name: vars(model).get(name) for name in self._hooks}
-        self._original: Callable[..., Any]
-        outer = getattr(self._shadowed[PREPARE_CACHE], "__self__", None)
         # The innermost attachment wins: it goes past the others to what the model does by itself.
-        self._original = outer._original if isinstance(outer, Attachment) else getattr(model, PREPARE_CACHE)
-        self._attention = [(known, known._attn_implementation) for known in _configs(model)]
-        register_attention()
+        outer = _attachment_of(vars(model))
+        self._own: dict[str, Callable[..., Any]] = (
+            outer._own if outer else {name: getattr(model, name) for name in (PREPARE_CACHE, "generate")}
+        )
+        self._calls = _Calls()
+        self._told: set[str] = set()
+        self._attention = AttentionSwitch(model)
+        self._attention.turn_on()
         try:
-            model.set_attn_implementation(ATTENTION_NAME)
             for name, hook in self._hooks.items():
                 setattr(model, name, hook)
         except BaseException:
-            self._restore_attention()
+            self._attention.turn_off()
             raise
         self._active = True
 
@@ -105,41 +118,83 @@ class Attachment:
                 delattr(self.model, name)
             else:
                 setattr(self.model, name, shadowed)
-        self._restore_attention()
+        self._attention.turn_off()
         self._active = False
 
-    def _restore_attention(self) -> None:
-        for config, implementation in self._attention:
-            config._attn_implementation_internal = implementation
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own `generate` and find out whether it reads the cache."""
+        own = self._own["generate"]
+        is_outermost = not self._calls.stack
+        watch = GenerationWatch(self.model, self._tell)
+        if is_outermost:
+            self.cache = None
+        self._calls.stack.append(watch)
+        watch.begin()
+        failed = True
+        try:
+            result = own(*args, **rename_cache(kwargs))
+            failed = False
+        finally:
+            self._calls.stack.pop()
+            watch.end(failed=failed)
+        return result
 
     def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Let transformers prepare its cache and put ours in the place of a plain one that it made itself."""
-        given = model_kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, (Cache, tuple)):
-            raise ModelError(
-                f"past_key_values={type(given).__name__} does not go with an attached cache, whose attention reads "
-                "layers of keys and values; detach first"
-            )
+        given = cache_arguments(model_kwargs)
+        for name, cache in given.items():
+            if not isinstance(cache, (Cache, tuple)):
+                raise ModelError(
+                    f"{name}={type(cache).__name__} does not go with an attached cache, whose attention reads "
+                    "layers of keys and values; detach first"
+                )
+        result = self._own[PREPARE_CACHE](generation_config, model_kwargs, *args, **kwargs)
+        made = {name: cache for name, cache in cache_arguments(model_kwargs).items() if name not in given}
+        watch = self._calls.stack[-1] if self._calls.stack else None
+        if given:
+            own = next(iter(given.values()))
+            self._note(watch, own if isinstance(own, (KVQ, EncoderDecoderKVQ)) else None)
+            return result
+        replaced = [name for name, cache in made.items() if _is_plain(cache)]
         chosen = getattr(generation_config, "cache_implementation", None)
-        if given is None and chosen is not None:
-            warn_user(
-                f"cache_implementation={chosen!r} of the generation config wins over the attached cache: "
-                "this generate is not quantized; set it to None to use the attached one"
-            )
-        result = self._original(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and chosen is None and _is_plain(model_kwargs.get("past_key_values")):
-            cache = self._build_cache(model_kwargs)
-            model_kwargs["past_key_values"] = cache
-            if getattr(generation_config, "is_assistant", False):
-                cache.activate_past_recording()
+        if chosen is not None or len(replaced) != 1:
+            reason = _find_refusal(generation_config, chosen, made)
+            if watch is None:
+                self._tell(reason)
             else:
-                self.cache = cache
+                watch.settle(reason)
+            return result
+        cache = model_kwargs[replaced[0]] = self._build_cache(model_kwargs)
+        if isinstance(cache, KVQ):
+            cache.is_watched = watch is not None
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()
+        self._note(watch, cache)
         return result
+
+    def _note(self, watch: GenerationWatch | None, cache: KVQ | EncoderDecoderKVQ | None) -> None:
+        """Show the cache that a `generate` will read, and have it watched; None where the user has chosen another."""
+        if len(self._calls.stack) <= 1:
+            self.cache = cache
+        if watch is None:
+            return
+        if cache is None:
+            watch.settle()
+        else:
+            watch.expect(cache)
+
+    def _tell(self, reason: str) -> None:
+        """Warn that a `generate` is not quantized, once for each reason."""
+        if len(self._calls.stack) <= 1:
+            self.cache = None
+        if reason not in self._told:
+            self._told.add(reason)
+            warn_user(f"this generate of {type(self.model).__name__} does not use the attached cache: {reason}")
 
     def _build_cache(self, model_kwargs: Mapping[str, Any] | None) -> KVQ | EncoderDecoderKVQ:
         """Return a cache for a `generate` with these arguments, or for none in particular."""
         mask = "decoder_attention_mask" if self.model.config.is_encoder_decoder else "attention_mask"
-        padding = _left_padding((model_kwargs or {}).get(mask))
+        padding = left_padding((model_kwargs or {}).get(mask))
         kind = EncoderDecoderKVQ if self.model.config.is_encoder_decoder else KVQ
         return kind(self.config, model=self.model, padding=padding)
 
@@ -151,29 +206,59 @@ class Attachment:
             "attached cache has no place; call generate, or detach first"
         )
 
+    def _state_without_hooks(self) -> dict[str, Any]:
+        """Return the state by which the model is copied and pickled: that of the model as `detach` leaves it."""
+        state = dict(vars(self.model))
+        while (attachment := _attachment_of(state)) is not None:
+            for name, shadowed in attachment._shadowed.items():
+                if shadowed is None:
+                    del state[name]
+                else:
+                    state[name] = shadowed
+        switched = self._attention.switched()
+        return state | {"_attention_before_kvq": [OwnAttention(one.config, one.before) for one in switched]}
+
+
+class OwnAttention:
+    """Copies and pickles as the call that gives a configuration its own attention back, which needs no kvq.
+
+    Args:
+        config: the configuration.
+        implementation: the attention that it reads without us.
+    """
+
+    def __init__(self, config: PretrainedConfig, implementation: str | None) -> None:
+        self._arguments = config, ATTENTION, implementation
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return setattr, self._arguments
+
+
+class _Calls(threading.local):
+    """Each `generate` of the attached model that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[GenerationWatch] = []
+
+
+def _attachment_of(attributes: Mapping[str, Any]) -> Attachment | None:
+    """Return the innermost attachment among the attributes of a model, or None."""
+    holder = getattr(attributes.get(PREPARE_CACHE), "__self__", None)
+    return holder if isinstance(holder, Attachment) else None
+
+
+def _find_refusal(generation_config: Any, chosen: str | None, made: Mapping[str, Any]) -> str:
+    """Return why transformers made no plain cache that ours could replace."""
+    if chosen is not None:
+        return f"cache_implementation={chosen!r} of the generation config wins over it; set it to None"
+    if getattr(generation_config, "use_cache", None) is False:
+        return "use_cache=False, in the call or in the generation config, asks for no cache at all"
+    kinds = ", ".join(sorted(type(cache).__name__ for cache in made.values()))
+    return f"transformers made {kinds or 'no cache'}, where a DynamicCache was expected"
+
 
 def _is_plain(cache: Any) -> bool:
     """Return whether a cache is the one that transformers makes where nobody asks for another."""
     if type(cache) is EncoderDecoderCache:
         return type(cache.self_attention_cache) is DynamicCache
     return type(cache) is DynamicCache
-
-
-def _left_padding(attention_mask: object) -> list[int] | None:
-    """Return the tokens of left padding in each row of a mask `[B, T]`, or None where there are none."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    padding: list[int] = (attention_mask != 0).int().cumsum(-1).eq(0).sum(-1).tolist()
-    return padding if any(padding) else None
-
-
-def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    """Return every configuration whose attention `set_attn_implementation` may change."""
-    found: dict[int, PretrainedConfig] = {}
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while waiting:
-        config = waiting.pop()
-        if id(config) not in found:
-            found[id(config)] = config
-            waiting += [sub for name in config.sub_configs if (sub := getattr(config, name, None)) is not None]
-    return list(found.values())

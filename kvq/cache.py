@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvq.attention.active import ActiveAttention
 from kvq.attention.attend import ATTENTION_NAME, hint_at_attention, register_attention
+from kvq.attention.padding_mask import expect_mask
 from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
 from kvq.config.fields import find_integer
@@ -21,9 +22,11 @@ from kvq.kept_layers import carries_sum, count_rows, fork_layer, has_forgotten, 
 from kvq.layer import KVQLayer
 from kvq.memory import MemoryReport, report_memory
 from kvq.model_layers import DecoderConfig, build_layers
+from kvq.padding import left_padding, looks_padded
 from kvq.persistence import CacheFile, ModelReference, write_layers
 from kvq.relocation import move_layers, reading_ahead
 from kvq.thread_guard import ThreadGuard
+from kvq.user_warnings import warn_user
 
 
 class KVQ(CarriedStates):
@@ -34,6 +37,7 @@ class KVQ(CarriedStates):
         model: the model or its configuration. It tells which layers are sliding, shared or hybrid, and is needed where
             a layer is counted from the end.
         padding: tokens of left padding in each row of the batch; what they hold then never shapes a group's scale.
+            Under the "kvq" attention the first forward's mask tells it; under another one, pass it.
         **overrides: single fields, which win over `config`.
 
     Raises:
@@ -70,6 +74,8 @@ class KVQ(CarriedStates):
         self._attention = ActiveAttention(None if decoder is None else decoder.attention)
         self._model = ModelReference()
         self._padding = _check_padding(padding)
+        self._awaits_padding = padding is None
+        self.is_watched = False
         self._records_past = False
         self.token_ids: torch.Tensor | None = None
         self._thread_guard = ThreadGuard()
@@ -105,6 +111,7 @@ class KVQ(CarriedStates):
         with self._thread_guard.hold(layer_idx, in_step=self._is_in_step):
             count = len(self.layers)
             self._grow(layer_idx)
+            self._check_for_padding(value_states)
             try:
                 states = self._update_layer(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
             except BaseException:
@@ -112,6 +119,39 @@ class KVQ(CarriedStates):
                 raise
         self._attention.expect(states[0])
         return states
+
+    @property
+    def max_cache_len(self) -> int:
+        """The longest length, which PEFT asks for before it puts a cache of its own in the place of ours: -1, none.
+
+        Raises:
+            AttributeError: the cache was made by hand, and nobody would notice that it stays empty.
+        """
+        if self.is_watched:
+            return -1
+        raise AttributeError(
+            "KVQ has no max_cache_len: it grows without a limit. Prefix tuning of PEFT asks for one, then generates "
+            "with a cache of its own, which kvq cannot quantize"
+        )
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return length and offset of the keys that the next forward of `query_length` tokens sees in a layer."""
+        if self._awaits_padding:
+            expect_mask(self)
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+    def learn_padding(self, attention_mask: torch.Tensor | None) -> None:
+        """Take the left padding of the batch from the mask `[B, T]` of the first forward, unless it is known."""
+        if not self._awaits_padding:
+            return
+        self._awaits_padding = False
+        padding = left_padding(attention_mask)
+        if padding is not None:
+            self._padding = tuple(padding)
+            for layer in self.layers:
+                if isinstance(layer, KVQLayer) and not layer.is_initialized:
+                    layer.padding = self._padding
 
     def memory(self) -> MemoryReport:
         """Return the bytes held, counted from the storages that exist, against those of `DynamicCache`."""
@@ -233,6 +273,7 @@ class KVQ(CarriedStates):
         for layer in self.layers:
             reset_layer(layer)
         self._attention.forget()
+        self._padding, self._awaits_padding = None, True
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -273,6 +314,18 @@ class KVQ(CarriedStates):
         """Whether all quantized layers that hold tokens hold equally many."""
         lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, KVQLayer)}
         return len(lengths - {0}) <= 1
+
+    def _check_for_padding(self, value_states: Any) -> None:
+        """Warn where the first states look left-padded and nobody has told of it."""
+        if not self._awaits_padding:
+            return
+        self._awaits_padding = False
+        if isinstance(value_states, torch.Tensor) and value_states.dim() == 4 and looks_padded(value_states):
+            warn_user(
+                "the rows of this batch seem to be padded on the left, which this cache cannot see under an attention "
+                "other than 'kvq': padding then shapes the scales of real tokens. Pass padding=[tokens, ...] to KVQ, "
+                "or use attach(model)"
+            )
 
     def _grow(self, layer_idx: int) -> None:
         """Add layers up to `layer_idx`; with a model all exist from the start."""

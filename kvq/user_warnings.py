@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 
-_PASSED_PACKAGES = frozenset({"kvq", "pydantic"})
+_PASSED_PACKAGES = frozenset({"kvq", "pydantic", "torch", "transformers"})
 """Frames of these lie between the user's call and the check that warns."""
 
 
 def warn_user(message: str) -> None:
-    """Warn at the innermost calling line outside kvq and pydantic."""
+    """Warn at the innermost calling line outside kvq and the libraries that call it."""
     level = 1
     frame = inspect.currentframe()
     while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in _PASSED_PACKAGES:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from kvq.attention import kernels as _kernels  # noqa: F401  # registers them
 from kvq.attention.active import tell_model
@@ -19,6 +18,7 @@ from kvq.attention.eager import REFERENCE
 from kvq.attention.handle import PackedPair, PackedStates
 from kvq.attention.kernel import Choice, choose, is_distrusted
 from kvq.attention.memo import AttentionMemo
+from kvq.attention.padding_mask import kvq_mask
 from kvq.attention.plain import SDPA_OPTIONS, attend_full_precision, find_option_beyond, is_causal
 from kvq.attention.request import AttentionRequest
 from kvq.attention.trial import attend_on_trial
@@ -156,7 +156,7 @@ def without_hint() -> Iterator[None]:
 def register_attention() -> None:
     """Make `attn_implementation="kvq"` known to transformers; without its mask, padding would be ignored."""
     AttentionInterface.register(ATTENTION_NAME, kvq_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, kvq_mask)
 
 
 # At import, so that `attn_implementation="kvq"` can be given when a model is loaded, before there is any cache.

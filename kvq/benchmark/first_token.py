@@ -25,6 +25,7 @@ from kvq.benchmark.setting import Setting, Shape, find_dtype
 from kvq.benchmark.statistics import Spread, ratio
 from kvq.errors import KVQError
 from kvq.evaluation.model_loading import load_model
+from kvq.transformers_seams import pass_cache
 
 SPARE_TOKENS = 2
 """Tokens that follow the prompt, for which a buffer needs room."""
@@ -109,7 +110,7 @@ def read_prompt(model: PreTrainedModel, contender: Contender, setting: Setting) 
     cache = contender.build(model.config, setting.length + SPARE_TOKENS)
 
     def advance(tokens: torch.Tensor) -> None:
-        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(tokens, use_cache=True, logits_to_keep=1, **pass_cache(model, cache)).logits
         logits.argmax(-1)
 
     first = time_call(lambda: advance(prompt), setting.device)

@@ -17,6 +17,7 @@ from kvq.benchmark.baselines import packed_attention_forward
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.setting import Setting
 from kvq.layer import KVQLayer
+from kvq.transformers_seams import pass_cache
 
 
 class Trial(ABC):
@@ -144,7 +145,9 @@ class ModelTrial(Trial):
         self.model.set_attn_implementation(self.contender.attention)
         size = (self.setting.batch, self.setting.length)
         tokens = torch.randint(self.setting.shape.vocabulary, size, generator=torch.Generator().manual_seed(0))
-        self.model(tokens.to(self.setting.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(
+            tokens.to(self.setting.device), use_cache=True, logits_to_keep=1, **pass_cache(self.model, self.cache)
+        )
 
     def prepare(self, seed: int) -> None:
         """Draw the next tokens and give the model the contender's attention."""
@@ -157,7 +160,7 @@ class ModelTrial(Trial):
     def step(self) -> torch.Tensor:
         """Return the logits `[B, 1, vocabulary]`."""
         with forced_kernel(self.contender.kernel):
-            output = self.model(self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            output = self.model(self.tokens, use_cache=True, logits_to_keep=1, **pass_cache(self.model, self.cache))
         logits: torch.Tensor = output.logits
         if self.rejected:
             self.cache.crop(-self.rejected)

@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvq.transformers_seams import pass_cache
+
 BuildCache = Callable[[Sequence[int]], Cache]
 """Makes an empty cache, given the tokens of left padding in each row."""
 
@@ -174,6 +176,8 @@ class _Forward:
         options["position_ids"] = self._positions[:, start : self._read]
         known = {name: value for name, value in options.items() if name in self._accepted}
         mask = self._mask[:, : self._read]
-        output = self._model(tokens, attention_mask=mask, past_key_values=self._cache, use_cache=True, **known)
+        output = self._model(
+            tokens, attention_mask=mask, use_cache=True, **pass_cache(self._model, self._cache), **known
+        )
         logits: torch.Tensor = output.logits
         return logits

@@ -20,6 +20,7 @@ from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch
 from kvq.memory import MemoryReport
+from kvq.transformers_seams import pass_cache
 
 NAME_POSITION = 1
 """Place of the name in a question: after it the model answers."""
@@ -55,7 +56,7 @@ def score_recall(
         reference: the score of full precision on the same batch, for the agreement.
     """
     with without_hint():  # full precision and every cache are read by the same attention
-        model(batch.context, past_key_values=cache, logits_to_keep=1)
+        model(batch.context, logits_to_keep=1, **pass_cache(model, cache))
         asked = [_ask(model, question, cache) for question in batch.questions.unbind(1)]
     predictions = torch.stack(asked, dim=1)
     exact = (predictions[..., :ANSWER_LENGTH] == batch.answers).all(-1).float().mean().item()
@@ -78,4 +79,4 @@ def _ask(model: PreTrainedModel, question: torch.Tensor, cache: Cache) -> torch.
 
 def _decode(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache) -> Iterator[torch.Tensor]:
     for token in tokens.split(1, dim=1):
-        yield model(token, past_key_values=cache).logits[:, -1].argmax(-1)
+        yield model(token, **pass_cache(model, cache)).logits[:, -1].argmax(-1)

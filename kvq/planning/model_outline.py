@@ -18,6 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from kvq.errors import ModelError
+from kvq.transformers_seams import pass_cache
 
 FALLBACK_DTYPE = torch.float32
 """What transformers loads a model in whose configuration names no dtype, unless its checkpoint does."""
@@ -104,7 +105,7 @@ def _run_one_token(model: PreTrainedModel, batch: int) -> tuple[Any, ...]:
         one.pad_token_id = None
     cache = DynamicCache(config=config)
     with torch.no_grad():
-        model(input_ids=torch.zeros(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(input_ids=torch.zeros(batch, 1, dtype=torch.long), use_cache=True, **pass_cache(model, cache))
     return tuple(cache.layers)
 
 

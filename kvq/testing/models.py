@@ -17,6 +17,7 @@ from kvq.evaluation.scoring import RecallScore, score_config, score_recall
 from kvq.store.codec import effective_bits
 from kvq.testing.attention import measure_attention
 from kvq.testing.case import HEAD_DIM, ContractCase, encode_blocks, quantized_layer, require
+from kvq.transformers_seams import pass_cache
 
 CONTEXTS, RECORDS, QUESTIONS = 2, 60, 4
 LEAST_AGREEMENT = ((4.0, 0.95), (3.0, 0.85), (2.0, 0.6))
@@ -114,8 +115,8 @@ def _generate(model: PreTrainedModel, config: Any, prompt: torch.Tensor) -> torc
 def _forced_logits(model: PreTrainedModel, tokens: torch.Tensor, cache: KVQ) -> torch.Tensor:
     """Return the logits of the last tokens, each from a forward of its own; float32 `[B, steps, vocabulary]`."""
     prompt = tokens.shape[1] - FORCED_STEPS
-    model(tokens[:, :prompt], past_key_values=cache, logits_to_keep=1)
-    steps = [model(token, past_key_values=cache).logits for token in tokens[:, prompt:].split(1, dim=1)]
+    model(tokens[:, :prompt], logits_to_keep=1, **pass_cache(model, cache))
+    steps = [model(token, **pass_cache(model, cache)).logits for token in tokens[:, prompt:].split(1, dim=1)]
     bits = effective_bits(quantized_layer(cache).side("key").quantizer, HEAD_DIM)
     require(bits > 0 and cache.memory().packed_bytes, "nothing is stored")
     return torch.cat(steps, dim=1).float()

@@ -8,6 +8,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from kvq.transformers_seams import pass_cache
+
 
 @torch.inference_mode()
 def force_tokens(
@@ -25,7 +27,7 @@ def force_tokens(
     Yields:
         Logits of the tokens from position `prefill` on, float `[B, step, V]`: first one position, then step by step.
     """
-    output = model(tokens[:, :prefill], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = model(tokens[:, :prefill], use_cache=True, logits_to_keep=1, **pass_cache(model, cache))
     yield output.logits[:, -1:]
     for piece in tokens[:, prefill:-1].split(step, dim=1):
-        yield model(piece, past_key_values=cache, use_cache=True).logits
+        yield model(piece, use_cache=True, **pass_cache(model, cache)).logits

@@ -1,0 +1,182 @@
+"""Everything in transformers that kvq relies on and that transformers does not promise.
+
+`SEAMS` lists each private name and each undocumented behaviour, with the files that use it. A test asserts every entry
+at each supported version, and fails on a private name that the list lacks. What differs between the supported versions
+is bridged here: `generate`, forward and outputs call the cache `past_key_values` before 5.24 and `cache` since. It must
+not know what a quantized cache is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+from transformers import GenerationMixin, PretrainedConfig
+from transformers.cache_utils import Cache
+
+PREPARE_CACHE = "_prepare_cache_for_generation"
+"""The method that makes the cache of a `generate`."""
+START_BATCHING = "init_continuous_batching"
+"""The method that every way to continuous batching begins with."""
+ATTENTION = "_attn_implementation_internal"
+"""The attribute of a configuration behind `_attn_implementation`; setting it leaves the sub-configurations alone."""
+CHECKPOINTS = "gradient_checkpointing"
+"""The attribute of modules that drop the cache of a forward in training mode."""
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What the supported versions call the cache in `generate`, forward and outputs, the newest name first."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One thing that kvq takes for granted.
+
+    Attributes:
+        name: the private name, or the public one whose behaviour is undocumented.
+        relied_on: what kvq takes for granted.
+        used_in: files below `kvq/` that use the name.
+    """
+
+    name: str
+    relied_on: str
+    used_in: tuple[str, ...]
+
+
+SEAMS = (
+    Seam(
+        PREPARE_CACHE,
+        "`generate` calls it on the model as (generation_config, model_kwargs, ...) before the first forward that "
+        "reads a cache; it puts a new one into `model_kwargs`, and none where `use_cache` is False",
+        ("transformers_seams.py",),
+    ),
+    Seam(
+        START_BATCHING,
+        "`generate_batch` and the managers of continuous batching call it on the model",
+        ("transformers_seams.py",),
+    ),
+    Seam(
+        "_attn_implementation",
+        "a configuration tells by it which attention its modules call, and each module reads it at every forward",
+        (
+            "attention/active.py",
+            "attention/attend.py",
+            "attention_switch.py",
+            "benchmark/setting.py",
+        ),
+    ),
+    Seam(ATTENTION, "where `_attn_implementation` is stored", ("transformers_seams.py",)),
+    Seam(
+        "_supports_default_dynamic_cache",
+        "tells whether a class takes a `DynamicCache`, and so another `Cache` in its place",
+        ("attachable.py",),
+    ),
+    Seam(
+        "sub_configs",
+        "names the attributes of a configuration that hold further ones",
+        ("attention_switch.py",),
+    ),
+    Seam(
+        "record_past",
+        "layers keep what a later crop may bring back while it is set; assisted decoding clears it at its end",
+        ("cache.py", "kept_layers.py", "layer.py"),
+    ),
+    Seam(
+        "is_recurrent_states_initialized",
+        "a mapping by which a layer of linear attention tells whether it holds a state",
+        ("kept_layers.py",),
+    ),
+    Seam(
+        "recurrent_states",
+        "a mapping of the states of a layer of linear attention, [B, ...]; `conv_states` likewise",
+        ("kept_layers.py",),
+    ),
+    Seam(
+        "cumulative_length",
+        "a sliding layer counts the tokens that it has seen in it",
+        ("persistence/plain_layer.py",),
+    ),
+    Seam(
+        "_hf_hook",
+        "accelerate keeps by it on which device a module computes and where its weights are",
+        ("persistence/fingerprint.py",),
+    ),
+    Seam(
+        "eager_attention_forward",
+        "the function of that name in a model's file is the model's own eager attention",
+        ("attention/plain.py",),
+    ),
+    Seam(
+        "get_mask_sizes",
+        "before the layers run, the cache is asked for the size of a mask, and then the mask function is called, with "
+        "the padding mask [B, T]",
+        ("cache.py",),
+    ),
+    Seam(
+        CHECKPOINTS,
+        "modules where it is set take no cache in training mode, before 5.24 also without gradients",
+        ("transformers_seams.py",),
+    ),
+)
+"""All seams. The outermost layers of the wall come first: what `attach` holds on to."""
+
+
+def pass_cache(model: Any, states: Any) -> dict[str, Any]:
+    """Return the keyword argument that hands a cache to the forward of a model.
+
+    Args:
+        model: a model of transformers, or a module around one.
+        states: a cache, or None.
+    """
+    return {_name_in(getattr(model.forward, "__func__", model.forward)): states}
+
+
+def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a `generate` with the cache under the name that this release has for it."""
+    known = _newest_name()
+    given = [name for name in ("cache", "past_key_values") if name in arguments]
+    if given == [known] or len(given) != 1:
+        return dict(arguments)
+    return {known if name in given else name: value for name, value in arguments.items()}
+
+
+def find_cache(holder: Any) -> Any:
+    """Return the cache in the arguments of a forward or in what it or `generate` returned, or None.
+
+    Args:
+        holder: a mapping or an object with attributes; other values hold none.
+    """
+    if isinstance(holder, Mapping):
+        # The keys as they are: outputs of 5.24 warn of the old names when they are asked for them.
+        names = set(holder.keys())
+        return next((holder[name] for name in CACHE_NAMES if name in names), None)
+    attributes: Mapping[str, Any] = getattr(holder, "__dict__", {})
+    return next((found for name in CACHE_NAMES if (found := attributes.get(name)) is not None), None)
+
+
+def cache_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are caches, or that stand under one of the names of a cache and are not None."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, Cache) or (name in CACHE_NAMES and value is not None)
+    }
+
+
+def restore_attention(config: PretrainedConfig, implementation: str | None) -> None:
+    """Give a configuration an attention implementation, and no other configuration with it."""
+    setattr(config, ATTENTION, implementation)
+
+
+@lru_cache(maxsize=64)
+def _name_in(forward: Callable[..., Any]) -> str:
+    """Return the name of the parameter that takes the cache; that of this release where there is none."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), _newest_name())
+
+
+@cache
+def _newest_name() -> str:
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
