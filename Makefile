@@ -22,7 +22,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench reproduce test test-fast test-oldest eval-harness mutants soak fuzz lint types examples plugin wheel models readme venv clean
+.PHONY: help demo bench reproduce test test-fast test-oldest eval-harness mutants soak fuzz lint types examples plugin wheel models cases readme venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ wheel: venv build/kvq ## build the wheel, install it in a clean environment, run
 
 models: venv ## check every kind of model and write docs/models.md
 	$(BIN)/python scripts/update_models_page.py
+
+cases: ## write docs/cases.md from the markers of the tests
+	$(PYTHON) scripts/update_cases_page.py
 
 readme: venv ## regenerate the tables of README.md
 	$(BIN)/python scripts/update_readme.py

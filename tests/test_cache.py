@@ -69,6 +69,11 @@ def test_a_models_configuration_in_the_place_of_ours_names_the_right_argument():
         KVQ(model=object())
 
 
+@pytest.mark.case(
+    "a model with sliding and full layers",
+    "the full ones are quantized, the sliding ones kept",
+    report="huggingface/transformers#47828",
+)
 def test_layers_follow_the_model():
     assert kinds(KVQ(model=llama())) == ["kvq"] * 3
     assert kinds(KVQ(model=gemma2())) == ["DynamicSlidingWindowLayer", "kvq"] * 2
@@ -156,6 +161,9 @@ def test_it_counts_like_dynamic_cache():
     assert ours.is_compileable is False
 
 
+@pytest.mark.case(
+    "copy.deepcopy of a cache that holds a prompt", "an independent cache", report="huggingface/transformers#32159"
+)
 def test_copies_are_independent():
     cache = KVQ(rotation_k="hadamard")
     for layer in range(2):

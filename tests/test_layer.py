@@ -88,6 +88,11 @@ def test_stored_bytes_never_change_afterwards():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 63, 191, 192, 500])
+@pytest.mark.case(
+    "a prompt longer than residual_length",
+    "its newest tokens stay exact, and so does each newest one later",
+    report="huggingface/transformers#34189",
+)
 def test_sinks_and_window_come_back_bit_for_bit(dtype, tokens):
     keys, values = draw(tokens, dtype=dtype)
     layer = feed(make_layer(), keys, values, [tokens])
@@ -131,6 +136,11 @@ def test_what_is_returned_aliases_nothing_in_the_layer():
 
 
 @pytest.mark.parametrize("removed", [1, 127, 129, 200, 333, 499, 500, 600])
+@pytest.mark.case(
+    "a crop into the quantized tokens",
+    "the survivors stay as they were, and the length is right",
+    report="huggingface/transformers#45510",
+)
 def test_crop_keeps_the_survivors_as_they_were(removed):
     keys, values = draw(500)
     layer = feed(make_layer(), keys, values, [500])
@@ -159,6 +169,11 @@ def test_crop_refuses_a_positive_count():
         make_layer().crop(5)
 
 
+@pytest.mark.case(
+    "reorder, repeat and select rows of a batch",
+    "stored tokens follow like those of the window",
+    report="huggingface/transformers#45510",
+)
 def test_batch_operations_follow_plain_tensors():
     keys, values = draw(350, batch=3)
     layer = feed(make_layer(), keys, values, [350])
@@ -177,6 +192,9 @@ def test_batch_operations_follow_plain_tensors():
     assert torch.equal(layer.keys[:, :, :192], held[[0, 3, 5]][:, :, :192])
 
 
+@pytest.mark.case(
+    "padding on the left of one row", "shapes no scale of its tokens, whatever it holds", report="Blaizzy/mlx-vlm#1946"
+)
 def test_left_padding_moves_sinks_and_shapes_no_scale():
     keys, values = draw(400)
     keys[0, :, :37], values[0, :, :37] = 1000.0, -1000.0
@@ -231,6 +249,7 @@ def test_a_quantizer_that_fails_leaves_the_layer_as_it_was(monkeypatch):
 
 
 @pytest.mark.parametrize("dims", [(8, 8), (48, 48), (67, 80), (192, 128), (576, 64)])
+@pytest.mark.case("head dims from 8 to 576, 67 among them, unlike for keys and values", "works")
 def test_any_head_dim_and_unequal_ones(dims):
     keys, values = draw(300, key_dim=dims[0], value_dim=dims[1])
     layer = feed(make_layer(nbits_k=8, nbits_v=8), keys, values, [300])

@@ -86,6 +86,11 @@ def test_left_padding_while_all_is_exact(model, padded, way, assert_telling):
     assert torch.equal(output, reference)
 
 
+@pytest.mark.case(
+    "two prompts of unequal length in one batch, quantized",
+    "logits follow those of DynamicCache",
+    report="lablup/mlxcel#75",
+)
 def test_left_padding_quantized(model, padded, forced, compare):
     mask = padded["attention_mask"]
     text = model.generate(**padded, **GREEDY)
@@ -122,6 +127,9 @@ def test_chunked_prefill(model, prompts, forced, compare):
 
 
 @pytest.mark.parametrize("mode", [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True, top_k=5)], ids=str)
+@pytest.mark.case(
+    "beam search, several sequences", "the tokens of DynamicCache", report="huggingface/transformers#48700"
+)
 def test_modes_that_change_the_batch(llama, prompts, mode, assert_telling):
     settings = {**GREEDY, **mode}
     torch.manual_seed(5)
@@ -131,6 +139,11 @@ def test_modes_that_change_the_batch(llama, prompts, mode, assert_telling):
     assert torch.equal(llama.generate(prompts, past_key_values=KVQ(**EXACT), **settings), reference)
 
 
+@pytest.mark.case(
+    "generating with quanto at 4 and 2 bits in half precision",
+    "works; keys and values keep their dtype",
+    report="huggingface/transformers#34848",
+)
 def test_half_precision_states_keep_their_dtype(llama, prompts):
     model = llama.to(torch.bfloat16)
     cache = KVQ(backend="quanto", nbits_k=4, nbits_v=2)

@@ -89,6 +89,11 @@ def test_the_tokens_are_those_of_dynamic_cache(llama, prompts, name, way, assert
 
 @pytest.mark.parametrize("way", ["cache", "attach"])
 @pytest.mark.parametrize("name", ASSISTED)
+@pytest.mark.case(
+    "drafts: prompt lookup, a draft model, early exit",
+    "the tokens of DynamicCache",
+    report="huggingface/transformers#30413",
+)
 def test_assisted_tokens_are_those_of_dynamic_cache(llama, draft, lookup_prompt, name, way, assert_telling):
     settings = {key: draft if value == "draft" else value for key, value in ASSISTED[name].items()}
     reference = seeded(llama, lookup_prompt, **settings)

@@ -36,6 +36,9 @@ def assert_same_layers(one, other, rows=slice(None)):
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 @settings(max_examples=example_count(4))
 @given(data=st.data())
+@pytest.mark.case(
+    "a prompt in one call or token by token", "the same bytes are stored", report="huggingface/transformers#35185"
+)
 def test_the_split_into_updates_leaves_no_trace(quantization, data):
     case = data.draw(cases(quantization))
     states = case.states()
@@ -49,6 +52,11 @@ def test_the_split_into_updates_leaves_no_trace(quantization, data):
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
 @settings(max_examples=example_count(3))
 @given(data=st.data())
+@pytest.mark.case(
+    "decoding for a long time, one token a call",
+    "the window stays bounded: tokens leave it at fixed positions",
+    report="rajveer43/VeloxQuant-MLX#89",
+)
 def test_flushes_happen_at_fixed_positions(quantization, data):
     case = data.draw(cases(quantization))
     layer, total = case.layer(), 0

@@ -24,6 +24,11 @@ CONFIGS = {
 
 @pytest.mark.filterwarnings("ignore:nbits_k=4 is below")
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.case(
+    "saving a quantized cache of several layers",
+    "it comes back and goes on as if nothing had been",
+    report="waybarrios/vllm-mlx#451",
+)
 def test_what_is_loaded_is_what_was_saved_and_goes_on_like_it(fields, tmp_path):
     path = tmp_path / "cache.safetensors"
     cache = fill(KVQ(**fields), 400)
