@@ -7,7 +7,8 @@
     │   ├── BlockedBackendError (LookupError)
     │   ├── BackendConflictError (LookupError)
     │   ├── BrokenBackendError (ImportError)
-    │   └── MissingRequirementError (ImportError)
+    │   ├── MissingRequirementError (ImportError)
+    │   └── BackendFailedError (RuntimeError)    its own code raised while it was at work
     ├── QuantizerContractError (TypeError)   a quantizer returned something outside its contract
     ├── StatesError (ValueError)             states handed to `update` do not fit the cache
     ├── ModelError (ValueError)              a model that this cache cannot serve
@@ -110,6 +111,10 @@ class BrokenBackendError(BackendError, ImportError):
 
 class MissingRequirementError(BackendError, ImportError):
     """A distribution that the backend requires is absent or too old."""
+
+
+class BackendFailedError(BackendError, RuntimeError):
+    """The backend's own code raised; the message says in which operation, for which layer and side."""
 
 
 class QuantizerContractError(KVQError, TypeError):

@@ -319,12 +319,12 @@ def _(cache):
 
 
 @contextmanager
-def failing_quantizer(layer):
+def failing_quantizer(layer, error):
     """Make the quantizer of the values fail, after that of the keys has done its part."""
-    quantizer = layer.side("value").quantizer
+    quantizer = layer.side("value").quantizer.quantizer
 
-    def fail(blocks):
-        raise RuntimeError("out of memory")
+    def fail(groups):
+        raise error
 
     quantizer.encode = fail
     try:
@@ -335,7 +335,13 @@ def failing_quantizer(layer):
 
 @row("a quantizer that raises in the middle of an update")
 def _(cache):
-    with failing_quantizer(cache.layers[0]):
+    with failing_quantizer(cache.layers[0], ZeroDivisionError("division by zero")):
+        cache.update(*states(200), 0)
+
+
+@row("memory that runs out in a quantizer")
+def _(cache):
+    with failing_quantizer(cache.layers[0], torch.OutOfMemoryError("no room")):
         cache.update(*states(200), 0)
 
 
@@ -355,11 +361,29 @@ def _(cache):
         del quantizer.encode
 
 
+class WideCodes:
+    group_local = True
+
+    def encode(self, groups):
+        codes = torch.full(groups.shape, 255, dtype=torch.uint8)
+        return codes, torch.ones(groups.shape[:-1]), torch.zeros(groups.shape[:-1])
+
+
+def with_wide_codes():
+    spec = BackendSpec("wide", API_VERSION, Capabilities(nbits=(2, 4)), build=lambda spec, options: WideCodes())
+    return KVQ(backend={"key": "quanto", "value": spec}, nbits_v=2, model=llama())
+
+
+@row("codes with more bits than configured, or a scale that is not finite", with_wide_codes)
+def _(cache):
+    cache.update(*states(300), 0)
+
+
 class FailingAtOnce:
     group_local = True
 
     def encode(self, groups):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("the library is ill")
 
 
 def failing_at_once():
@@ -374,7 +398,7 @@ def _(cache):
     finally:
         assert not list(cache.layers[0].sides())
         without_model = KVQ(cache.config)
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(RuntimeError, match="the library is ill"):
             without_model.update(*states(300), 0)
         assert not without_model.layers
 

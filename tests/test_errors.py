@@ -19,6 +19,7 @@ TREE = {
     "BackendConflictError": (BackendError, LookupError),
     "BrokenBackendError": (BackendError, ImportError),
     "MissingRequirementError": (BackendError, ImportError),
+    "BackendFailedError": (BackendError, RuntimeError),
     "QuantizerContractError": (KVQError, TypeError),
     "StatesError": (KVQError, ValueError),
     "ModelError": (KVQError, ValueError),

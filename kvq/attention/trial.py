@@ -84,7 +84,7 @@ def _describe_side(side: SideView) -> Hashable:
 def _describe_quantizer(quantizer: Quantizer) -> Hashable:
     if not isinstance(quantizer, AffineCodec):
         parts = sorted((name, tuple(part.shape), str(part.dtype)) for name, part in quantizer.layout().items())
-        return type(quantizer), quantizer.block_length, tuple(parts)
+        return getattr(quantizer, "kind", type(quantizer)), quantizer.block_length, tuple(parts)
     spec = quantizer.spec
     groups = spec.nbits, quantizer.per_channel, spec.group_length, quantizer.block_length
     dtypes = quantizer.scale_dtype, spec.metadata_dtype, quantizer.compute_dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -16,6 +17,8 @@ from torch.nn import functional
 from kvq.errors import QuantizerContractError
 from kvq.granularity import Granularity
 from kvq.quantizer import AffineQuantizer, Part, QuantSpec
+from kvq.store.first_blocks import check_first_codes, kind_of
+from kvq.store.origin import Origin, name_quantizer
 from kvq.store.packing import join_planes, pack, plane_widths, split_planes, unpack
 from kvq.store.rotation import HadamardRotation
 
@@ -42,6 +45,7 @@ class AffineCodec:
         rotation: applied to the states before quantizing and undone after, or None.
         compute_dtype: dtype that decoding computes in.
         scale_dtype: dtype that scales are stored in, or None: that of the spec, which mid always has.
+        backend: name of what built the quantizer, for errors.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class AffineCodec:
         rotation: HadamardRotation | None = None,
         compute_dtype: torch.dtype = torch.float32,
         scale_dtype: torch.dtype | None = None,
+        backend: str = "",
     ) -> None:
         self.quantizer = quantizer
         self.spec = spec
@@ -60,10 +65,18 @@ class AffineCodec:
         self.per_channel = spec.granularity is Granularity.PER_CHANNEL
         self.block_length = spec.group_length if self.per_channel else PER_TOKEN_BLOCK_LENGTH
         self.group_local = quantizer.group_local
+        self.origin = Origin.of(backend or type(quantizer).__name__, spec)
+        self._name = name_quantizer(self)
+        self._kind = kind_of(backend, quantizer, spec)
         self.scale_dtype = scale_dtype or spec.metadata_dtype
         self.has_exponent = self.scale_dtype is torch.float16
         # Keys lie channel-major, values token-major: what their dot products with queries and probabilities run along.
         self._token_dim = -1 if spec.side == "key" else -2
+
+    @property
+    def kind(self) -> type:
+        """The class of the backend's quantizer."""
+        return type(self.quantizer)
 
     @property
     def groups_per_token(self) -> int:
@@ -100,8 +113,7 @@ class AffineCodec:
         lost = groups.abs().amax(-1).isfinite().logical_not_()
         if lost.device.type != "cpu" or lost.any():  # elsewhere asking takes longer than filling
             groups = groups.masked_fill(lost[..., None], 0)
-        codes, scale, offset = self.quantizer.encode(groups)
-        self._check_result(groups, codes, scale, offset)
+        codes, scale, offset = self._encode_groups(groups, lost)
         parts = {}
         for width, plane in split_planes(self._ungroup(codes), self.bits).items():
             parts[f"codes_{width}"] = pack(plane, width, self._token_dim)
@@ -184,18 +196,35 @@ class AffineCodec:
             "exponent": exponent.to(torch.int8),
         }
 
-    def _check_result(
-        self, groups: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor
-    ) -> None:
+    def _encode_groups(
+        self, groups: torch.Tensor, lost: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return codes, scale and offset of `groups`, of which those that are `lost` hold zeros."""
+        with self.origin.naming("encode"):
+            encoded = self.quantizer.encode(groups)
+        if not isinstance(encoded, (tuple, list)) or len(encoded) != 3:
+            found = f"{len(encoded)} things" if isinstance(encoded, (tuple, list)) else f"a {type(encoded).__name__}"
+            raise QuantizerContractError(
+                f"{self.origin}: encode returned {found}; the contract is codes, scale, offset"
+            )
+        codes, scale, offset = encoded
+        self._check_result(groups, codes, scale, offset)
+        check_first_codes(self._kind, self._name, self.bits, (codes, scale, offset), lost)
+        return codes, scale, offset
+
+    def _check_result(self, groups: torch.Tensor, codes: Any, scale: Any, offset: Any) -> None:
         expected = {"codes": (groups.shape, torch.uint8)}
         expected["scale"] = expected["offset"] = (groups.shape[:-1], torch.float32)
         for name, tensor in (("codes", codes), ("scale", scale), ("offset", offset)):
             shape, dtype = expected[name]
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise QuantizerContractError(
-                    f"{type(self.quantizer).__name__}.encode returned {name} as {tensor.dtype} {list(tensor.shape)} "
-                    f"for groups {list(groups.shape)}; the contract is {dtype} {list(shape)}"
-                )
+            is_tensor = isinstance(tensor, torch.Tensor)
+            if is_tensor and tensor.shape == shape and tensor.dtype == dtype:
+                continue
+            found = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else f"a {type(tensor).__name__}"
+            raise QuantizerContractError(
+                f"{self._name}.encode returned {name} as {found} for groups {list(groups.shape)}; "
+                f"the contract is {dtype} {list(shape)}"
+            )
 
 
 def _exponent(numbers: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 
 from kvq.errors import QuantizerContractError
 from kvq.quantizer import Quantizer
+from kvq.store.guard import GuardedQuantizer
+from kvq.store.origin import name_quantizer
 from kvq.store.segments import Segment, copy_segments
 
 MAX_CHUNK_LENGTH = 2048
@@ -236,6 +238,8 @@ class ChunkedStore:
         encoded = self.quantizer.encode(states)
         count = states.shape[2] // self.block_length
         self._check_encoded(encoded, states.shape[0], count)
+        if isinstance(self.quantizer, GuardedQuantizer):
+            self.quantizer.look_at_first(states, encoded)
         for name, part in segment.parts.items():
             part[rows, :, first : first + count].copy_(encoded[name])
 
@@ -274,7 +278,7 @@ class ChunkedStore:
         return Segment(parts, used=0, capacity=capacity)
 
     def _check_encoded(self, encoded: object, rows: int, blocks: int) -> None:
-        name = type(self.quantizer).__name__
+        name = name_quantizer(self.quantizer)
         if not isinstance(encoded, Mapping) or encoded.keys() != self.layout.keys():
             found = sorted(encoded) if isinstance(encoded, Mapping) else type(encoded).__name__
             raise QuantizerContractError(f"{name}.encode returned {found}; its layout has {sorted(self.layout)}")

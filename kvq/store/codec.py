@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
 from kvq.backend_spec import BackendSpec
 from kvq.config import ResolvedLayer, ResolvedSide
-from kvq.errors import BrokenBackendError, ConfigError, Fault, QuantizerContractError, StatesError
+from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
 from kvq.granularity import Granularity
 from kvq.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
 from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
+from kvq.store.guard import GuardedQuantizer
+from kvq.store.origin import Origin
+from kvq.store.quantizer_kind import find_kind
 from kvq.store.rotation import HadamardRotation
 
 FULL_PRECISION_BITS = 16
@@ -39,7 +43,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
         states: the first states, `[B, H, T, D]`, for their shape, dtype and device.
 
     Raises:
-        BackendError: a requirement of the backend is missing or broken.
+        BackendError: a requirement of the backend is missing or broken, or its own code raised.
         ConfigError: the configuration makes no sense for these states.
         StatesError: the backend does not take states of this dtype or device.
         QuantizerContractError: the backend built something that is no quantizer.
@@ -48,12 +52,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
     _check_states(chosen.backend, states)
     get_registry().check_requirements(chosen.backend)
     spec = _build_spec(chosen, side, layer_idx, states)
-    try:
-        quantizer = chosen.backend.build(spec, chosen.options)
-    except ImportError as error:
-        raise BrokenBackendError(
-            f"backend {chosen.backend.name!r} is installed, but what it needs cannot be imported: {error}"
-        ) from error
+    quantizer = _build(chosen, spec)
     codec = _wrap(quantizer, chosen, spec, settings.compute_dtype or torch.float32)
     _check_effective_bits(codec, chosen, side, spec.head_dim)
     return codec
@@ -103,24 +102,33 @@ def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.
     )
 
 
+def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:
+    origin = Origin.of(chosen.backend.name, spec)
+    try:
+        with origin.naming("build"):
+            return chosen.backend.build(spec, chosen.options)
+    except BackendFailedError as error:
+        if isinstance(cause := error.__cause__, ImportError):
+            raise BrokenBackendError(
+                f"backend {chosen.backend.name!r} is installed, but what it needs cannot be imported: {cause}"
+            ) from cause
+        raise
+
+
 def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtype: torch.dtype) -> Quantizer:
     rotated = chosen.rotation == "hadamard"
-    # A Quantizer has everything that an AffineQuantizer has, so the richer protocol is asked first.
-    if isinstance(quantizer, Quantizer):
+    origin = Origin.of(chosen.backend.name, spec)
+    if find_kind(quantizer, str(origin)) == "general":
         if rotated:
             path = "rotation_k" if spec.side == "key" else "rotation_v"
             problem = f"{chosen.backend.name} stores its own representation, which the core cannot rotate; use 'none'"
             raise ConfigError([Fault((path,), problem)])
-        return quantizer
-    if isinstance(quantizer, AffineQuantizer):
-        rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if rotated else None
-        # What a wide code demands of mid it does not demand of scale, whose error counts by the code, not by the mean.
-        scale_dtype = chosen.metadata_dtype or torch.float16
-        return AffineCodec(quantizer, spec, rotation, compute_dtype, scale_dtype)
-    raise QuantizerContractError(
-        f"{chosen.backend.name}: build returned {type(quantizer).__name__}, "
-        "which has neither the methods of AffineQuantizer nor those of Quantizer"
-    )
+        return GuardedQuantizer(cast(Quantizer, quantizer), origin, spec)
+    rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if rotated else None
+    # What a wide code demands of mid it does not demand of scale, whose error counts by the code, not by the mean.
+    scale_dtype = chosen.metadata_dtype or torch.float16
+    affine = cast(AffineQuantizer, quantizer)
+    return AffineCodec(affine, spec, rotation, compute_dtype, scale_dtype, chosen.backend.name)
 
 
 def _check_states(backend: BackendSpec, states: torch.Tensor) -> None:

@@ -107,7 +107,7 @@ def check_requirements(case: ContractCase) -> None:
     except KVQError as error:
         require(False, str(error))
     quantizer = case.quantizer()
-    module = type(getattr(quantizer, "quantizer", quantizer)).__module__
+    module = getattr(quantizer, "kind", type(quantizer)).__module__
     declared = {canonicalize_name(Requirement(text).name) for text in case.backend.requires}
     missing = _undeclared(module, declared | {"kvq", *_runtime_of("kvq")})
     require(not missing, f"{module} uses {', '.join(missing)}, which `requires` does not name")
