@@ -8,10 +8,9 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion
 
 from kvq.errors import MissingRequirementError
+from kvq.installed import applies, find_version, is_met
 
 if TYPE_CHECKING:  # it imports torch, and this file should also serve where that cannot be imported
     from kvq.backend_spec import BackendSpec
@@ -25,36 +24,14 @@ def check_requirements(spec: BackendSpec) -> None:
     """
     for text in spec.requires:
         requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate():
+        if not applies(requirement) or is_met(requirement):
             continue
         installed = find_version(requirement.name)
-        if installed is not None and is_accepted(installed, requirement.specifier):
-            continue
         found = "it is not installed" if installed is None else f"version {installed} is installed"
         raise MissingRequirementError(
             f"backend {spec.name!r} requires {text!r}, but {found}; "
             f"run: pip install {text!r}, or choose another backend (`kvq backends` lists them)"
         )
-
-
-def find_version(distribution: str) -> str | None:
-    """Return the installed version of a distribution, or None."""
-    try:
-        # None, or a KeyError in newer Pythons, where an installation is damaged and its metadata lacks the version.
-        return metadata.version(distribution) or None
-    except (metadata.PackageNotFoundError, KeyError):
-        return None
-
-
-def is_accepted(version: str, specifier: SpecifierSet) -> bool:
-    """Return whether a version is in a range.
-
-    A pre-release counts; what is not even a version is only in a range that takes everything.
-    """
-    try:
-        return specifier.contains(version, prereleases=True)
-    except InvalidVersion:
-        return not specifier
 
 
 def find_versions(others: Sequence[str] = ()) -> dict[str, str]:

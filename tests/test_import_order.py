@@ -22,7 +22,7 @@ else:
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    ("errors", "granularity", "user_warnings", "byte_size", "padding", "transformers_seams"),
+    ("errors", "granularity", "user_warnings", "byte_size", "installed", "padding", "transformers_seams"),
     ("quantizer", "backend_spec"),
     ("plugin_api",),
     ("discovery", "requirements", "spec_validation", "registry"),
@@ -30,7 +30,7 @@ LEVELS = (
     ("store",),
     ("attention", "layer"),
     ("memory", "relocation", "persistence", "thread_guard", "kept_layers", "carried_states", "model_layers", "cache"),
-    ("encoder_decoder", "planning", "attention_switch", "generation_watch", "attachable", "attachment"),
+    ("biased_keys", "encoder_decoder", "planning", "attention_switch", "generation_watch", "attachable", "attachment"),
     ("evaluation", "benchmark", "testing"),
     ("__init__", "cli", "__main__"),
 )

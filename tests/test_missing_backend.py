@@ -105,7 +105,7 @@ def test_a_refused_update_swaps_nothing(monkeypatch):
             raise metadata.PackageNotFoundError(name)
         return found(name)
 
-    monkeypatch.setattr("kvq.requirements.metadata.version", version)
+    monkeypatch.setattr("kvq.installed.metadata.version", version)
     states = torch.randn(1, 1, 256, 64)
     cache = KVQ()
     for _ in range(2):

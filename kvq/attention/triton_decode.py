@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from kvq.attention.request import AttentionRequest
 from kvq.attention.triton_plan import LayerPlan, get_plan
-from kvq.requirements import find_version
+from kvq.installed import find_version
 from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView
 from kvq.store.packing import plane_widths

@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 from kvq.backend_spec import BackendSpec
 from kvq.cli.codec_trial import GROUP_SIZE, HEAD_DIM, measure_effective_bits, plain_settings
 from kvq.cli.console import one_line
-from kvq.cli.requirement_state import applies, describe_requirement
+from kvq.cli.requirement_state import describe_requirements
 from kvq.errors import BackendError, UnknownBackendError
 from kvq.granularity import Granularity
 from kvq.registry import BackendInfo, available_backends, get_registry
@@ -79,7 +79,7 @@ def describe_spec(spec: BackendSpec) -> dict[str, Any]:
         "device_types": list(spec.capabilities.device_types),
         "states_dtypes": list(spec.capabilities.states_dtypes),
         "axis_names": {str(axis): str(word) for axis, word in spec.axis_names.items()},
-        "requirements": [describe_requirement(text) for text in spec.requires if applies(text)],
+        "requirements": describe_requirements(spec.requires),
         "options": [_describe_option(name, field) for name, field in spec.options.model_fields.items()],
         "head_dim": HEAD_DIM,
         "group_size": GROUP_SIZE,

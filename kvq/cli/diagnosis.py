@@ -21,8 +21,9 @@ from packaging.specifiers import SpecifierSet
 
 import kvq
 from kvq.cli.console import one_line
-from kvq.cli.requirement_state import applies, describe_requirement, find_version, is_accepted
+from kvq.cli.requirement_state import describe_requirements
 from kvq.errors import KVQError
+from kvq.installed import find_version, is_accepted
 
 if TYPE_CHECKING:
     from kvq.registry import BackendInfo
@@ -131,9 +132,7 @@ def _list_distributions(*, is_installed: bool) -> Iterator[dict[str, Any]]:
     met = is_accepted(version, SpecifierSet(wanted))
     yield {"name": "python", "required": wanted, "installed": version, "met": met}
     requirements = (metadata.requires("kvq") or ()) if is_installed else LISTED_WITHOUT_METADATA
-    for text in requirements:
-        if applies(text):
-            yield describe_requirement(text)
+    yield from describe_requirements(tuple(requirements))
 
 
 def _can_import(module: str, found: Diagnosis) -> bool:

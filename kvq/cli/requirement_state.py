@@ -1,41 +1,24 @@
-"""Installed versions against requirements, from metadata alone: it works where nothing can be imported."""
+"""Requirements as the plain values that tables and JSON are made of; `kvq.installed` says what is met."""
 
 from __future__ import annotations
 
-from importlib import metadata
+from collections.abc import Sequence
 from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion
+
+from kvq.installed import applies, find_version, is_met
 
 
-def describe_requirement(text: str) -> dict[str, Any]:
-    """Return a requirement as `name`, `required`, `installed` (a version or None) and `met`."""
-    requirement = Requirement(text)
-    installed = find_version(requirement.name)
-    met = installed is not None and is_accepted(installed, requirement.specifier)
-    return {"name": requirement.name, "required": str(requirement.specifier), "installed": installed, "met": met}
-
-
-def applies(text: str) -> bool:
-    """Return whether a requirement holds here: for this Python and platform, and for no extra."""
-    marker = Requirement(text).marker
-    return marker is None or marker.evaluate({"extra": ""})
-
-
-def find_version(distribution: str) -> str | None:
-    """Return the installed version of a distribution, or None."""
-    try:
-        # None, or a KeyError in newer Pythons, where an installation is damaged and its metadata lacks the version.
-        return metadata.version(distribution) or None
-    except (metadata.PackageNotFoundError, KeyError):
-        return None
-
-
-def is_accepted(version: str, specifier: SpecifierSet) -> bool:
-    """Return whether a version is in a range; a pre-release in it counts."""
-    try:
-        return specifier.contains(version, prereleases=True)
-    except InvalidVersion:
-        return False
+def describe_requirements(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the requirements that hold here as `name`, `required`, `installed` (a version or None) and `met`."""
+    requirements = [one for one in map(Requirement, texts) if applies(one)]
+    return [
+        {
+            "name": one.name,
+            "required": str(one.specifier),
+            "installed": find_version(one.name),
+            "met": is_met(one),
+        }
+        for one in requirements
+    ]

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvq.backend_spec import BackendSpec
+from kvq.installed import find_version
 from kvq.persistence.header import BackendFingerprint, ModelFingerprint, WeightsSample
 from kvq.registry import get_registry
-from kvq.requirements import find_version
 
 MODEL_FACTS = (
     "model_type",

@@ -1,0 +1,40 @@
+"""Installed versions against requirements, from metadata alone: it works where nothing can be imported."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
+
+
+def find_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        # None, or a KeyError in newer Pythons, where an installation is damaged and its metadata lacks the version.
+        return metadata.version(distribution) or None
+    except (metadata.PackageNotFoundError, KeyError):
+        return None
+
+
+def is_accepted(version: str, specifier: SpecifierSet) -> bool:
+    """Return whether a version is in a range.
+
+    A pre-release counts; what is not even a version is only in a range that takes everything.
+    """
+    try:
+        return specifier.contains(version, prereleases=True)
+    except InvalidVersion:
+        return not specifier
+
+
+def applies(requirement: Requirement) -> bool:
+    """Return whether a requirement holds here: for this Python and platform, and for no extra."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def is_met(requirement: Requirement) -> bool:
+    """Return whether what is required is installed in a version that is accepted."""
+    installed = find_version(requirement.name)
+    return installed is not None and is_accepted(installed, requirement.specifier)
