@@ -19,7 +19,8 @@ from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
 from kvq.user_warnings import warn_user
 
-_STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Of the states that can be quantized."""
 DEFERRED_LENGTH = 256
 """Newest tokens that a crop may still take back without a trace, while the past is recorded: none of them lets older
 ones be quantized. Assisted decoding proposes some 20 at a time; a flag that is forgotten costs no more than these."""
@@ -293,10 +294,10 @@ class KVQLayer(CacheLayerMixin):
                     f"layer {self.layer_idx}: {name} states have shape {list(states.shape)}; "
                     "[batch, heads, tokens, head_dim] is needed, of which only the tokens may be 0"
                 )
-            if states.dtype not in _STATES_DTYPES:
+            if states.dtype not in STATES_DTYPES:
                 raise StatesError(
                     f"layer {self.layer_idx}: {name} states of {states.dtype} cannot be quantized; "
-                    f"the cache takes {', '.join(map(str, _STATES_DTYPES))}"
+                    f"the cache takes {', '.join(map(str, STATES_DTYPES))}"
                 )
             if self.is_initialized:
                 self._check_continuity(name, states)

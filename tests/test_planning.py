@@ -283,6 +283,23 @@ def test_what_cannot_be_planned_is_refused(config, fields, error, words):
         plan(config, fields, context=TOKENS)
 
 
+@pytest.mark.case(
+    "a model whose configuration says float64, or `dtype=torch.float64`",
+    "refused by `plan` with the dtypes that can be quantized and how to load it",
+)
+@pytest.mark.parametrize(("fields", "dtype"), [({"dtype": "float64"}, None), ({}, torch.float64)])
+def test_a_dtype_that_cannot_be_quantized_is_refused(fields, dtype):
+    config = transformers.LlamaConfig(**DECODER, **fields)
+    with pytest.raises(ModelError, match=r"float64.*cannot be quantized.*torch.bfloat16.*from_pretrained"):
+        plan(config, context=TOKENS, dtype=dtype)
+
+
+def test_holding_more_than_full_precision_is_told():
+    short, long = (plan(FAMILIES["llama"](), context=tokens) for tokens in (9, 4000))
+    assert "at 9 tokens the quantized layers hold" in short.warnings[0]
+    assert long.warnings == ()
+
+
 @pytest.mark.parametrize(
     "numbers",
     [dict(context=0), dict(context=MAX_CONTEXT + 1), dict(context=2.5), dict(batch=True), dict(gpu_memory=-1)],

@@ -61,10 +61,10 @@ def plan(
     Keys of --json: "model", "context", "batch", "dtype", "total_bytes", "full_precision_bytes", "compression",
     "horizon" (tokens generated after the prompt), "later_bytes", "later_full_precision_bytes" and "peak_bytes" (up to
     then, on the device), "num_parameters", "weights_bytes", "gpu_memory_bytes", "fits" and "largest_context" (null
-    without --gpu-memory), "is_search_bounded" (more than "largest_context" would fit), "unsupported", "notes",
-    "left_out", and "layers", a list with "layer_idx", "kind", "reason", bytes as above, "offloaded_bytes", "key" and
-    "value" (null, or "num_heads", "head_dim", "backend", "nbits", "granularity", "group_length", "rotation",
-    "effective_bits"; null from "backend" on in full precision).
+    without --gpu-memory), "is_search_bounded" (more than "largest_context" would fit), "unsupported", "warnings",
+    "notes", "left_out", and "layers", a list with "layer_idx", "kind", "reason", bytes as above, "offloaded_bytes",
+    "key" and "value" (null, or "num_heads", "head_dim", "backend", "nbits", "granularity", "group_length",
+    "rotation", "effective_bits"; null from "backend" on in full precision).
     """
     with _exit(2, ValueError):
         sizes = [None if size is None else parse_bytes(size) for size in (gpu_memory, weights_memory)]

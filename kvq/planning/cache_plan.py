@@ -99,6 +99,7 @@ class CachePlan:
         largest_context: most tokens whose cache fits beside the weights, 0 if none do; None without `gpu_memory_bytes`.
         is_search_bounded: whether more would fit, but that was not looked for.
         unsupported: what is not quantized and cannot be.
+        warnings: what speaks against this configuration for this model.
         notes: what to know about these numbers.
         left_out: what takes memory too and is not counted.
     """
@@ -115,6 +116,7 @@ class CachePlan:
     largest_context: int | None = None
     is_search_bounded: bool = False
     unsupported: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
@@ -194,6 +196,7 @@ class CachePlan:
         weights = f"weights: {self.num_parameters:,} parameters, {format_bytes(self.weights_bytes)} in {self.dtype}"
         lines = [weights, *self._memory_lines()]
         lines += [f"unsupported: {text}" for text in self.unsupported]
+        lines += [f"warning: {text}" for text in self.warnings]
         lines += [f"note: {text}" for text in self.notes]
         return [*lines, f"left out: {'; '.join(self.left_out)}"] if self.left_out else lines
 

@@ -17,6 +17,7 @@ import transformers
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from kvq.biased_keys import KeyBias, find_biased_keys
 from kvq.errors import ModelError
 from kvq.transformers_seams import pass_cache
 
@@ -34,6 +35,7 @@ class ModelOutline:
         num_parameters: elements of all parameters, shared ones once.
         weights_bytes: bytes of these parameters in `dtype`.
         dtype: of the parameters.
+        key_biases: the layers whose keys have a bias, of unknown size.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ModelOutline:
     num_parameters: int
     weights_bytes: int
     dtype: torch.dtype
+    key_biases: tuple[KeyBias, ...] = ()
 
 
 def outline_model(model_config: PretrainedConfig, batch: int, dtype: torch.dtype | None = None) -> ModelOutline:
@@ -70,7 +73,12 @@ def outline_model(model_config: PretrainedConfig, batch: int, dtype: torch.dtype
     parameters = list(model.parameters())
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return ModelOutline(
-        type(model).__name__, layers, sum(parameter.numel() for parameter in parameters), num_bytes, dtype
+        name=type(model).__name__,
+        layers=layers,
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        weights_bytes=num_bytes,
+        dtype=dtype,
+        key_biases=find_biased_keys(model),
     )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from kvq.biased_keys import explain_biased_keys
 from kvq.byte_size import format_bytes, format_ratio
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
-from kvq.errors import ConfigError, Fault
+from kvq.errors import ConfigError, Fault, ModelError
+from kvq.layer import STATES_DTYPES, KVQLayer
 from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan, join_layers
 from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
 from kvq.planning.reasons import UNSUPPORTED, Reasons
@@ -50,10 +52,12 @@ def plan(
     Raises:
         ConfigError: a number is out of range, or the configuration is wrong or makes no sense for this model.
         BackendError: a backend cannot be had.
-        ModelError: the cache cannot serve this model, or what it caches is not known from its configuration.
+        ModelError: the cache cannot serve this model or its dtype, or what it caches is not known from its
+            configuration.
     """
     _check_numbers(context=context, batch=batch, gpu_memory=gpu_memory, weights_bytes=weights_bytes)
     cache = KVQ(config, model=model_config)
+    _check_dtype(dtype, model_config)
     outline = outline_model(model_config, batch, dtype)
     stage = _Stage(cache, outline, model_config)
     layers = stage.plan_layers(context)
@@ -72,6 +76,7 @@ def plan(
         largest_context=largest,
         is_search_bounded=largest == MAX_SEARCH,
         unsupported=_list_unsupported(layers),
+        warnings=_list_warnings(cache, outline, layers, context),
         notes=_list_notes(layers, context, stage.horizon, model_config, counted=weights_bytes is None),
         left_out=_list_left_out(layers),
     )
@@ -177,6 +182,28 @@ def _check_numbers(**numbers: int | None) -> None:
             faults.append(Fault((name,), f"{number!r} is not accepted; a whole number, at least 1{upper}"))
     if faults:
         raise ConfigError(faults)
+
+
+def _check_dtype(dtype: torch.dtype | None, model_config: PretrainedConfig) -> None:
+    wanted = dtype or find_dtype(model_config)
+    if wanted is not None and wanted not in STATES_DTYPES:
+        source = "dtype=" if dtype is not None else f"dtype of the {type(model_config).__name__}: "
+        raise ModelError(
+            f"{source}{wanted}: such keys and values cannot be quantized; the cache takes "
+            f"{', '.join(map(str, STATES_DTYPES))}: load the model in one of them, from_pretrained(..., dtype=...)"
+        )
+
+
+def _list_warnings(cache: KVQ, outline: ModelOutline, layers: tuple[LayerPlan, ...], context: int) -> tuple[str, ...]:
+    settings = {layer.layer_idx: layer.settings for layer in cache.layers if isinstance(layer, KVQLayer)}
+    biased = explain_biased_keys(outline.key_biases, settings)
+    quantized = [one for one in layers if one.is_quantized]
+    held, plain = sum(one.total_bytes for one in quantized), sum(one.full_precision_bytes for one in quantized)
+    more = (
+        f"at {context:,} tokens the quantized layers hold {format_bytes(held)}, no less than the {format_bytes(plain)} "
+        "of full precision: the newest tokens, whole groups and room for the next ones outweigh what is quantized"
+    )
+    return tuple(filter(None, (biased, more if held >= plain else None)))
 
 
 def _list_unsupported(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
