@@ -28,9 +28,34 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+MAX_MESSAGE_LENGTH = 2000
+MAX_MESSAGE_LINES = 24
+MAX_PART_LENGTH = 600
+"""Characters of the place of a fault, of what it says, and of the name of a file: several of them fit on a screen."""
+MAX_STEP_LENGTH = 80
+"""Characters of one key on the way to a fault."""
+
+
+def shorten(text: str, length: int = MAX_MESSAGE_LENGTH, lines: int = MAX_MESSAGE_LINES) -> str:
+    """Return a text that fits on a screen: cut where it is longer, with how much was left out."""
+    rows = text.split("\n")
+    if len(rows) > lines:
+        text = "\n".join([*rows[: lines - 1], f"... {len(rows) - lines + 1:,} more lines"])
+    if len(text) <= length:
+        return text
+    end = " ... {:,} more characters"
+    kept = length - len(end) - 8
+    return text[:kept] + end.format(len(text) - kept)
+
 
 class KVQError(Exception):
-    """Root of all errors that kvq raises on purpose."""
+    """Root of all errors that kvq raises on purpose.
+
+    What a message quotes may be of any length; `str` of an error fits on a screen, `args` hold all of it.
+    """
+
+    def __str__(self) -> str:
+        return shorten(super().__str__())
 
 
 @dataclass(frozen=True)
@@ -56,14 +81,14 @@ class Fault:
         """The path as a person writes it, e.g. `layers['0-3'].nbits_k`."""
         text = ""
         for step in self.path:
-            if isinstance(step, str) and step.isidentifier():
+            if isinstance(step, str) and len(step) <= MAX_STEP_LENGTH and step.isidentifier():
                 text += f".{step}" if text else step
             else:
-                text += f"[{step!r}]"
+                text += f"[{shorten(repr(step), MAX_STEP_LENGTH)}]"
         return text or "configuration"
 
     def __str__(self) -> str:
-        return f"{self.location}: {self.problem}"
+        return f"{shorten(self.location, MAX_PART_LENGTH)}: {shorten(self.problem, MAX_PART_LENGTH)}"
 
 
 class ConfigError(KVQError, ValueError):
@@ -77,9 +102,10 @@ class ConfigError(KVQError, ValueError):
     def __init__(self, faults: Iterable[Fault], source: str | None = None) -> None:
         self.faults = tuple(faults)
         self.source = source
-        origin = f" in {source}" if source else ""
+        place = shorten(source, MAX_PART_LENGTH) if source else ""
+        origin = f" in {place}" if place else ""
         if len(self.faults) == 1:
-            message = f"{self.faults[0]}{f' (from {source})' if source else ''}"
+            message = f"{self.faults[0]}{f' (from {place})' if place else ''}"
         else:
             lines = "".join(f"\n  - {fault}" for fault in self.faults)
             message = f"{len(self.faults)} faults{origin}:{lines}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvq.cli.console import print_error, print_line, print_table, print_warning
+from kvq.cli.given_path import exists, expand
 from kvq.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def check(
 
 def _is_name(text: str) -> bool:
     """Return whether the argument means a backend; names have neither dots nor slashes in them."""
-    return text.replace("-", "_").isidentifier() and not Path(text).exists()
+    return text.replace("-", "_").isidentifier() and not exists(Path(text))
 
 
 def _summarize(path: Path, head_dim: int) -> ConfigSummary:
@@ -80,10 +81,10 @@ def _find_file(text: str) -> Path:
     Raises:
         typer.Exit: there is none; the error is printed.
     """
-    path = Path(text).expanduser()
-    if path.is_file():
+    path = expand(text)
+    if exists(path) and path.is_file():
         return path
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         problem = "is a directory; give a configuration file in it"
     elif path.suffix.lower() in SUFFIXES:
         problem = "does not exist; give the path of a configuration file"

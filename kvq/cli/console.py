@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvq.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGE_LINES, shorten
+
 NO_TERMINAL_WIDTH = 10_000
 """Columns for output that goes to a file or a program: wider than any line."""
 
@@ -47,10 +49,16 @@ def print_json(facts: Any) -> None:
 
 
 def print_error(message: str, details: Sequence[str] = ()) -> None:
-    """Print an error on stderr: one line, and one more for every detail."""
+    """Print an error on stderr: one line, and one more for every detail, as many as fit on a screen."""
     _print_labelled("error", "bold red", message)
-    for detail in details:
-        get_console(stderr=True).print(f"  {one_line(detail)}", soft_wrap=True)
+    lines = [f"  {one_line(detail)}" for detail in details]
+    room = MAX_MESSAGE_LENGTH - len(message) - 50  # the label, ends of lines, and what is said of those left out
+    shown = 0
+    while shown < min(len(lines), MAX_MESSAGE_LINES - 2) and sum(len(line) + 1 for line in lines[: shown + 1]) <= room:
+        get_console(stderr=True).print(lines[shown], soft_wrap=True)
+        shown += 1
+    if shown < len(lines):
+        get_console(stderr=True).print(f"  ... {len(lines) - shown:,} more", soft_wrap=True)
 
 
 def print_warning(message: str) -> None:
@@ -84,5 +92,5 @@ def _print_rich_table(table: Table) -> None:
 
 
 def _print_labelled(label: str, style: str, message: str) -> None:
-    line = Text.assemble((f"{label}: ", style), one_line(message))
+    line = Text.assemble((f"{label}: ", style), shorten(one_line(message), MAX_MESSAGE_LENGTH - len(label) - 3))
     get_console(stderr=True).print(line, soft_wrap=True)

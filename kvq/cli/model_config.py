@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from kvq.cli.console import one_line
+from kvq.cli.given_path import exists, expand
 from kvq.errors import ModelError
 from kvq.evaluation.embedded_model import EMBEDDED_MODEL_PATH
 
@@ -31,18 +32,18 @@ def load_model_config(model: str) -> PretrainedConfig:
     """
     if model == EMBEDDED:
         model = str(EMBEDDED_MODEL_PATH)
-    path = Path(model).expanduser()
+    path = expand(model)
     logging.set_verbosity_error()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            return AutoConfig.from_pretrained(str(path) if path.exists() else model, trust_remote_code=False)
+            return AutoConfig.from_pretrained(str(path) if exists(path) else model, trust_remote_code=False)
     except Exception as error:  # foreign code, and files of others: missing, unreachable, broken, unknown
         raise ModelError(_explain(model, path, error)) from error
 
 
 def _explain(model: str, path: Path, error: Exception) -> str:
     cause = one_line(str(error)).partition(". ")[0].rstrip(".")
-    if not path.exists():
+    if not exists(path):
         return (
             f"{model!r} is no folder, and no configuration of that name could be had from the hub ({cause}); give a "
             f"folder with a config.json, an id on the hub, or {EMBEDDED!r}"

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from kvq.backend_spec import BackendSpec
 from kvq.config.choice import BackendChoice, check_backends, check_writable, get_side_backend
-from kvq.config.faults import FaultCollector, not_accepted
+from kvq.config.faults import FaultCollector, not_accepted, shown
 from kvq.config.fields import (
     FORMAT_VERSION,
     SIDES,
@@ -36,6 +36,7 @@ from kvq.config.frozen import FrozenDict, FrozenModel
 from kvq.config.layers import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
 from kvq.config.limits import check_granularity, check_group_size, check_nbits, resolve_axis
 from kvq.config.options import resolve_options
+from kvq.config.plain_values import find_strange_values
 from kvq.config.resolved import ResolvedLayer
 from kvq.config.selection import LayerSelector, find_selector
 from kvq.errors import ConfigError, Fault
@@ -179,6 +180,12 @@ class KVQCacheConfig(FrozenModel):
                     "side (arXiv 2502.15075); measure before you rely on it"
                 )
 
+    def _fill(self, fields: Mapping[str, Any], source: str | None = None) -> None:
+        faults = find_strange_values(fields)
+        if faults:
+            raise ConfigError(faults, source)
+        super()._fill(fields, source)
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str | None = None) -> KVQCacheConfig:
         """Build a configuration from a mapping.
@@ -194,7 +201,7 @@ class KVQCacheConfig(FrozenModel):
             raise ConfigError([Fault((), f"a mapping of fields is needed, got {type(values).__name__}")], source)
         strange = [key for key in values if not isinstance(key, str)]
         if strange:
-            raise ConfigError([Fault((), f"the keys must be names of fields, got {strange!r}")], source)
+            raise ConfigError([Fault((), f"the keys must be names of fields, got {shown(strange)}")], source)
         config = cls.__new__(cls)
         config._fill(values, source)
         return config

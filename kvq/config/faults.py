@@ -28,7 +28,12 @@ _shortener.maxstring = _shortener.maxother = 80
 
 def shown(value: object) -> str:
     """Return `repr(value)`, cut where it is long."""
-    return _shortener.repr(value)
+    try:
+        return _shortener.repr(value)
+    except ValueError:  # Python writes out no integer of more than some thousand digits
+        return (
+            f"{'a number' if isinstance(value, int) else f'a {type(value).__name__} with one'} of thousands of digits"
+        )
 
 
 def not_accepted(value: object, accepted: str) -> ValueError:

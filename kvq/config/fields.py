@@ -20,6 +20,8 @@ from kvq.quantizer import Side
 
 FORMAT_VERSION = 1
 MAX_GROUP_SIZE = 65536
+MAX_TOKENS = 1 << 40
+"""More than any model reads, and far from where arithmetic on positions overflows."""
 SIDES: tuple[Side, Side] = ("key", "value")
 
 T = TypeVar("T")
@@ -83,6 +85,8 @@ def _parse_tokens(value: object) -> int:
     number = find_integer(value)
     if number is None or number < 0:
         raise not_accepted(value, "an integer of at least 0 (tokens)")
+    if number > MAX_TOKENS:
+        raise not_accepted(value, f"at most {MAX_TOKENS:,} tokens")
     return number
 
 
@@ -130,7 +134,7 @@ def _parse_device(value: object) -> torch.device:
     refused = not_accepted(value, "a device of torch that holds data, such as 'cpu' or 'cuda:0'")
     try:
         device = value if isinstance(value, torch.device) else torch.device(_device_name(value))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise refused from error
     # torch wraps an index that is too large: 'cuda:300' becomes 'cuda:44'.
     if device.type == "meta" or (isinstance(value, str) and str(device) != value):

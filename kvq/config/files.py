@@ -22,10 +22,11 @@ def load_mapping(path: str | Path) -> dict[Any, Any]:
     Raises:
         ConfigError: the file cannot be read or parsed, repeats a key, or holds no mapping.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        # A path with a NUL is a ValueError, the home of an unknown user a RuntimeError.
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, ValueError, RuntimeError) as error:
         problem = f"the file cannot be read: {_one_line(error)}; give the path of a YAML or JSON file"
         raise ConfigError([Fault((), problem)], str(path)) from error
     try:

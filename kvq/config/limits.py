@@ -57,7 +57,8 @@ def resolve_axis(axis: Granularity | int, backend: BackendSpec, field: str) -> G
     if meaning is None:
         choices = "".join(f"{number} ({word}), " for number, word in backend.axis_names.items())
         raise ValueError(
-            f"{axis!r} is not an axis of backend {backend.name!r}; choose one of {choices}'per_token', 'per_channel'"
+            f"{shown(axis)} is not an axis of backend {backend.name!r}; "
+            f"choose one of {choices}'per_token', 'per_channel'"
         )
     usual = TRANSFORMERS_AXIS_NAMES.get(axis, meaning)
     if meaning is not usual and (backend.name, axis) not in _warned_axes:
