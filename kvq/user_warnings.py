@@ -9,6 +9,16 @@ _PASSED_PACKAGES = frozenset({"kvq", "pydantic", "torch", "transformers"})
 """Frames of these lie between the user's call and the check that warns."""
 
 
+_told: set[str] = set()
+
+
+def warn_user_once(message: str) -> None:
+    """Warn as `warn_user`, but only the first time in a process that there is that to say."""
+    if message not in _told:
+        _told.add(message)
+        warn_user(message)
+
+
 def warn_user(message: str) -> None:
     """Warn at the innermost calling line outside kvq and the libraries that call it."""
     level = 1

@@ -12,7 +12,8 @@ from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import KVQError
 from kvq.granularity import Granularity
 from kvq.quantizer import Side
-from kvq.store.codec import build_codec, effective_bits
+from kvq.store.codec import build_codec
+from kvq.store.savings import effective_bits
 
 HEAD_DIM = 128
 GROUP_SIZE = 64

@@ -44,7 +44,7 @@ class ConfigSummary:
     Attributes:
         config: as read.
         sides: the rest of the layers first, then the entries of `layers` in the order of the file.
-        warnings: what kvq warned of while it read the file.
+        warnings: what kvq warned of while it read the file and built the sides.
     """
 
     config: KVQCacheConfig
@@ -67,8 +67,9 @@ def summarize_mapping(values: Mapping[str, Any], source: str, head_dim: int) -> 
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         config = KVQCacheConfig.from_mapping(values, source=source)
+        sides = _build_sides(config, head_dim, source)
         told = tuple(str(one.message) for one in caught if one.category is UserWarning)
-        return ConfigSummary(config, _build_sides(config, head_dim, source), told)
+        return ConfigSummary(config, sides, told)
 
 
 def _build_sides(config: KVQCacheConfig, head_dim: int, source: str) -> tuple[SideSummary, ...]:

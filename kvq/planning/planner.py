@@ -20,7 +20,7 @@ from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
 from kvq.planning.reasons import UNSUPPORTED, Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
 from kvq.quantizer import Quantizer, Side
-from kvq.store.codec import effective_bits
+from kvq.store.savings import effective_bits
 
 MAX_CONTEXT = 1 << 24
 """Tokens of the longest prompt that is planned for."""

@@ -23,6 +23,9 @@ from kvq.store.window import TokenBuffer
 
 META = torch.device("meta")
 
+MAX_HORIZON = 512
+"""Tokens that are rehearsed one at a time; of longer blocks the next flush may not be among them."""
+
 GROWING_KINDS = {
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -85,8 +88,8 @@ class Rehearsal:
 
     @property
     def horizon(self) -> int:
-        """Tokens after which everything that generating allocates has been seen once."""
-        return self.quantized.flush_length if self.quantized is not None else 1
+        """Tokens after which everything that generating allocates has been seen once, `MAX_HORIZON` at most."""
+        return min(self.quantized.flush_length, MAX_HORIZON) if self.quantized is not None else 1
 
     @property
     def signature(self) -> Hashable:

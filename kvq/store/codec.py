@@ -18,9 +18,8 @@ from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import Origin
 from kvq.store.quantizer_kind import find_kind
 from kvq.store.rotation import HadamardRotation
+from kvq.store.savings import check_savings
 
-FULL_PRECISION_BITS = 16
-"""Effective bits at which quantizing has lost its point."""
 HALF_METADATA_MAX_BITS = 4
 """Widest codes whose error a float16 mid raises by less than a tenth at |mean| / std = 100; at 5 bits by up to 1.2.
 
@@ -54,7 +53,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
     spec = _build_spec(chosen, side, layer_idx, states)
     quantizer = _build(chosen, spec)
     codec = _wrap(quantizer, chosen, spec, settings.compute_dtype or torch.float32)
-    _check_effective_bits(codec, chosen, side, spec.head_dim)
+    check_savings(codec, chosen, spec, settings.residual_length)
     return codec
 
 
@@ -73,12 +72,6 @@ def common_flush_length(key: Quantizer, value: Quantizer) -> int:
         )
         raise ConfigError([Fault(("q_group_size",), problem)])
     return common * math.ceil(MIN_FLUSH_LENGTH / common)
-
-
-def effective_bits(quantizer: Quantizer, head_dim: int) -> float:
-    """Return the stored bits per element, codes and metadata, without slack."""
-    block_bytes = sum(part.block_bytes for part in quantizer.layout().values())
-    return 8 * block_bytes / (quantizer.block_length * head_dim)
 
 
 def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.Tensor) -> QuantSpec:
@@ -140,19 +133,3 @@ def _check_states(backend: BackendSpec, states: torch.Tensor) -> None:
     ):
         if choices and found not in choices:
             raise StatesError(f"{backend.name}: states of {kind} {found!r} are not supported; it takes {choices}")
-
-
-def _check_effective_bits(codec: Quantizer, chosen: ResolvedSide, side: Side, head_dim: int) -> None:
-    bits = effective_bits(codec, head_dim)
-    if bits >= FULL_PRECISION_BITS:
-        problem = (
-            f"{chosen.group_size} gives {bits:.1f} effective bits for the {side}s at head_dim={head_dim}, "
-            f"no less than full precision; choose {_way_to_fewer_bits(chosen, head_dim)}"
-        )
-        raise ConfigError([Fault(("q_group_size",), problem)])
-
-
-def _way_to_fewer_bits(chosen: ResolvedSide, head_dim: int) -> str:
-    if chosen.granularity is Granularity.PER_TOKEN and chosen.group_size >= head_dim:
-        return "fewer bits or per-channel groups, since per-token groups end with the head"
-    return "larger groups or fewer bits"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+MAX_STEP = 512
+"""Most tokens by which the capacity grows: the room in a window of long blocks must not outweigh what it holds."""
+
 
 class TokenBuffer:
     """The newest tokens of one side of one layer.
@@ -11,12 +14,12 @@ class TokenBuffer:
     A view taken from it stays valid: appending writes behind the view, and everything else moves to a new buffer.
 
     Args:
-        step: tokens by which the capacity grows.
+        step: tokens by which the capacity grows, `MAX_STEP` at most.
         states: the first tokens, `[B, H, T, D]`, copied; T may be 0.
     """
 
     def __init__(self, step: int, states: torch.Tensor) -> None:
-        self.step = step
+        self.step = min(step, MAX_STEP)
         self.length: int
         self._buffer: torch.Tensor
         self.set(states)

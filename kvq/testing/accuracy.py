@@ -15,7 +15,7 @@ import torch
 from kvq.errors import CheckNotApplicableError
 from kvq.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
-from kvq.store.codec import effective_bits
+from kvq.store.savings import effective_bits
 from kvq.testing.case import ContractCase, encode_blocks, require
 from kvq.testing.tensors import SIDES
 
