@@ -14,11 +14,14 @@ from transformers.cache_utils import Cache
 
 from kvq.attachable import find_generating_model
 from kvq.attention_switch import AttentionSwitch
+from kvq.biased_keys import explain_biased_keys, find_biased_keys
 from kvq.cache import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.encoder_decoder import EncoderDecoderKVQ
 from kvq.errors import CacheStateError, ModelError
 from kvq.generation_watch import GenerationWatch
+from kvq.granularity import Granularity
+from kvq.layer import KVQLayer
 from kvq.padding import left_padding
 from kvq.transformers_seams import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache
 from kvq.user_warnings import warn_user
@@ -66,7 +69,8 @@ class Attachment:
         self.model = model
         self.config = config
         self.cache: KVQ | EncoderDecoderKVQ | None = None
-        self._build_cache(None)  # refuses now what could only fail at the first generate
+        # Refuses now what could only fail at the first generate.
+        _warn_of_biased_keys(model, self._build_cache(None))
         self._hooks: dict[str, Callable[..., Any]] = {
             PREPARE_CACHE: self._prepare_cache,
             START_BATCHING: self._refuse_batching,
@@ -255,6 +259,16 @@ def _find_refusal(generation_config: Any, chosen: str | None, made: Mapping[str,
         return "use_cache=False, in the call or in the generation config, asks for no cache at all"
     kinds = ", ".join(sorted(type(cache).__name__ for cache in made.values()))
     return f"transformers made {kinds or 'no cache'}, where a DynamicCache was expected"
+
+
+def _warn_of_biased_keys(model: PreTrainedModel, cache: KVQ | EncoderDecoderKVQ) -> None:
+    """Warn where the cache quantizes keys per token that a bias of the model spreads far apart."""
+    settings = {layer.layer_idx: layer.settings for layer in cache.layers if isinstance(layer, KVQLayer)}
+    if all(one.key.granularity is Granularity.PER_CHANNEL for one in settings.values()):
+        return  # the weights need not be read
+    told = explain_biased_keys(find_biased_keys(model), settings)
+    if told is not None:
+        warn_user(told)
 
 
 def _is_plain(cache: Any) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import transformers
 from transformers import DynamicCache
 
-from kvq import KVQ, KVQCacheConfig
+from kvq import KVQ, KVQCacheConfig, attach
 from kvq.biased_keys import KeyBias, explain_biased_keys, find_biased_keys
 from kvq.planning import plan
 
@@ -179,3 +181,20 @@ def test_a_plan_warns(config, fields, warns):
     assert ("warning: the keys of layers" in str(made)) is warns
     if "layers" in fields:
         assert "layers 0 have" in made.warnings[0]
+
+
+@pytest.mark.case("keys with a large bias (Qwen2), per token, under attach", "one warning before anything runs")
+def test_attach_warns_before_anything_runs():
+    model, projection = build("qwen2")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach(model, axis_key="per_token").detach()
+        assert not caught, "a bias of zero is none"
+        with torch.no_grad():
+            projection.bias[3] = 50.0
+        attach(model, axis_key="per_channel").detach()
+        assert not caught, "groups inside one channel take the bias up"
+        attach(model, axis_key="per_token").detach()
+    assert len(caught) == 1
+    assert "k_proj.bias" in str(caught[0].message)
+    assert "axis_key: per_channel" in str(caught[0].message)
