@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 FORMAT_NAME = "kvq.cache"
 FORMAT_VERSION = 1
+UNLIKE_SIDES_VERSION = 2
+"""Format of a file in which the values of some layer have another dtype than its keys; else it is that of version 1."""
+READABLE_VERSIONS = (FORMAT_VERSION, UNLIKE_SIDES_VERSION)
 MAX_HEAD_DIM = 1 << 11
 """Widest head that is believed: models have up to 576, and a quantizer may build matrices of D * D."""
 MAX_TOKENS = 1 << 40
@@ -43,20 +47,43 @@ class SideHeader(_Strict):
     survivors: list[tuple[Tokens, Count]] = Field(description="first position and tokens of what crops left of groups")
 
 
-class QuantizedStates(_Strict):
+class StatesDtypes(_Strict):
+    """The dtypes of what a layer holds; under autocast the two sides differ."""
+
+    dtype: StatesDtype = Field(description="of the keys")
+    value_dtype: StatesDtype | None = Field(default=None, description="of the values; left out where it is the same")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_the_same(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.value_dtype is None:
+            del content["value_dtype"]
+        return content
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of keys and values."""
+        return getattr(torch, self.dtype), getattr(torch, self.value_dtype or self.dtype)
+
+
+def name_dtypes(keys: torch.dtype, values: torch.dtype) -> dict[str, Any]:
+    """Return the fields of `StatesDtypes` for keys and values of these dtypes."""
+    names = [str(one).removeprefix("torch.") for one in (keys, values)]
+    return {"dtype": names[0], "value_dtype": None if names[0] == names[1] else names[1]}
+
+
+class QuantizedStates(StatesDtypes):
     """What a quantized layer holds."""
 
-    dtype: StatesDtype
     starts: list[Tokens] = Field(min_length=1, description="position of the first real token of each row")
     window: Tokens
     key: SideHeader
     value: SideHeader
 
 
-class PlainStates(_Strict):
+class PlainStates(StatesDtypes):
     """What a layer of transformers holds."""
 
-    dtype: StatesDtype
     batch_size: Count
     tokens: Tokens = Field(description="tokens that the tensors hold")
     seen: Count = Field(description="tokens that the layer was given; those of a sliding layer may be gone")
@@ -121,3 +148,9 @@ class CacheHeader(_Strict):
     model: ModelFingerprint | None
     backends: dict[str, BackendFingerprint]
     layers: list[Annotated[LayerHeader, Field(discriminator="kind")]]
+
+    @property
+    def format_version(self) -> int:
+        """The version of the format that can say all this; readers of older ones take what they know."""
+        unlike = any(layer.states is not None and layer.states.value_dtype is not None for layer in self.layers)
+        return UNLIKE_SIDES_VERSION if unlike else FORMAT_VERSION

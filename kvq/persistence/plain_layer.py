@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.errors import CacheFileError
 from kvq.persistence.container import SavedTensor, TensorSpec
-from kvq.persistence.header import DynamicHeader, PlainStates, SlidingHeader
+from kvq.persistence.header import DynamicHeader, PlainStates, SlidingHeader, name_dtypes
 
 
 def describe(layer: DynamicLayer) -> DynamicHeader | SlidingHeader:
@@ -18,7 +18,7 @@ def describe(layer: DynamicLayer) -> DynamicHeader | SlidingHeader:
     if layer.get_seq_length():
         keys, values = _kept_states(layer)
         states = PlainStates(
-            dtype=str(layer.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by the model
+            **name_dtypes(keys.dtype, values.dtype),
             batch_size=keys.shape[0],
             tokens=keys.shape[2],
             seen=layer.get_seq_length(),
@@ -38,8 +38,7 @@ def collect(layer: DynamicLayer, prefix: str) -> Iterator[tuple[str, SavedTensor
 
 def prepare(layer: DynamicLayer, states: PlainStates, device: torch.device) -> None:
     """Make a new layer one for states like those in the file; nothing is read yet."""
-    empty = torch.empty(0, dtype=getattr(torch, states.dtype), device=device)
-    layer.lazy_initialization(empty, empty)
+    layer.lazy_initialization(*(torch.empty(0, dtype=dtype, device=device) for dtype in states.dtypes))
 
 
 def count_tokens(layer: DynamicLayer, states: PlainStates) -> int:
@@ -57,9 +56,9 @@ def plan(layer: DynamicLayer, states: PlainStates, prefix: str) -> Iterator[tupl
     fewest = min(states.seen, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else states.seen
     if not fewest <= states.tokens <= states.seen:
         raise CacheFileError(f"{prefix}: {states.tokens} tokens are held of {states.seen}, where {fewest} are needed")
-    for name, (heads, head_dim) in (("key", states.key), ("value", states.value)):
-        shape = (states.batch_size, heads, states.tokens, head_dim)
-        yield f"{prefix}.{name}.states", TensorSpec(shape, getattr(torch, states.dtype))
+    sides = zip(("key", "value"), (states.key, states.value), states.dtypes, strict=True)
+    for name, (heads, head_dim), dtype in sides:
+        yield f"{prefix}.{name}.states", TensorSpec((states.batch_size, heads, states.tokens, head_dim), dtype)
 
 
 def fill(layer: DynamicLayer, states: PlainStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:

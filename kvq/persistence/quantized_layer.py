@@ -9,7 +9,7 @@ import torch
 from kvq.errors import CacheFileError
 from kvq.layer import KVQLayer
 from kvq.persistence.container import SavedTensor, TensorSpec
-from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader
+from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, name_dtypes
 from kvq.quantizer import Side
 from kvq.store.runs import find_runs
 from kvq.store.side import LayerSide
@@ -26,7 +26,7 @@ def describe(layer: KVQLayer) -> QuantizedHeader:
     sides = dict(layer.sides())
     key = sides["key"]
     states = QuantizedStates(
-        dtype=str(layer.dtype).removeprefix("torch."),  # type: ignore[arg-type]  # checked by the model
+        **name_dtypes(key.dtype, sides["value"].dtype),
         starts=list(key.sinks.starts),
         window=key.window.length,
         key=_describe_side(key),
@@ -43,12 +43,14 @@ def collect(layer: KVQLayer, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
 
 def prepare(layer: KVQLayer, states: QuantizedStates, device: torch.device) -> None:
     """Build the quantizers of a layer for states like those in the file; nothing is read yet."""
-    dtype = getattr(torch, states.dtype)
-    batch_size, padding = len(states.starts), layer.padding
-    shapes = [(batch_size, side.heads, 0, side.head_dim) for side in (states.key, states.value)]
+    padding = layer.padding
+    empty = [
+        torch.empty((len(states.starts), side.heads, 0, side.head_dim), dtype=dtype, device=device)
+        for side, dtype in zip((states.key, states.value), states.dtypes, strict=True)
+    ]
     # The padding is of the batch that the cache began with; that of the present one is in `starts`.
     layer.padding = None
-    layer.lazy_initialization(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+    layer.lazy_initialization(*empty)
     layer.padding = padding
     for _, side in layer.sides():
         side.sinks = SinkTokens(side.sinks.length, tuple(states.starts))
@@ -73,7 +75,10 @@ def plan(layer: KVQLayer, states: QuantizedStates, prefix: str) -> Iterator[tupl
         if header.sinks is not bool(side.sinks.length) and (stored or header.sinks):
             raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
         _check_survivors(side, header, count_tokens(layer, states))
-        yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in _plan_side(side, header, states))
+        batch_size = len(states.starts)
+        window = TensorSpec((batch_size, header.heads, states.window, header.head_dim), side.dtype)
+        yield f"{prefix}.{name}.window", window
+        yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in _plan_side(side, header, batch_size))
 
 
 def fill(layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
@@ -128,8 +133,7 @@ def _collect_side(side: LayerSide) -> Iterator[tuple[str, SavedTensor]]:
         yield f"survivors.{index}", SavedTensor.of(group.states)
 
 
-def _plan_side(side: LayerSide, header: SideHeader, states: QuantizedStates) -> Iterator[tuple[str, TensorSpec]]:
-    batch_size, dtype = len(states.starts), getattr(torch, states.dtype)
+def _plan_side(side: LayerSide, header: SideHeader, batch_size: int) -> Iterator[tuple[str, TensorSpec]]:
     for name, tensor in side.quantizer.constants().items():
         yield f"constants.{name}", TensorSpec(tuple(tensor.shape), tensor.dtype)
     for index, run in enumerate(header.runs):
@@ -138,11 +142,11 @@ def _plan_side(side: LayerSide, header: SideHeader, states: QuantizedStates) -> 
         for name, part in side.store.layout.items():
             shape = (batch_size if run.rows is None else run.rows, header.heads, run.blocks, *part.shape)
             yield f"runs.{index}.{name}", TensorSpec(shape, part.dtype)
-    yield "window", TensorSpec((batch_size, header.heads, states.window, header.head_dim), dtype)
+    exact = {f"survivors.{index}": length for index, (_, length) in enumerate(header.survivors)}
     if header.sinks:
-        yield "sinks", TensorSpec((batch_size, header.heads, side.sinks.length, header.head_dim), dtype)
-    for index, (_, length) in enumerate(header.survivors):
-        yield f"survivors.{index}", TensorSpec((batch_size, header.heads, length, header.head_dim), dtype)
+        exact["sinks"] = side.sinks.length
+    for name, length in exact.items():
+        yield name, TensorSpec((batch_size, header.heads, length, header.head_dim), side.dtype)
 
 
 def _check_survivors(side: LayerSide, header: SideHeader, tokens: int) -> None:

@@ -23,7 +23,7 @@ from kvq.errors import CacheFileError
 from kvq.layer import KVQLayer
 from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
 from kvq.persistence.fingerprint import find_layer_devices, fingerprint_model
-from kvq.persistence.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader, LayerHeader
+from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader
 from kvq.persistence.layer_format import format_of
 from kvq.persistence.matching import check_backends_match, check_model_matches
 from kvq.relocation import usable_device
@@ -142,9 +142,10 @@ class CacheFile:
         if found.get("format") != FORMAT_NAME:
             raise CacheFileError("it is a safetensors file, but of something else than a cache of kvq")
         version = found.get("format_version", "")
-        if version != str(FORMAT_VERSION):
+        if version not in map(str, READABLE_VERSIONS):
             raise CacheFileError(
-                f"it has format version {version!r}, and this release of kvq reads version {FORMAT_VERSION}; "
+                f"it has format version {version!r}, and this release of kvq reads versions "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; "
                 "use the release that wrote it, or a newer one"
             )
 

@@ -18,7 +18,7 @@ from kvq.layer import KVQLayer
 from kvq.persistence.atomic import written_atomically
 from kvq.persistence.container import SavedTensor, is_storable, write_container
 from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model
-from kvq.persistence.header import FORMAT_NAME, FORMAT_VERSION, CacheHeader, LayerHeader
+from kvq.persistence.header import FORMAT_NAME, CacheHeader, LayerHeader
 from kvq.persistence.layer_format import describe_layer, format_of
 
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -71,7 +71,7 @@ def write_layers(
     for name, tensor in tensors.items():
         if not is_storable(tensor.spec.dtype):
             raise CacheFileError(f"{path} cannot be written: {name} is {tensor.spec.dtype}, which no file can hold")
-    facts = {"format": FORMAT_NAME, "format_version": str(FORMAT_VERSION), "cache": header.model_dump_json()}
+    facts = {"format": FORMAT_NAME, "format_version": str(header.format_version), "cache": header.model_dump_json()}
     try:
         with written_atomically(Path(path)) as file:
             write_container(file, facts, tensors)

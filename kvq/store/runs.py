@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 
 from kvq.store.chunks import ChunkedStore
+from kvq.store.own_dtypes import without_autocast
 from kvq.store.segments import Segment
 
 
@@ -49,7 +50,8 @@ class Run:
     def read(self, name: str) -> torch.Tensor:
         """Return one part of all blocks, `[B0, H, blocks, *shape]`."""
         used = [segment.parts[name][:, :, : segment.used] for segment in self.segments]
-        part = torch.cat(used, dim=2) if len(used) > 1 else used[0]
+        with without_autocast(used[0].device):
+            part = torch.cat(used, dim=2) if len(used) > 1 else used[0]
         return part if self.chosen is None else part.index_select(0, self.chosen)
 
 

@@ -16,6 +16,7 @@ import torch
 from kvq.quantizer import Quantizer
 from kvq.store.chunks import ChunkedStore, StoreView
 from kvq.store.constants import restore_constants
+from kvq.store.own_dtypes import without_autocast
 from kvq.store.sinks import SinkTokens
 from kvq.store.survivors import SurvivorLog
 from kvq.store.window import TokenBuffer
@@ -52,6 +53,10 @@ class SideView:
 
         Where `new` is all there is, it is `new` itself: the caller's own tensor.
         """
+        with without_autocast(self.like.device):
+            return self._join()
+
+    def _join(self) -> torch.Tensor:
         exact = [self.window] if self.new is None else [self.window, self.new]
         stored = self.store.length
         if not stored:
@@ -72,7 +77,8 @@ class SideView:
 
     def decode_into(self, out: torch.Tensor, start: int) -> None:
         """Write the stored tokens from `start`, a multiple of the block length, into `out` `[B, H, T, D]`."""
-        self.store.decode_into(out, start)
+        with without_autocast(self.like.device):
+            self.store.decode_into(out, start)
         self.sinks.lay_over(out, start, self.store.length)
 
 
@@ -111,6 +117,11 @@ class LayerSide:
         self.window = TokenBuffer(flush_length, like[:, :, :0].detach())
         self.survivors = SurvivorLog()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states; keys and values each have their own."""
+        return self.window.buffer.dtype
+
     def view(self, new: torch.Tensor | None = None) -> SideView:
         """Return what is held now, followed by `new`."""
         return SideView(self.sinks, self.store.view(), self.window.view(), new)
@@ -122,7 +133,10 @@ class LayerSide:
             new: `[B, H, T, D]`, copied; the caller keeps its tensor.
             flush_count: a multiple of the flush length.
         """
-        new = new.detach()
+        with without_autocast(new.device):
+            self._append(new.detach(), flush_count)
+
+    def _append(self, new: torch.Tensor, flush_count: int) -> None:
         kept = self.window.length + new.shape[2] - flush_count
         for piece in self._flushed_pieces(new, flush_count):
             for part in self._split_behind_sinks(piece):

@@ -95,8 +95,8 @@ BYTES = {
     "no table of tensors": lambda data: header(2, b"[]"),
     "has no metadata": lambda data: header(2),
     "of something else than a cache": lambda data: signed(data, lambda image: image.facts.update(format="pt")),
-    "format version '2', and this release": lambda data: signed(
-        data, lambda image: image.facts.update(format_version="2")
+    "format version '3', and this release": lambda data: signed(
+        data, lambda image: image.facts.update(format_version="3")
     ),
     "checksum is missing": no_checksum,
     "damaged or changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
