@@ -108,7 +108,7 @@ class KVQ(CarriedStates):
             StatesError: the states do not fit; the cache is then as it was before.
             CacheStateError: another thread is in the middle of a forward with this cache; likewise.
         """
-        with self._thread_guard.hold(layer_idx, in_step=self._is_in_step):
+        with self._thread_guard.hold(layer_idx, is_in_step=self._is_in_step):
             count = len(self.layers)
             self._grow(layer_idx)
             self._check_for_padding(value_states)
@@ -309,7 +309,6 @@ class KVQ(CarriedStates):
         with reading_ahead(self.layers, layer.layer_idx):
             return layer.update(key_states, value_states, packed=packed)
 
-    @property
     def _is_in_step(self) -> bool:
         """Whether all quantized layers that hold tokens hold equally many."""
         lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, KVQLayer)}

@@ -7,7 +7,7 @@ thread interrupts: the layers would hold the tokens of both. It must not know wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kvq.errors import CacheStateError
@@ -22,12 +22,13 @@ class ThreadGuard:
         self._first_layer = -1
 
     @contextmanager
-    def hold(self, layer_idx: int, *, in_step: bool) -> Iterator[None]:
+    def hold(self, layer_idx: int, *, is_in_step: Callable[[], bool]) -> Iterator[None]:
         """Keep other threads out for the time of one update.
 
         Args:
             layer_idx: the layer that is updated.
-            in_step: whether all layers that hold tokens hold equally many, as between two forwards.
+            is_in_step: tells whether all layers that hold tokens hold equally many, as between two forwards; asked
+                only where the thread is another one than at the last update.
 
         Raises:
             CacheStateError: another thread is in the middle of an update or of a forward.
@@ -37,15 +38,15 @@ class ThreadGuard:
         try:
             thread = threading.get_ident()
             if thread != self._thread and self._thread is not None:
-                self._check_turn(layer_idx, in_step)
+                self._check_turn(layer_idx, is_in_step)
             yield
             self._first_layer = layer_idx if self._thread is None else min(layer_idx, self._first_layer)
             self._thread = thread
         finally:
             self._lock.release()
 
-    def _check_turn(self, layer_idx: int, in_step: bool) -> None:
-        if layer_idx > self._first_layer or not in_step:
+    def _check_turn(self, layer_idx: int, is_in_step: Callable[[], bool]) -> None:
+        if layer_idx > self._first_layer or not is_in_step():
             raise CacheStateError(_refusal(layer_idx))
 
     def __reduce__(self) -> tuple[type[ThreadGuard], tuple[()]]:

@@ -46,7 +46,7 @@ def describe_run(
     Args:
         device: on which.
         options: of the command.
-        parts: results by what they are of: `layer`, `model`, `first_token`.
+        parts: results by what they are of: `layer`, `model`, `deep`, `first_token`.
     """
     return {
         "format": FORMAT,

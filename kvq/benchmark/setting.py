@@ -90,6 +90,11 @@ class Shape:
         config._attn_implementation = attention
         return config
 
+    @classmethod
+    def deep(cls, layers: int) -> Shape:
+        """Return a shape whose layers compute so little that what the cache does besides shows in a step."""
+        return cls(layers, query_heads=4, heads=2, head_dim=64, hidden_size=64, intermediate_size=64)
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -34,6 +34,7 @@ USUAL: dict[str, Any] = {
     "rounds": 21,
     "flushes": 5,
     "layers": 4,
+    "deep": 32,
     "prompt": [2048, 8192],
     "chunk": [512],
     "draft": [5],
@@ -47,12 +48,15 @@ QUICK: dict[str, Any] = {
     "rounds": 7,
     "flushes": 1,
     "layers": 0,
+    "deep": 0,
     "prompt": [],
     "chunk": [],
     "draft": [],
     "steps": 0,
 }
 """What `--quick` measures."""
+DEEP_LENGTH = 16384
+"""Tokens of history in the random model of many cheap layers."""
 SPARE = 512
 """Positions that a run may take behind the history: rounds, and the tokens between flushes."""
 _NUMBERS = re.compile(r"\[[-\d.e,\s]+\]")
@@ -82,6 +86,10 @@ def bench(
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=0, help="Of the whole random model that is measured too (4); 0: none.")
+    ] = None,
+    deep: Annotated[
+        int | None,
+        typer.Option(min=0, help="Layers of a random model of cheap layers, read after 16,384 tokens (32); 0: none."),
     ] = None,
     prompt: Annotated[
         list[int] | None, typer.Option(min=256, help="Tokens of a prompt to time up to the first token; several times.")
@@ -116,7 +124,7 @@ def bench(
     Exit codes: 0 fine; 2 wrong usage, or something that is not there.
     """
     given: dict[str, Any] = {"length": length, "batch": batch, "dtype": dtype, "rounds": rounds, "flushes": flushes}
-    given |= {"layers": layers, "prompt": prompt, "bits": bits, "limit": limit, "peers": peers}
+    given |= {"layers": layers, "deep": deep, "prompt": prompt, "bits": bits, "limit": limit, "peers": peers}
     given |= {"chunk": chunk, "draft": draft, "steps": steps}
     asked = {name: value if value is not None else (QUICK if quick else USUAL)[name] for name, value in given.items()}
     with _usage_errors():
@@ -207,7 +215,8 @@ def _load(name: str | None, device: torch.device, asked: dict[str, Any]) -> PreT
     from kvq.evaluation.model_loading import load_model
 
     model, _ = load_model(name, device=str(device))
-    asked |= {"dtype": [str(model.dtype).removeprefix("torch.")], "layers": Shape.of(model.config).layers}
+    dtype = str(model.dtype).removeprefix("torch.")
+    asked |= {"dtype": [dtype], "layers": Shape.of(model.config).layers, "deep": 0}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     too_long = [length for length in (*asked["length"], *asked["prompt"]) if longest and length + SPARE > longest]
     if too_long:
@@ -218,9 +227,10 @@ def _load(name: str | None, device: torch.device, asked: dict[str, Any]) -> PreT
 def _make_plans(
     choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
 ) -> dict[str, Plan]:
-    """Return what is measured of one layer, and of a whole model."""
+    """Return what is measured of one layer, of a whole model, and of one of many layers that compute little."""
     from kvq.attention.attend import register_attention
     from kvq.benchmark.baselines import register_packed_attention
+    from kvq.benchmark.generation import choose_for_forwards
     from kvq.benchmark.models import ModelTrials
     from kvq.benchmark.run import Plan
     from kvq.benchmark.setting import Shape
@@ -236,6 +246,10 @@ def _make_plans(
         settings = _list_settings(replace(shape, layers=asked["layers"]), asked, device)
         in_models = [one for one in contenders if one.kernel is None]
         plans["model"] = Plan(in_models, settings, make_trial=ModelTrials(model), **sizes)
+    if asked["deep"]:
+        first = {**asked, "length": [DEEP_LENGTH], "batch": asked["batch"][:1], "dtype": asked["dtype"][:1]}
+        settings = _list_settings(Shape.deep(asked["deep"]), first, device)
+        plans["deep"] = Plan(choose_for_forwards(contenders), settings, make_trial=ModelTrials(), **sizes)
     return plans
 
 

@@ -45,15 +45,12 @@ class StoreView:
     Attributes:
         quantizer: decodes the segments.
         segments: the chunks in order of their tokens.
+        length: tokens in the view.
     """
 
     quantizer: Quantizer
     segments: tuple[Segment, ...]
-
-    @property
-    def length(self) -> int:
-        """Tokens in the view."""
-        return sum(segment.used for segment in self.segments) * self.quantizer.block_length
+    length: int
 
     @property
     def device(self) -> torch.device | None:
@@ -95,25 +92,30 @@ class ChunkedStore:
         self.pinned = pinned
         self.block_length = quantizer.block_length
         self.layout = dict(quantizer.layout())
-        self.segments: tuple[Segment, ...] = ()
+        self.segments = ()
         self._owns_last = True
         self._staged: dict[Segment, Segment] = {}
 
     @property
-    def blocks(self) -> int:
-        """Stored blocks."""
-        return sum(segment.used for segment in self.segments)
+    def segments(self) -> tuple[Segment, ...]:
+        """The chunks in order of their tokens."""
+        return self._segments
 
-    @property
-    def length(self) -> int:
+    @segments.setter
+    def segments(self, segments: tuple[Segment, ...]) -> None:
+        self._segments = segments
+        # Counted here, since every update asks for the length, and few of them change it.
+        self.blocks = sum(segment.used for segment in segments)
+        """Stored blocks."""
+        self.length = self.blocks * self.block_length
         """Stored tokens."""
-        return self.blocks * self.block_length
 
     def view(self) -> StoreView:
         """Return what is stored now, without copying."""
         if not self._staged:  # the very same tuple, by which a kernel knows that nothing has changed
-            return StoreView(self.quantizer, self.segments)
-        return StoreView(self.quantizer, tuple(self._staged.get(segment, segment) for segment in self.segments))
+            return StoreView(self.quantizer, self.segments, self.length)
+        staged = tuple(self._staged.get(segment, segment) for segment in self.segments)
+        return StoreView(self.quantizer, staged, self.length)
 
     def append(self, states: torch.Tensor, following: int = 0) -> None:
         """Quantize and store whole blocks.

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 
-SMALL = ("bench", "--length", "256", "--batch", "1", "--rounds", "3", "--flushes", "1", "--layers", "0", "--no-peers")
+SMALL = (
+    "bench",
+    "--length",
+    "256",
+    "--batch",
+    "1",
+    "--rounds",
+    "3",
+    "--flushes",
+    "1",
+    "--layers",
+    "0",
+    "--deep",
+    "0",
+    "--no-peers",
+)
 
 
 def test_a_small_run_prints_a_table_and_writes_what_it_measured(run_kvq, tmp_path):
@@ -41,6 +57,18 @@ def test_a_whole_model_is_measured_in_single_steps_chunks_drafts_and_many_steps(
     assert [(one["tokens"], one["rejected"]) for one in document["forwards"]] == [(8, 0), (3, 2)]
     assert [one["steps"] for one in document["steps"]] == [4]
     assert len(document["model"][0]["contenders"]) == 5
+
+
+def test_many_cheap_layers_are_measured_beside_full_precision(call_kvq, monkeypatch, tmp_path):
+    monkeypatch.setattr(import_module("kvq.cli.bench"), "DEEP_LENGTH", 300)
+    out = tmp_path / "speed.json"
+    done = call_kvq(*SMALL, "--deep", "5", "--dtype", "float32", "--backend", "native", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "a model of 5 layers, 300 tokens, batch 1, float32" in done.stdout
+    (facts,) = json.loads(out.read_text())["deep"]
+    assert facts["shape"]["heads"] * facts["shape"]["head_dim"] == 128
+    labels = {one["label"]: len(one["samples_ms"]["step"]) for one in facts["contenders"]}
+    assert labels == {"DynamicCache": 3, "buffer, packed queries": 3, "kvq native 4, fused": 3}
 
 
 @pytest.mark.parametrize(
