@@ -166,8 +166,7 @@ class KVQ(CarriedStates):
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
         if layer is None or not layer.is_initialized:
             raise CacheStateError(f"layer {layer_idx} holds no tokens yet; run the model first")
-        keys, values = layer.keys, layer.values
-        return (keys, values) if isinstance(layer, KVQLayer) else (keys.clone(), values.clone())
+        return layer.materialize() if isinstance(layer, KVQLayer) else (layer.keys.clone(), layer.values.clone())
 
     def save(
         self,

@@ -15,6 +15,7 @@ from kvq.config import ResolvedLayer
 from kvq.errors import ConfigError, Fault, StatesError
 from kvq.quantizer import Side
 from kvq.store.codec import build_codec, common_flush_length
+from kvq.store.read_states import ReadStates, refuse_assignment
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
 from kvq.user_warnings import warn_user
@@ -55,13 +56,30 @@ class KVQLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All keys as fresh full-precision states `[B, H, T, D]`, or None before the first update."""
-        return self._sides["key"].view().materialize() if self.is_initialized else None
+        """All keys as fresh full-precision states `[B, H, T, D]`, or None before the first update.
+
+        Nothing can be written to them, which the layer would never see; `materialize` returns a tensor of your own.
+        """
+        return self._show("key")
+
+    @keys.setter
+    def keys(self, states: object) -> None:
+        del states
+        refuse_assignment(self._name("key"))
 
     @property
     def values(self) -> torch.Tensor | None:
-        """All values as fresh full-precision states `[B, H, T, D]`, or None before the first update."""
-        return self._sides["value"].view().materialize() if self.is_initialized else None
+        """All values as fresh full-precision states `[B, H, T, D]`, or None before the first update; see `keys`."""
+        return self._show("value")
+
+    @values.setter
+    def values(self, states: object) -> None:
+        del states
+        refuse_assignment(self._name("value"))
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as fresh full-precision tensors `[B, H, T, D]`; only after the first update."""
+        return self._sides["key"].view().materialize(), self._sides["value"].view().materialize()
 
     @property
     def flush_length(self) -> int:
@@ -251,6 +269,16 @@ class KVQLayer(CacheLayerMixin):
             other.dtype, other.device = self.dtype, self.device
             other._sides = {name: side.fork() for name, side in self._sides.items()}
         return other
+
+    # Traced by torch.compile, decoding would become a part of the graph, and older releases know no subclass there.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def _show(self, name: Side) -> torch.Tensor | None:
+        if not self.is_initialized:
+            return None
+        return ReadStates.of(self._sides[name].view().materialize(), self._name(name))
+
+    def _name(self, side: Side) -> str:
+        return f"the {side}s of layer {self.layer_idx}"
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:

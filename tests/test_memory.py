@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from kvq import KVQ
+from kvq.store.read_states import ReadStates
 
 
 def feed(cache, tokens, layers=1, batch=1, heads=2, dim=64, dtype=torch.float16):
@@ -20,7 +21,7 @@ def live_storages():
     """Bytes of every tensor storage that is alive, by address, found without asking the cache."""
     gc.collect()
     # `type`, since isinstance would wake up lazy module attributes of libraries.
-    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, ReadStates)]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvq import KVQ
+from kvq.store.read_states import ReadStates
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +25,7 @@ def live_storages():
     """Return the bytes of the storages of tensors that are alive, by address, seen by the garbage collector alone."""
     gc.collect()
     # `type`, since isinstance would wake up lazy module attributes of libraries.
-    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, ReadStates)]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
