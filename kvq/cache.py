@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,13 +19,14 @@ from kvq.config import KVQCacheConfig
 from kvq.config.fields import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.kept_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
-from kvq.layer import KVQLayer
+from kvq.layer import KVQLayer, check_rows
 from kvq.memory import MemoryReport, report_memory
 from kvq.model_layers import DecoderConfig, build_layers
 from kvq.padding import left_padding, looks_padded
 from kvq.persistence import CacheFile, ModelReference, write_layers
 from kvq.relocation import move_layers, reading_ahead
 from kvq.thread_guard import ThreadGuard
+from kvq.token_history import TokenHistory
 from kvq.user_warnings import warn_user
 
 
@@ -77,7 +78,7 @@ class KVQ(CarriedStates):
         self._awaits_padding = padding is None
         self.is_watched = False
         self._records_past = False
-        self.token_ids: torch.Tensor | None = None
+        self._history: TokenHistory | None = None
         self._thread_guard = ThreadGuard()
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
@@ -180,7 +181,8 @@ class KVQ(CarriedStates):
         Args:
             path: of the file, safetensors.
             model: the model whose states these are, for `load` to check; by default that of `KVQ(model=...)`.
-            token_ids: int64 `[B, T]`, the tokens that were fed; they come back as `token_ids`.
+            token_ids: int64 `[B, T]`, the tokens that were fed, or more; they come back as `token_ids`. By default
+                those of the cache, where it knows all that it holds.
 
         Raises:
             CacheFileError: the file cannot be written.
@@ -188,6 +190,9 @@ class KVQ(CarriedStates):
             ConfigError: a backend was given as an object that no file can name.
         """
         owner = model or self._model.find() or self._model_config
+        known = self.token_ids
+        if token_ids is None and known is not None and known.shape[1] >= self.get_seq_length():
+            token_ids = known
         write_layers(path, self.config, self.layers, padding=self._padding, model=owner, token_ids=token_ids)
 
     @classmethod
@@ -216,6 +221,61 @@ class KVQ(CarriedStates):
             cache.layers = file.read_layers(cache.layers, model, device)
             cache.token_ids = file.read_token_ids()
         return cache
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """The tokens whose states these are, int64 `[B, T]` on the CPU, as far as they are known; else None.
+
+        A file tells them, or you do. They may go on behind what the cache holds, by the token that comes next; once the
+        cache has grown, what is known ends where it grew.
+        """
+        return None if self._history is None else self._history.known(self.get_seq_length())
+
+    @token_ids.setter
+    def token_ids(self, ids: torch.Tensor | None) -> None:
+        self._history = None if ids is None else TokenHistory.of(ids, self.get_seq_length())
+
+    def count_matching(self, input_ids: torch.Tensor) -> int:
+        """Return how many of the tokens held begin `input_ids` in every row of the batch.
+
+        The cache cannot see the ids that `generate` is given: where a prompt does not begin with what the cache holds,
+        the states of other tokens are attended to, without an error. This tells, from `token_ids`.
+
+        Args:
+            input_ids: whole numbers `[B, T]`, fewer or more than the cache holds. Padding on the left compares like any
+                token: pad as the tokens that are held were padded.
+
+        Raises:
+            CacheStateError: the tokens that are held are not known.
+            StatesError: the ids are no whole numbers `[B, T]`, or have another batch size than those held.
+        """
+        if self._history is None:
+            raise CacheStateError(
+                "the cache does not know the tokens that it holds: save it with token_ids=..., or set cache.token_ids"
+            )
+        return self._history.common_prefix(input_ids, self.get_seq_length())
+
+    def crop_to_prefix(self, input_ids: torch.Tensor) -> int:
+        """Forget whatever does not begin `input_ids`, and leave at least the last of them to be fed.
+
+        After it `model.generate(input_ids, past_key_values=cache)` computes the rest only: the next turn of a chat, of
+        which the template may have changed earlier turns.
+
+        Args:
+            input_ids: as for `count_matching`.
+
+        Returns:
+            Tokens that the cache still holds.
+
+        Raises:
+            CacheStateError: as `count_matching` and `crop`; the cache is then as it was.
+            StatesError: as `count_matching`.
+        """
+        kept = min(self.count_matching(input_ids), max(0, input_ids.shape[1] - 1))
+        removed = self.get_seq_length() - kept
+        if removed:
+            self.crop(-removed)
+        return kept
 
     def move_to(self, device: str | torch.device) -> None:
         """Move all layers to a device; what the configuration offloads stays where it is.
@@ -266,6 +326,8 @@ class KVQ(CarriedStates):
                 "call cache.activate_past_recording() before the tokens that may have to go"
             )
         super().crop(tokens_to_remove)
+        if self._history is not None and tokens_to_remove < 0:
+            self._history = self._history.cropped(self.get_seq_length())
 
     def reset(self) -> None:
         """Forget everything; the next update may bring states of another shape."""
@@ -273,6 +335,13 @@ class KVQ(CarriedStates):
             reset_layer(layer)
         self._attention.forget()
         self._padding, self._awaits_padding = None, True
+        self._history = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row `i` of the batch what was row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
+        if self._history is not None:
+            self._history = self._history.select_rows(beam_idx.cpu())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -282,6 +351,25 @@ class KVQ(CarriedStates):
         """Keep only the rows `indices` of the batch, integers or a mask."""
         chosen = indices.cpu()
         self._select_rows(lambda rows: rows[chosen])
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Yield for each layer its keys, its values and the tensor of its sliding window, as `DynamicCache` does.
+
+        Keys and values are `[B, H, T, D]` in full precision, made layer by layer; None where a layer holds none.
+        """
+        for layer in self.layers:
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Refuse: a cache is no tuple of tensors any more, and `DynamicCache` none either.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(
+            f"cache[{index!r}] is not supported; cache.materialize(layer_idx) returns the keys and values of a layer"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVQ:
         """Return an independent copy that belongs to the same model."""
@@ -298,6 +386,7 @@ class KVQ(CarriedStates):
         self, layer: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(layer, KVQLayer):
+            check_rows(f"{type(layer).__name__}: states", key_states, count_rows(layer))
             states: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
             return states
         layer.check_states(key_states, value_states)
@@ -345,6 +434,8 @@ class KVQ(CarriedStates):
             count = layer.count_rows() if isinstance(layer, KVQLayer) else count_rows(layer)
             if count is not None:
                 select_rows(layer, choose(torch.arange(count)))
+        if self._history is not None:
+            self._history = self._history.select_rows(choose(torch.arange(len(self._history.ids))))
 
     def _check_order(self, layer: KVQLayer, key_states: torch.Tensor) -> None:
         """Check, where no model tells how its layers use the cache, that they are filled in step.

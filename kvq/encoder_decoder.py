@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
@@ -93,6 +93,10 @@ class EncoderDecoderKVQ(EncoderDecoderCache):
             reset_layer(layer)
         for layer_idx in self.is_updated:
             self.is_updated[layer_idx] = False
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Refuse, as `KVQ` does."""
+        KVQ.__getitem__(self.self_attention_cache, index)
 
     def check_dynamic_cache(self, method: str) -> None:
         """Accept every operation: what transformers reserves for its dynamic caches, ours do too."""

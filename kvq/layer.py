@@ -325,7 +325,7 @@ class KVQLayer(CacheLayerMixin):
             if states.dtype not in STATES_DTYPES:
                 raise StatesError(
                     f"layer {self.layer_idx}: {name} states of {states.dtype} cannot be quantized; "
-                    f"the cache takes {', '.join(map(str, STATES_DTYPES))}"
+                    f"the cache takes {', '.join(map(str, STATES_DTYPES))}: load the model in one of these"
                 )
             if self.is_initialized:
                 self._check_continuity(name, states)
@@ -337,14 +337,38 @@ class KVQLayer(CacheLayerMixin):
 
     def _check_continuity(self, name: Side, states: torch.Tensor) -> None:
         held = self._sides[name].window.view()
-        found = (states.shape[0], states.shape[1], states.shape[3], states.dtype, states.device)
-        wanted = (held.shape[0], held.shape[1], held.shape[3], held.dtype, held.device)
-        for what, new, old in zip(("batch size", "heads", "head_dim", "dtype", "device"), found, wanted, strict=True):
+        check_rows(f"layer {self.layer_idx}: {name} states", states, held.shape[0])
+        found = (states.shape[1], states.shape[3], states.dtype, states.device)
+        wanted = (held.shape[1], held.shape[3], held.dtype, held.device)
+        for what, new, old in zip(("heads", "head_dim", "dtype", "device"), found, wanted, strict=True):
             if new != old:
                 raise StatesError(
                     f"layer {self.layer_idx}: {name} states have {what} {new}, but the cache holds {what} {old}; "
                     "use a new cache, or reset this one"
                 )
+
+
+def check_rows(what: str, states: torch.Tensor, held: int | None) -> None:
+    """Check that states have as many rows as a layer holds.
+
+    Args:
+        what: these states, for the error.
+        states: `[B, H, T, D]`.
+        held: rows of the layer, or None where it holds nothing.
+
+    Raises:
+        StatesError: they have not.
+    """
+    if held is None or states.shape[0] == held:
+        return
+    advice = "use a new cache, or reset this one"
+    if held and states.shape[0] > held and states.shape[0] % held == 0:
+        repeats = states.shape[0] // held
+        advice = (
+            f"cache.batch_repeat_interleave({repeats}) repeats each row for as many sequences or beams, and "
+            "cache.fork() before it keeps a cache as it is; or use a new cache"
+        )
+    raise StatesError(f"{what} have batch size {states.shape[0]}, but the cache holds batch size {held}; {advice}")
 
 
 def _store_device(wanted: torch.device | None, states: torch.device) -> torch.device:

@@ -29,7 +29,7 @@ LEVELS = (
     ("config",),
     ("store",),
     ("attention", "layer"),
-    ("memory", "relocation", "persistence", "thread_guard", "kept_layers", "carried_states", "model_layers", "cache"),
+    ("memory", "relocation", "persistence", "thread_guard", "kept_layers", "carried_states", "model_layers", "token_history", "cache"),
     ("biased_keys", "encoder_decoder", "planning", "attention_switch", "generation_watch", "attachable", "attachment"),
     ("evaluation", "benchmark", "testing"),
     ("__init__", "cli", "__main__"),

@@ -17,7 +17,8 @@ import torch
 from kvq.errors import CacheStateError
 
 _IN_PLACE_OPERATORS = frozenset(
-    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+    f"__i{name}__"
+    for name in "add,sub,mul,truediv,floordiv,mod,pow,matmul,and,or,xor,lshift,rshift".split(",")  # noqa: SIM905
 )
 _WRITES_NO_DATA = frozenset({"requires_grad_", "detach_", "share_memory_", "rename_"})
 """Operations in place, by their name, that leave the elements as they are."""
