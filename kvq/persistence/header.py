@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 FORMAT_NAME = "kvq.cache"
 FORMAT_VERSION = 1
-UNLIKE_SIDES_VERSION = 2
-"""Format of a file in which the values of some layer have another dtype than its keys; else it is that of version 1."""
-READABLE_VERSIONS = (FORMAT_VERSION, UNLIKE_SIDES_VERSION)
+EXTENDED_VERSION = 2
+"""Format of a file that says more: values of another dtype than the keys, or only the first ones of the sinks."""
+READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION)
 MAX_HEAD_DIM = 1 << 11
 """Widest head that is believed: models have up to 576, and a quantizer may build matrices of D * D."""
 MAX_TOKENS = 1 << 40
@@ -43,8 +43,16 @@ class SideHeader(_Strict):
     heads: Heads
     head_dim: HeadDim
     sinks: bool
+    sink_tokens: Count | None = Field(default=None, description="sinks in the file; left out where all of them are")
     runs: list[RunHeader]
     survivors: list[tuple[Tokens, Count]] = Field(description="first position and tokens of what crops left of groups")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.sink_tokens is None:
+            del content["sink_tokens"]
+        return content
 
 
 class StatesDtypes(_Strict):
@@ -152,5 +160,11 @@ class CacheHeader(_Strict):
     @property
     def format_version(self) -> int:
         """The version of the format that can say all this; readers of older ones take what they know."""
-        unlike = any(layer.states is not None and layer.states.value_dtype is not None for layer in self.layers)
-        return UNLIKE_SIDES_VERSION if unlike else FORMAT_VERSION
+        held = [layer.states for layer in self.layers if layer.states is not None]
+        extended = any(one.value_dtype is not None for one in held) or any(
+            side.sink_tokens is not None
+            for one in held
+            if isinstance(one, QuantizedStates)
+            for side in (one.key, one.value)
+        )
+        return EXTENDED_VERSION if extended else FORMAT_VERSION

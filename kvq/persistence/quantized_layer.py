@@ -72,7 +72,7 @@ def plan(layer: KVQLayer, states: QuantizedStates, prefix: str) -> Iterator[tupl
         stored = sum(run.blocks for run in header.runs) * side.store.block_length
         if stored % side.flush_length or stored + states.window != count_tokens(layer, states):
             raise CacheFileError(f"{prefix}: {stored} tokens are stored of the {name}s, which is no number of flushes")
-        if header.sinks is not bool(side.sinks.length) and (stored or header.sinks):
+        if not _are_sinks_whole(side, header, stored):
             raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
         _check_survivors(side, header, count_tokens(layer, states))
         batch_size = len(states.starts)
@@ -104,11 +104,12 @@ def fill(layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[
 
 
 def _describe_side(side: LayerSide) -> SideHeader:
-    window = side.window.view()
+    window, sinks = side.window.view(), side.sinks.states
     return SideHeader(
         heads=window.shape[1],
         head_dim=window.shape[3],
-        sinks=side.sinks.states is not None,
+        sinks=sinks is not None,
+        sink_tokens=None if sinks is None or sinks.shape[2] == side.sinks.length else sinks.shape[2],
         runs=[
             RunHeader(blocks=run.blocks, rows=None if run.rows is None else run.row_count)
             for run in find_runs(side.store)
@@ -144,7 +145,7 @@ def _plan_side(side: LayerSide, header: SideHeader, batch_size: int) -> Iterator
             yield f"runs.{index}.{name}", TensorSpec(shape, part.dtype)
     exact = {f"survivors.{index}": length for index, (_, length) in enumerate(header.survivors)}
     if header.sinks:
-        exact["sinks"] = side.sinks.length
+        exact["sinks"] = header.sink_tokens or side.sinks.length
     for name, length in exact.items():
         yield name, TensorSpec((batch_size, header.heads, length, header.head_dim), side.dtype)
 
@@ -155,6 +156,14 @@ def _check_survivors(side: LayerSide, header: SideHeader, tokens: int) -> None:
         if start < end or start % side.flush_length or length >= side.flush_length or start + length > tokens:
             raise CacheFileError(f"{length} tokens at position {start} are no survivors of a cut group")
         end = start + length
+
+
+def _are_sinks_whole(side: LayerSide, header: SideHeader, stored: int) -> bool:
+    """Return whether a file has the sinks of all stored tokens, and no more than there can be."""
+    needed = side.sinks.count_among(stored)
+    if not header.sinks:
+        return not needed and header.sink_tokens is None
+    return side.sinks.length > 0 and needed <= (header.sink_tokens or side.sinks.length) <= side.sinks.length
 
 
 def _header_of(states: QuantizedStates, name: Side) -> SideHeader:

@@ -22,11 +22,16 @@ class SinkTokens:
         self.length = length
         self.starts = starts
         self.states: torch.Tensor | None = None
+        """`[B, H, S, D]`: as many as any row has among the stored tokens, up to `length`; None before the first."""
 
     @property
     def ends(self) -> tuple[int, ...]:
         """Position behind the last sink of each row."""
         return tuple(start + self.length for start in self.starts)
+
+    def count_among(self, stored: int) -> int:
+        """Return how many sinks the row with the most of them has among the first `stored` tokens."""
+        return max(0, min(self.length, stored - min(self.starts)))
 
     def withhold(self, states: torch.Tensor, position: int, block_length: int) -> torch.Tensor:
         """Keep the sinks among tokens that are about to be quantized.
@@ -83,10 +88,15 @@ class SinkTokens:
         return other
 
     def _keep(self, states: torch.Tensor, position: int) -> None:
-        if self.states is None:
+        wanted, kept = self.count_among(position + states.shape[2]), self.states
+        if not wanted:
+            return
+        if kept is None or kept.shape[2] < wanted:
             batch, heads, _, dim = states.shape
             with torch.inference_mode(False):
-                self.states = torch.zeros((batch, heads, self.length, dim), dtype=states.dtype, device=states.device)
+                self.states = torch.zeros((batch, heads, wanted, dim), dtype=states.dtype, device=states.device)
+            if kept is not None:
+                self.states[:, :, : kept.shape[2]] = kept
         for row, start in enumerate(self.starts):
             first, last = max(start, position), min(start + self.length, position + states.shape[2])
             if first < last:
