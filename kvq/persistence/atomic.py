@@ -41,9 +41,12 @@ def written_atomically(path: Path) -> Iterator[UnfinishedFile]:
     A symbolic link stays one: the file that it leads to is replaced.
 
     Raises:
-        OSError: the file system refuses.
+        OSError: the file system refuses, or something else than a file is there: a folder, a pipe, a device.
     """
     target = Path(os.path.realpath(path))
+    other = find_other_kind(target)
+    if other is not None:
+        raise FileExistsError(f"it is {other}, which no file can take the place of; give the path of a file")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
@@ -58,6 +61,14 @@ def written_atomically(path: Path) -> Iterator[UnfinishedFile]:
             temporary.unlink()
         raise
     _sync_folder(target.parent)
+
+
+def find_other_kind(path: Path) -> str | None:
+    """Return what is at a path if it is there and no file, in words; a link counts as what it leads to."""
+    if not path.exists() or path.is_file():
+        return None
+    kinds = {"a folder": Path.is_dir, "a pipe": Path.is_fifo, "a socket": Path.is_socket}
+    return next((name for name, is_one in kinds.items() if is_one(path)), "a device")
 
 
 def _sync_folder(folder: Path) -> None:

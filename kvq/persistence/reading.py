@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheFileError
 from kvq.layer import KVQLayer
+from kvq.persistence.atomic import find_other_kind
 from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
 from kvq.persistence.fingerprint import find_layer_devices, fingerprint_model
 from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader
@@ -67,6 +68,9 @@ class CacheFile:
 
     def __enter__(self) -> CacheFile:
         try:
+            other = find_other_kind(self.path)
+            if other is not None:  # a pipe would be waited for
+                raise CacheFileError(f"it is {other}, and no file")
             with ExitStack() as opened:
                 self._container = ContainerReader(opened.enter_context(self.path.open("rb", buffering=0)))
                 self._check_format()

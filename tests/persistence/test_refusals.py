@@ -158,6 +158,14 @@ def no_file(data, path, models):
     return refuse(path, "No such file")
 
 
+def a_folder(data, path, models):
+    path.unlink()
+    path.mkdir()
+    found = refuse(path, "it is a folder, and no file")
+    path.rmdir()
+    return found
+
+
 def another_number_of_layers(data, path, models):
     path.write_bytes(signed(data, cache_of("model", to=None)))
     more = sliding_config(num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"])
@@ -212,6 +220,7 @@ def the_weights_of_another_model(data, path, models):
 
 SITUATIONS = (
     no_file,
+    a_folder,
     another_number_of_layers,
     another_kind_of_layer,
     another_configuration,

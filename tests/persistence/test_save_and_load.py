@@ -207,7 +207,8 @@ KNOWN_STATE = {
     },
     "LayerSide": {"flush_length", "quantizer", "sinks", "store", "survivors", "window"},
     "ChunkedStore": {
-        "batch_size", "block_length", "device", "layout", "num_heads", "pinned", "quantizer", "segments",
+        "batch_size", "block_length", "device", "layout", "num_heads", "pinned", "quantizer", "_segments",
+        "blocks", "length",  # counted from the segments
         "_owns_last", "_staged",  # what is loaded is owned, and read from where it is
     },
     "TokenBuffer": {"_buffer", "length", "step"},
