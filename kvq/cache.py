@@ -30,6 +30,9 @@ from kvq.token_history import TokenHistory
 from kvq.user_warnings import warn_user
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
+
+
 class KVQ(CarriedStates):
     """A quantized KV cache.
 
@@ -107,8 +110,14 @@ class KVQ(CarriedStates):
 
         Raises:
             StatesError: the states do not fit; the cache is then as it was before.
-            CacheStateError: another thread is in the middle of a forward with this cache; likewise.
+            CacheStateError: another thread is in the middle of a forward with this cache; likewise. Or torch.export is
+                tracing, of which the cache can be no part.
         """
+        if _is_exporting():
+            raise CacheStateError(
+                "torch.export cannot record what a KVQ does; export with a cache of transformers: "
+                "DynamicCache(list(cache)) has the same tokens, cache.materialize(layer_idx) those of one layer"
+            )
         with self._thread_guard.hold(layer_idx, is_in_step=self._is_in_step):
             count = len(self.layers)
             self._grow(layer_idx)
