@@ -29,7 +29,6 @@ from kvq.thread_guard import ThreadGuard
 from kvq.token_history import TokenHistory
 from kvq.user_warnings import warn_user
 
-
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
 
 

@@ -60,7 +60,8 @@ class KVQLayer(CacheLayerMixin):
 
         Nothing can be written to them, which the layer would never see; `materialize` returns a tensor of your own.
         """
-        return self._show("key")
+        shown: torch.Tensor | None = self._show("key")
+        return shown
 
     @keys.setter
     def keys(self, states: object) -> None:
@@ -70,7 +71,8 @@ class KVQLayer(CacheLayerMixin):
     @property
     def values(self) -> torch.Tensor | None:
         """All values as fresh full-precision states `[B, H, T, D]`, or None before the first update; see `keys`."""
-        return self._show("value")
+        shown: torch.Tensor | None = self._show("value")
+        return shown
 
     @values.setter
     def values(self, states: object) -> None:
@@ -275,7 +277,8 @@ class KVQLayer(CacheLayerMixin):
     def _show(self, name: Side) -> torch.Tensor | None:
         if not self.is_initialized:
             return None
-        return ReadStates.of(self._sides[name].view().materialize(), self._name(name))
+        shown: ReadStates = ReadStates.of(self._sides[name].view().materialize(), self._name(name))
+        return shown
 
     def _name(self, side: Side) -> str:
         return f"the {side}s of layer {self.layer_idx}"

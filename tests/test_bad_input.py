@@ -146,6 +146,16 @@ def _(cache):
     cache.update(*states(3, batch=3), 0)
 
 
+@row("more sequences or beams than rows that are held")
+def _(cache):
+    cache.update(*states(3, batch=6), 0)
+
+
+@row("a write to `layer.keys` or `layer.values`, or an assignment")
+def _(cache):
+    cache.layers[0].keys[:, :, -1:] = 0
+
+
 @row("another number of heads")
 def _(cache):
     cache.update(*states(3, heads=4), 0)

@@ -93,7 +93,7 @@ def test_it_is_true_equal_and_contained_as_dynamic_cache_is():
         cache = fill(kind())
         assert cache
         assert not kind()
-        assert cache == cache  # noqa: PLR0124  # that is what is asked
+        assert cache == cache
         assert cache != copy.copy(cache)
         assert cache in [cache]
 

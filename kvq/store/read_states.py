@@ -25,7 +25,7 @@ _WRITES_NO_DATA = frozenset({"requires_grad_", "detach_", "share_memory_", "rena
 _TARGETS = ("input", "self", "tensor")
 """What functions call the argument that they write to."""
 _NO_STATES = (int, float, bool, torch.Size, torch.dtype, torch.device, str)
-_GET_BASE = torch.Tensor._base.__get__  # type: ignore[attr-defined]  # a descriptor of C
+_GET_BASE = torch.Tensor._base.__get__  # type: ignore[union-attr]  # a descriptor of C
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # a descriptor of C
 
 _untraced = partial(torch.compiler.disable, recursive=False)
@@ -47,7 +47,7 @@ class ReadStates(torch.Tensor):
         return shown
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]  # torch declares other types
+    def __torch_function__(
         cls,
         func: Callable[..., Any],
         types: Any,
@@ -75,7 +75,8 @@ class ReadStates(torch.Tensor):
 
     def __copy__(self) -> ReadStates:
         """Return a tensor with the same storage."""
-        return ReadStates.of(self._plain(), self.source)
+        shown: ReadStates = ReadStates.of(self._plain(), self.source)
+        return shown
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Return a plain copy of the states."""

@@ -92,12 +92,19 @@ class SinkTokens:
         if not wanted:
             return
         if kept is None or kept.shape[2] < wanted:
-            batch, heads, _, dim = states.shape
-            with torch.inference_mode(False):
-                self.states = torch.zeros((batch, heads, wanted, dim), dtype=states.dtype, device=states.device)
-            if kept is not None:
-                self.states[:, :, : kept.shape[2]] = kept
+            kept = self._grown(states, wanted)
         for row, start in enumerate(self.starts):
             first, last = max(start, position), min(start + self.length, position + states.shape[2])
             if first < last:
-                self.states[row, :, first - start : last - start] = states[row, :, first - position : last - position]
+                kept[row, :, first - start : last - start] = states[row, :, first - position : last - position]
+        self.states = kept
+
+    def _grown(self, states: torch.Tensor, count: int) -> torch.Tensor:
+        """Return room for `count` sinks of the kind of `states`, with those that are kept."""
+        batch, heads, _, dim = states.shape
+        # A tensor made under inference_mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            grown = torch.zeros((batch, heads, count, dim), dtype=states.dtype, device=states.device)
+        if self.states is not None:
+            grown[:, :, : self.states.shape[2]] = self.states
+        return grown
