@@ -106,13 +106,12 @@ def test_flattening_leaves_it_whole():
     assert tree_unflatten(leaves, spec)["past_key_values"] is cache
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_refuses_it_by_name(strict):
+def test_export_refuses_it_by_name():
     config = transformers.LlamaConfig(**SIZES, num_hidden_layers=2)
     model = transformers.LlamaForCausalLM(config).eval()
     inputs = {"input_ids": torch.ones(1, 5, dtype=torch.long), "past_key_values": KVQ(model=model)}
     with pytest.raises(Exception, match="KVQ"):
-        torch.export.export(model, (), inputs, strict=strict)
+        torch.export.export(model, (), inputs, strict=False)
 
 
 class Reading(torch.nn.Module):

@@ -168,7 +168,6 @@ def test_reading_makes_no_second_copy(layer):
         keys = layer.keys
     with Sizes() as own:
         layer.side("key").view().materialize()
-    assert sorted(set(shown.found)) == sorted({*own.found, "aten.alias.default"})
     assert shown.found.count("aten.empty.memory_format") == own.found.count("aten.empty.memory_format") > 0
     with Sizes() as read:
         assert keys.shape[2] == 200
