@@ -83,8 +83,8 @@ def test_a_python_block_runs(code, namespace, capsys, tmp_path, monkeypatch):
     exec(code.replace("max_new_tokens=1024", "max_new_tokens=40"), names)  # noqa: S102  # our own README
     cache = names["attachment"].cache if "attachment" in names else names["cache"]
     assert isinstance(cache, KVQ)
-    prompt = names.get("prompt", namespace["inputs"]["input_ids"])
-    assert cache.get_seq_length() == prompt.shape[1] + 39
+    read = names.get("changed", namespace["inputs"]["input_ids"])
+    assert cache.get_seq_length() == read.shape[1] + 39
     memory = cache.memory()
     assert memory.compression > 2
     assert memory.layers[0].key.packed_bytes > 0
