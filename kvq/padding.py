@@ -25,11 +25,11 @@ def looks_padded(values: torch.Tensor) -> bool:
     Args:
         values: `[B, H, T, D]`, of the first layer and the first tokens.
     """
-    if values.shape[0] < 2 or values.shape[2] < 2:
+    if values.shape[0] < 2 or values.shape[2] < 2 or not values.numel():
         return False
     first = values[:, :, :1]
     # Products in another order may differ in the last bits; other tokens differ in the first.
-    bound = 1e-2 * first.abs().amax(dim=(1, 2, 3))
+    bound = 1e-2 * first.float().abs().amax(dim=(1, 2, 3))
     if not bool((_difference(values[:, :, 1:2], first)[:, 0] <= bound).any()):
         return False
     equal = _difference(values, first) <= bound[:, None]
@@ -39,4 +39,4 @@ def looks_padded(values: torch.Tensor) -> bool:
 
 def _difference(values: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """Return how far each token is from the first of its row, `[B, T]`."""
-    return (values - first).abs().amax(dim=(1, 3))
+    return (values.float() - first.float()).abs().amax(dim=(1, 3))

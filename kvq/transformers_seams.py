@@ -98,6 +98,11 @@ SEAMS = (
         ("persistence/plain_layer.py",),
     ),
     Seam(
+        "_sliding_window_tensor",
+        "iterating over a `DynamicCache` yields it behind the keys and values of a layer; None where nothing slides",
+        ("cache.py",),
+    ),
+    Seam(
         "_hf_hook",
         "accelerate keeps by it on which device a module computes and where its weights are",
         ("persistence/fingerprint.py",),

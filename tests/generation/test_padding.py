@@ -94,6 +94,7 @@ def test_what_looks_padded():
     assert not looks_padded(states[:1])
     assert not looks_padded(states[:, :, :1])
     assert not looks_padded(states[:, :, :0])
+    assert not looks_padded(states[:, :0])
     padded = states.clone()
     padded[1, :, :4] = padded[1, :, :1]
     assert looks_padded(padded)

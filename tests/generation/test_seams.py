@@ -16,7 +16,15 @@ from kvq import transformers_seams as seams
 
 KVQ = Path(seams.__file__).parent
 CHECKS = {}
-TORCHS_OWN = {"_cdata", "_make_wrapper_subclass", "_orig_mod", "_scaled_dot_product_flash_attention_for_cpu", "_schema"}
+TORCHS_OWN = {
+    "_C",
+    "_base",
+    "_cdata",
+    "_make_wrapper_subclass",
+    "_orig_mod",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_schema",
+}
 HARNESS_OWN = {"_detect_batch_size"}
 """Private names of torch and of lm-evaluation-harness, which the list does not speak of."""
 
@@ -123,6 +131,15 @@ def _(llama, _prompts):
     layer = DynamicSlidingWindowLayer(sliding_window=8)
     layer.update(torch.randn(1, 1, 12, 4), torch.randn(1, 1, 12, 4))
     assert layer.cumulative_length == layer.get_seq_length() == 12
+
+
+@checks("_sliding_window_tensor")
+def _(llama, _prompts):
+    cache = DynamicCache(config=transformers.MistralConfig(num_hidden_layers=1, sliding_window=8))
+    cache.update(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4), 0)
+    ((_, _, told),) = list(cache)
+    assert told is cache.layers[0]._sliding_window_tensor
+    assert int(told) == 8
 
 
 @checks("_hf_hook")
