@@ -103,6 +103,25 @@ OTHER_WAYS = {
 }
 """Options under which a backend takes another path, and widths to try them at."""
 QUANTIZATIONS = list_quantizations()
+REPRESENTATIVES = {
+    "hqq": {"hqq-1.58-key_per_token", "hqq-4-key_per_channel", "hqq-3-key_per_channel-optimize_False"},
+    "native": {
+        "native-1-key_per_token",
+        "native-3-key_per_channel",
+        "native-4-key_per_token",
+        "native-7-key_per_token",
+        "native-8-key_per_channel",
+        "native-2-key_per_channel-clip_mse",
+    },
+    "quanto": {"quanto-4-key_per_channel", "quanto-8-key_per_channel-symmetric_8bit_True"},
+    "template": {"template-5-key_per_token"},
+}
+"""Those that stand for all of a backend; a backend that is not named here is tested in full."""
+COVERING = [q for q in QUANTIZATIONS if repr(q) in REPRESENTATIVES.get(q.name, {repr(q)})]
+"""A few that differ in all that an invariant can see: one width packs, flushes and counts like its neighbours.
+
+How near each width comes is tested on all of `QUANTIZATIONS`, and the state machines draw from all.
+"""
 HEAD_DIMS = [(8, 8), (48, 48), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32}

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from drawn_cases import QUANTIZATIONS, cases, example_count, is_same, pieces, splits, stored_bytes, stored_length
+from drawn_cases import COVERING, cases, example_count, is_same, pieces, splits, stored_bytes, stored_length
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(4))
 @given(data=st.data())
 def test_stored_tokens_stay_as_they_are(quantization, data):
@@ -33,7 +33,7 @@ def test_stored_tokens_stay_as_they_are(quantization, data):
     assert flushes
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(2))
 @given(data=st.data())
 def test_a_view_goes_on_reading_what_it_was_taken_of(quantization, data):

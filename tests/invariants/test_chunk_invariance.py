@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from drawn_cases import (
-    QUANTIZATIONS,
+    COVERING,
     Split,
     cases,
     example_count,
@@ -33,7 +33,7 @@ def assert_same_layers(one, other, rows=slice(None)):
     assert is_same(other.values, one.values[rows])
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(4))
 @given(data=st.data())
 @pytest.mark.case(
@@ -49,7 +49,7 @@ def test_the_split_into_updates_leaves_no_trace(quantization, data):
     assert_same_layers(one, other)
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(3))
 @given(data=st.data())
 @pytest.mark.case(
@@ -68,7 +68,7 @@ def test_flushes_happen_at_fixed_positions(quantization, data):
         assert {side.store.length + side.window.length for _, side in layer.sides()} == {total}
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(3))
 @given(data=st.data())
 def test_a_row_is_stored_as_if_it_were_alone(quantization, data):
@@ -81,7 +81,7 @@ def test_a_row_is_stored_as_if_it_were_alone(quantization, data):
     assert_same_layers(together, alone, slice(row, row + 1))
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(2))
 @given(data=st.data())
 def test_copies_part_from_the_original(quantization, data):
@@ -106,7 +106,7 @@ def test_copies_part_from_the_original(quantization, data):
 
 
 def test_a_fork_made_before_the_first_flush_has_constants_of_its_own():
-    quantization = next(q for q in QUANTIZATIONS if not q.keeps_rows_apart)
+    quantization = next(q for q in COVERING if not q.keeps_rows_apart)
     config = KVQCacheConfig(backend=quantization.backend, nbits_k=8, nbits_v=8, residual_length=0)
     states = torch.randn(2, 1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     original = feed(KVQLayer(0, config.for_layer(0)), tuple(states[:, :, :, :10]))

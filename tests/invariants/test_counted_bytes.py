@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from drawn_cases import QUANTIZATIONS, cases, example_count, feed, pieces, splits
+from drawn_cases import COVERING, cases, example_count, feed, pieces, splits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +51,7 @@ def operate(cache, case, data):
         feed(layer, tuple(side[torch.arange(rows) % case.batch] for side in case.states(70)))
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(2))
 @given(data=st.data())
 def test_the_report_is_what_a_census_finds(quantization, data):
@@ -76,7 +76,7 @@ def sum_of_lines(report):
     return sum(side.total_bytes for side in sides)
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(2))
 @given(data=st.data())
 def test_the_lines_of_the_report_add_up(quantization, data):

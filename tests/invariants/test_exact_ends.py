@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn_cases import QUANTIZATIONS, cases, example_count, feed, is_same, pieces, splits, stored_bytes, stored_length
+from drawn_cases import COVERING, cases, example_count, feed, is_same, pieces, splits, stored_bytes, stored_length
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ def assert_exact(case, held, states):
     assert is_same(held.transpose(1, 2)[mask], states.transpose(1, 2)[mask])
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(4))
 @given(data=st.data())
 def test_sinks_and_window_bit_for_bit(quantization, data):
@@ -40,7 +40,7 @@ def test_sinks_and_window_bit_for_bit(quantization, data):
             assert_exact(case, layer.values, states[1][:, :, :total])
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(2))
 @given(data=st.data())
 def test_the_ends_are_no_longer_than_that(quantization, data):
@@ -56,7 +56,7 @@ def test_the_ends_are_no_longer_than_that(quantization, data):
     assert error[quantized].float().mean() > 0.9 if quantized.any() else not error.any()
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(2))
 @given(data=st.data())
 def test_the_states_of_the_present_forward_are_returned_exact(quantization, data):
@@ -69,7 +69,7 @@ def test_the_states_of_the_present_forward_are_returned_exact(quantization, data
         assert is_same(found, torch.cat([held, side[:, :, -last:]], dim=2))
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(3))
 @given(data=st.data())
 def test_padding_and_sinks_shape_nothing_that_is_stored(quantization, data):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from drawn_cases import QUANTIZATIONS
+from drawn_cases import COVERING
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -118,7 +118,7 @@ def measure_updates(quantization, tokens, rotation="none"):
     return counters
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 def test_a_flush_costs_the_same_at_1k_and_at_16k_tokens(quantization):
     short, long = measure_updates(quantization, 1024), measure_updates(quantization, 16384)
     for one, other in zip(short, long, strict=True):
@@ -133,7 +133,7 @@ def test_a_flush_costs_the_same_at_1k_and_at_16k_tokens(quantization):
 
 
 def test_a_flush_under_rotation_costs_the_same_too():
-    chosen = next(quantization for quantization in QUANTIZATIONS if quantization.name == "quanto")
+    chosen = next(quantization for quantization in COVERING if quantization.name == "quanto")
     short, long = (measure_updates(chosen, tokens, "hadamard") for tokens in (1024, 16384))
     assert [counter.costs for counter in short] == [counter.costs for counter in long]
 

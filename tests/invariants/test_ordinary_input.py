@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from drawn_cases import (
+    COVERING,
     DTYPES,
     HEAD_DIMS,
     OWN_BACKENDS,
@@ -37,7 +38,7 @@ def test_every_backend_that_can_be_had_is_among_the_cases():
         )
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=str)
+@pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(4))
 @given(data=st.data())
 def test_any_length_batch_head_dim_and_dtype(quantization, data):
