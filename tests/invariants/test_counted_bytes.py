@@ -69,6 +69,15 @@ def test_the_report_is_what_a_census_finds(quantization, data):
         assert cache.memory().total_bytes == census(before)
 
 
+def test_a_hidden_copy_would_be_seen_by_the_census():
+    before = live_storages()
+    cache = KVQ()
+    cache.update(*torch.randn(2, 1, 2, 500, 64), 0)
+    assert cache.memory().total_bytes == census(before)
+    cache.layers[0].hidden = cache.layers[0].keys
+    assert census(before) > cache.memory().total_bytes
+
+
 def sum_of_lines(report):
     names = ("packed_bytes", "window_bytes", "sink_bytes", "slack_bytes", "constant_bytes", "index_bytes")
     sides = [side for layer in report.layers for side in (layer.key, layer.value)]
