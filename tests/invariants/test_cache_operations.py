@@ -409,6 +409,11 @@ def test_beside_dynamic_cache(record_property):
     run_machine(BesideDynamicCache, 60, record_property)
 
 
+@pytest.mark.case(
+    "reorder, repeat and select rows of a batch",
+    "stored tokens follow like those of the window",
+    report="huggingface/transformers#45510",
+)
 def test_beside_its_own_states(record_property):
     run_machine(BesideItsOwnStates, 80, record_property)
 

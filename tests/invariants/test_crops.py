@@ -11,6 +11,11 @@ from kvq import KVQ
 CYCLES = 4
 
 
+@pytest.mark.case(
+    "a crop into the quantized tokens",
+    "the survivors stay as they were, and the length is right",
+    report="huggingface/transformers#45510",
+)
 @settings(max_examples=example_count(40))
 @given(quantization=st.sampled_from(QUANTIZATIONS), data=st.data())
 def test_what_survives_a_crop_comes_back_the_same_from_every_later_one(quantization, data):

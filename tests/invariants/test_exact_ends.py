@@ -24,6 +24,11 @@ def assert_exact(case, held, states):
     assert is_same(held.transpose(1, 2)[mask], states.transpose(1, 2)[mask])
 
 
+@pytest.mark.case(
+    "a prompt longer than residual_length",
+    "its newest tokens stay exact, and so does each newest one later",
+    report="huggingface/transformers#34189",
+)
 @pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(4))
 @given(data=st.data())
@@ -69,6 +74,9 @@ def test_the_states_of_the_present_forward_are_returned_exact(quantization, data
         assert is_same(found, torch.cat([held, side[:, :, -last:]], dim=2))
 
 
+@pytest.mark.case(
+    "padding on the left of one row", "shapes no scale of its tokens, whatever it holds", report="Blaizzy/mlx-vlm#1946"
+)
 @pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(3))
 @given(data=st.data())

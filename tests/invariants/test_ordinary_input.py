@@ -58,8 +58,9 @@ def test_any_length_batch_head_dim_and_dtype(quantization, data):
         assert (held - side).abs().max() <= 3 * side.abs().max()
 
 
+@pytest.mark.case("head dims from 8 to 576, 67 among them, unlike for keys and values", "works")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+@pytest.mark.parametrize("dims", [*HEAD_DIMS, (67, 80), (576, 64)], ids=str)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_every_head_dim_with_every_dtype(dims, dtype, batch):
     cache = KVQ(nbits_k=8, nbits_v=8, residual_length=16)
