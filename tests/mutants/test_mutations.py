@@ -1,6 +1,7 @@
 """The mutations still fit the code; that each is killed is shown by `make mutants`, which takes minutes."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,20 +20,41 @@ def names_in(path):
     return defined | {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_its_old_line_occurs_exactly_once(mutation):
-    assert mutation.count_in(ROOT) == 1
+def find_misfit(mutation):
+    """Return why a mutation does not fit the code, or None."""
+    if (count := mutation.count_in(ROOT)) != 1:
+        return f"its old line occurs {count} times in {mutation.file}"
     before, after = (ROOT / mutation.file).read_text(encoding="utf-8"), mutation.mutated(ROOT)
     changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
-    assert len(changed) == 1
-    ast.parse(after)
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_its_test_exists(mutation):
+    if len(changed) != 1:
+        return f"{len(changed)} lines change"
+    try:
+        ast.parse(after)
+    except SyntaxError as error:
+        return f"the new line is no Python: {error}"
     path, _, name = mutation.test.partition("::")
-    assert name.lower().startswith("test")
-    assert name in names_in(ROOT / path)
+    if not name.lower().startswith("test") or not (ROOT / path).is_file() or name not in names_in(ROOT / path):
+        return f"there is no {mutation.test}"
+    return None
+
+
+def test_each_fits_the_code_and_its_test_exists():
+    misfits = {mutation.name: find_misfit(mutation) for mutation in MUTATIONS}
+    assert {name: why for name, why in misfits.items() if why} == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"old": "nowhere"}, "occurs 0 times"),
+        ({"new": "self._copied(("}, "no Python"),
+        ({"test": "tests/test_cache.py::test_nothing"}, "there is no"),
+        ({"test": "tests/test_nowhere.py::test_nothing"}, "there is no"),
+    ],
+)
+def test_one_that_does_not_fit_is_told(change, why):
+    assert find_misfit(MUTATIONS[0]) is None
+    assert why in find_misfit(replace(MUTATIONS[0], **change))
 
 
 def test_every_invariant_has_some_of_unlike_kinds():
