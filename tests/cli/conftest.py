@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from kvq.cli import main
+from kvq.registry import BackendRegistry
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+CLEARED = ("FORCE_COLOR", "KVQ_PLUGINS", "KVQ_BLOCK_PLUGINS")
+"""Variables of whoever runs the tests that a command must not see."""
 
 TOY_PLUGIN = """
 from pydantic import Field
@@ -77,7 +80,7 @@ def run(tmp_path) -> Run:
     """Return a function that runs Python in a fresh folder; keywords are environment variables."""
 
     def call(*args: str, **variables: object) -> subprocess.CompletedProcess[str]:
-        kept = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "KVQ_PLUGINS", "KVQ_BLOCK_PLUGINS")}
+        kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
         environment = {**kept, **{name: str(value) for name, value in variables.items()}}
         command = [sys.executable, *args]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
@@ -95,16 +98,27 @@ def run_kvq(run) -> Run:
 def call_kvq(tmp_path, monkeypatch, capsys) -> Run:
     """Return a function that runs a command of kvq in this process, in a fresh folder and without network.
 
-    A process of its own takes seconds to import torch: this is for tables of what is refused.
+    A process of its own takes seconds to import torch. Keywords are environment variables; what PYTHONPATH names is on
+    the path during the call, and plugins are looked for anew. One test of each command starts a process all the same.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    def call(*args: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr("sys.argv", ["kvq", *args])
+    def call(*args: str, **variables: object) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
+        with monkeypatch.context() as patch:
+            for name in CLEARED:
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, str(value))
+            if "PYTHONPATH" in variables:
+                patch.syspath_prepend(str(variables["PYTHONPATH"]))
+            patch.setattr("kvq.registry._registry", BackendRegistry())
+            patch.setattr("sys.argv", ["kvq", *args])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        for name in ("toy_plugin", "needy_plugin", "faulty_plugin"):
+            sys.modules.pop(name, None)
         printed = capsys.readouterr()
         code = ended.value.code if isinstance(ended.value.code, int) else 0
         return subprocess.CompletedProcess(args, code, printed.out, printed.err)

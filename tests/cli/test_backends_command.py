@@ -51,8 +51,8 @@ def test_the_list_as_json(run_kvq, toy_path):
     assert (listed["quanto"]["origin"], listed["quanto"]["version"]) == ("kvq", __version__)
 
 
-def test_one_backend_as_json(run_kvq, toy_path):
-    done = run_kvq("backends", "toy", "--json", PYTHONPATH=toy_path)
+def test_one_backend_as_json(call_kvq, toy_path):
+    done = call_kvq("backends", "toy", "--json", PYTHONPATH=toy_path)
     assert done.returncode == 0
     facts = json.loads(done.stdout)
     assert facts["axis_names"] == {"7": "per_token"}
@@ -70,8 +70,8 @@ def test_one_backend_as_json(run_kvq, toy_path):
     assert figures[8, "per_channel"]["key"] == 8 + (16 + 32) / 64 + 8 / (64 * 128)
 
 
-def test_one_backend_for_people(run_kvq, toy_path):
-    done = run_kvq("backends", "toy", PYTHONPATH=toy_path)
+def test_one_backend_for_people(call_kvq, toy_path):
+    done = call_kvq("backends", "toy", PYTHONPATH=toy_path)
     assert done.returncode == 0
     fields = {line.split()[0]: line for line in done.stdout.splitlines() if line}
     assert "toybox 1.2" in fields["origin"]
@@ -87,8 +87,8 @@ def test_one_backend_for_people(run_kvq, toy_path):
         ("needy", 1, "no-such-distribution>=3: not installed, not met"),
     ],
 )
-def test_a_backend_that_cannot_be_used(run_kvq, toy_path, name, code, message):
-    done = run_kvq("backends", name, PYTHONPATH=toy_path)
+def test_a_backend_that_cannot_be_used(call_kvq, toy_path, name, code, message):
+    done = call_kvq("backends", name, PYTHONPATH=toy_path)
     assert done.returncode == code
     assert message in (done.stderr if code == 2 else done.stdout)
     assert (done.stdout == "") == (code == 2)

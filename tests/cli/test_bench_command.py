@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_and_exit_code_2(call_kvq, arguments, told):
 @pytest.mark.parametrize(
     "arguments", [("--length", "10"), ("--rounds", "1"), ("--batch", "0"), ("--bits", "9"), ("--draft", "1")]
 )
-def test_numbers_out_of_range_are_refused(run_kvq, arguments):
-    done = run_kvq("bench", *arguments)
+def test_numbers_out_of_range_are_refused(call_kvq, arguments):
+    done = call_kvq("bench", *arguments)
     assert done.returncode == 2
     assert arguments[0] in done.stderr

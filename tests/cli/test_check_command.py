@@ -62,9 +62,9 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
         ("broken.json", '{"nbits_k": ', ["  configuration: the file cannot be parsed"]),
     ],
 )
-def test_a_wrong_file_shows_every_fault(run_kvq, toy_path, tmp_path, name, text, faults):
+def test_a_wrong_file_shows_every_fault(call_kvq, toy_path, tmp_path, name, text, faults):
     (tmp_path / name).write_text(text)
-    done = run_kvq("check", name, PYTHONPATH=toy_path)
+    done = call_kvq("check", name, PYTHONPATH=toy_path)
     assert (done.returncode, done.stdout) == (1, "")
     first, *lines = done.stderr.splitlines()
     assert first == f"error: {name} has {len(faults)} fault{'s' if len(faults) > 1 else ''}"

@@ -58,8 +58,8 @@ def test_version_is_light_and_plain(run):
         (["check", "missing.yaml", "--head-dim", "0"], "--head-dim"),
     ],
 )
-def test_wrong_usage_exits_with_2(run_kvq, args, message):
-    done = run_kvq(*args)
+def test_wrong_usage_exits_with_2(call_kvq, args, message):
+    done = call_kvq(*args)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr

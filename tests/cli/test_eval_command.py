@@ -27,6 +27,12 @@ def run_eval(run_kvq, tmp_path):
     return lambda *args: run_kvq("eval", *args, HF_HUB_OFFLINE=1)
 
 
+@pytest.fixture
+def call_eval(run_eval, call_kvq):
+    """Return a function that runs `kvq eval` beside those configurations in this process."""
+    return lambda *args: call_kvq("eval", *args)
+
+
 def test_a_run_is_a_table_a_file_and_a_picture(run_eval, tmp_path):
     configs = ("--config", "k4v4.yaml", "--config", "k2v2.yaml")
     outputs = ("--out", "all.json", "--picture", "all.png", "--details")
@@ -53,8 +59,8 @@ def test_a_run_is_a_table_a_file_and_a_picture(run_eval, tmp_path):
     assert not (tmp_path / "all.json.parts").exists()
 
 
-def test_a_gate_that_is_met_exits_with_zero(run_eval):
-    done = run_eval(*QUICK, "--config", "k4v4.yaml", "--gate", "kl<0.1,top1>0.5")
+def test_a_gate_that_is_met_exits_with_zero(call_eval):
+    done = call_eval(*QUICK, "--config", "k4v4.yaml", "--gate", "kl<0.1,top1>0.5")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "the gate is met: kl<0.1, top1>0.5"
 
@@ -87,14 +93,14 @@ def test_what_is_wrong_is_told_and_nothing_is_measured(call_kvq, args, message):
     assert message in " ".join(done.stderr.split())
 
 
-def test_an_error_is_one_line_without_a_traceback(run_eval):
-    done = run_eval("--model", "no/such", *QUICK)
+def test_an_error_is_one_line_without_a_traceback(call_eval):
+    done = call_eval("--model", "no/such", *QUICK)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: model 'no/such' cannot be loaded")
     assert done.stderr.count("\n") == 1
 
 
-def test_ctrl_c_keeps_what_is_finished(run_eval, tmp_path):
+def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
     args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", "--out", "all.json", "--step", "4"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "kvq", "eval", *args]
@@ -108,16 +114,16 @@ def test_ctrl_c_keeps_what_is_finished(run_eval, tmp_path):
     assert "the same command goes on where this one was" in stderr
     assert "Traceback" not in stderr
     assert 1 <= len(list(parts.glob("*.pt"))) < 4
-    assert run_eval(*args).returncode == 0
+    assert call_eval(*args).returncode == 0
     resumed = json.loads((tmp_path / "all.json").read_text())
-    assert run_eval(*args[:-4], "--out", "anew.json", "--step", "4").returncode == 0
+    assert call_eval(*args[:-4], "--out", "anew.json", "--step", "4").returncode == 0
     assert resumed["records"] == json.loads((tmp_path / "anew.json").read_text())["records"]
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(run, run_eval, tmp_path):
+def test_two_processes_measure_what_one_does(run, call_eval, tmp_path):
     args = (*QUICK, "--config", "k4v4.yaml", "--needles", "1")
-    assert run_eval(*args, "--out", "one.json").returncode == 0
+    assert call_eval(*args, "--out", "one.json").returncode == 0
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
     done = run(*launcher, *options, "--module", "kvq", "eval", *args, "--out", "two.json", HF_HUB_OFFLINE=1)

@@ -29,13 +29,15 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def plan(run_kvq, folder):
-    """Return a function that runs `kvq plan` without network."""
-    return lambda *args: run_kvq("plan", *args, HF_HUB_OFFLINE=1)
+def plan(call_kvq, folder):
+    """Return a function that runs `kvq plan`."""
+    return lambda *args: call_kvq("plan", *args)
 
 
-def test_a_plan_is_a_table_and_sentences(plan):
-    done = plan("--model", "llama", "--config", "good.yaml", "--context", "2000", "--gpu-memory", "1MiB")
+@pytest.mark.usefixtures("folder")
+def test_a_plan_is_a_table_and_sentences(run_kvq):
+    asked = ("--model", "llama", "--config", "good.yaml", "--context", "2000", "--gpu-memory", "1MiB")
+    done = run_kvq("plan", *asked, HF_HUB_OFFLINE=1)
     assert (done.returncode, done.stderr) == (0, "")
     first, *rest = done.stdout.splitlines()
     assert first.startswith("LlamaForCausalLM, 2,000 tokens: ")
