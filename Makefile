@@ -6,6 +6,14 @@ PYTHON_OLDEST ?= $(shell for p in python3.10 $(PYTHON); do if $$p -c '' 2>/dev/n
 # Test processes; each computes on one thread, so that they do not fight for the cores.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# What `test` alone runs, since no version of a library changes its outcome: packing and quantizing drawn states,
+# refusals, files that were tampered with, the rules of this tree. All the rest, a new folder too, is repeated by
+# test-oldest and test-newest; `make test-oldest ONCE=` repeats everything.
+ONCE ?= tests/store tests/mutants tests/testing tests/persistence/test_fuzz.py tests/test_import_order.py \
+	tests/test_light_imports.py tests/test_peak_memory.py \
+	$(filter-out %/test_cache_operations.py,$(wildcard tests/invariants/test_*.py))
+# The torch of test-newest: the pinned one, since on Linux a newer one may come with CUDA alone. NEWEST_TORCH=torch lifts it.
+NEWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
 # `make bench` and `make reproduce`
 BENCH_NAME ?= cpu
 BENCH_ARGS ?=
@@ -15,6 +23,7 @@ REPORT ?= reproduce.json
 
 BIN := .venv/bin
 PYTEST_FLAGS := -n $(WORKERS) $(PYTEST_ARGS)
+REPEATED := $(addprefix --ignore=,$(ONCE))
 # hqq's setup.py compiles CUDA kernels into whatever `python` is on the PATH; kvq does not use them.
 PIP_INSTALL := -m pip --disable-pip-version-check install
 REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq needs Python 3.10 or newer: make PYTHON=...")'
@@ -22,7 +31,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench reproduce test test-fast test-oldest eval-harness mutants soak fuzz lint types examples plugin wheel models cases readme venv clean
+.PHONY: help demo bench reproduce test test-fast test-oldest test-newest eval-harness mutants soak fuzz lint types examples plugin wheel models cases readme venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,13 +51,17 @@ reproduce: venv ## MODEL=... quality and speed on a model of yours, into REPORT 
 	$(BIN)/python scripts/join_reports.py $(REPORT) quality=build/reproduce-eval.json speed=build/reproduce-bench.json
 
 test: venv ## run all tests (PYTEST_ARGS="-k ..." narrows)
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
+	KVQ_VERSIONS=pinned OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
 
 test-fast: venv ## run the tests that take less than some seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS) -m "not slow"
 
-test-oldest: .venv-oldest/installed ## run all tests on the oldest supported versions
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(PYTEST_FLAGS)
+test-oldest: .venv-oldest/installed ## repeat what depends on versions at the oldest supported ones (ONCE= repeats all)
+	KVQ_VERSIONS=oldest OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(PYTEST_FLAGS) $(REPEATED)
+
+test-newest: wheel ## repeat what depends on versions at the newest there are, on the wheel (ONCE= repeats all)
+	.venv-newest/bin/python $(PIP_INSTALL) "$$(echo build/kvq/*.whl)[dev,plot]"
+	KVQ_VERSIONS=newest OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(PYTEST_FLAGS) $(REPEATED)
 
 # An environment of its own: lm-evaluation-harness brings some fifty packages, and nothing else here needs them.
 eval-harness: .venv-eval/installed ## test the model type of lm-evaluation-harness
@@ -85,11 +98,14 @@ plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel i
 		.venv-plugin/bin/python scripts/generate_with.py $$name; done
 	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8
 
-wheel: venv build/kvq ## build the wheel, install it in a clean environment, run its demo outside the checkout
-	$(PYTHON) -m venv --clear .venv-wheel
-	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt torch
-	.venv-wheel/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl
-	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-wheel/bin/kvq" demo
+# Nothing is constrained but torch, and nothing kept: what is released today is what a user gets today.
+wheel: venv build/kvq ## the wheel at the newest versions in a clean environment: doctor, demo and README.md outside the checkout
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python $(PIP_INSTALL) "$(NEWEST_TORCH)"
+	.venv-newest/bin/python $(PIP_INSTALL) build/kvq/*.whl
+	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-newest/bin/kvq" doctor
+	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-newest/bin/kvq" demo
+	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-newest/bin/python" "$(CURDIR)/scripts/run_readme.py"
 
 models: venv ## check every kind of model and write docs/models.md
 	$(BIN)/python scripts/update_models_page.py

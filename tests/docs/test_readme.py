@@ -8,14 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
+import run_readme
 import torch
 import typer
 import yaml
 
 from kvq import KVQ, KVQCacheConfig
 from kvq.cli import app
-from kvq.evaluation.embedded_model import EMBEDDED_MODEL_PATH, load_embedded_model
-from kvq.evaluation.recall import QUESTION_LENGTH, decode_tokens, sample_recall_batch
+from kvq.evaluation.embedded_model import load_embedded_model
+from kvq.evaluation.recall import QUESTION_LENGTH
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ def load_script():
 
 
 def find_code(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return run_readme.find_code(README, language)
 
 
 def find_commands():
@@ -42,11 +43,7 @@ script = load_script()
 
 @pytest.fixture(scope="module")
 def namespace():
-    model, tokenizer = load_embedded_model()
-    batch = sample_recall_batch(1, 160, 1, generator=torch.Generator().manual_seed(3))
-    prompt = decode_tokens([*batch.context[0].tolist(), *batch.questions[0, 0, :2].tolist()])
-    inputs = tokenizer(prompt, return_tensors="pt")
-    return {"model": model, "inputs": inputs, "path": EMBEDDED_MODEL_PATH, "prompt": prompt}
+    return run_readme.make_namespace()
 
 
 @pytest.mark.parametrize("name", script.BLOCKS)
@@ -79,16 +76,25 @@ def test_a_stale_block_is_seen():
 @pytest.mark.parametrize("code", find_code("python"), ids=range(len(find_code("python"))))
 def test_a_python_block_runs(code, namespace, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for the blocks that write files
-    names = dict(namespace)
-    exec(code.replace("max_new_tokens=1024", "max_new_tokens=40"), names)  # noqa: S102  # our own README
-    cache = names["attachment"].cache if "attachment" in names else names["cache"]
-    assert isinstance(cache, KVQ)
-    read = names.get("changed", namespace["inputs"]["input_ids"])
-    assert cache.get_seq_length() == read.shape[1] + 39
-    memory = cache.memory()
-    assert memory.compression > 2
-    assert memory.layers[0].key.packed_bytes > 0
+    memory = run_readme.run_block(code, namespace).memory()
     assert ("print(" in code) == (f"{memory.compression:.2f}x smaller" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("cache = None", "no KVQ"),
+        ("from kvq import KVQ\ncache = KVQ()", "0 tokens"),
+        (
+            "from kvq import KVQ\ncache = KVQ(residual_length=10_000)\n"
+            "model.generate(**inputs, past_key_values=cache, max_new_tokens=1024)",
+            "times smaller",
+        ),
+    ],
+)
+def test_a_block_that_does_not_do_what_it_says_is_refused(code, words, namespace):
+    with pytest.raises(ValueError, match=words):
+        run_readme.run_block(code, namespace)
 
 
 def test_the_two_caches_of_the_proposal_are_equal(namespace):

@@ -1,0 +1,86 @@
+"""Run the Python blocks of README.md as a reader would: outside the checkout, with nothing installed but kvq.
+
+`make wheel` runs it on the wheel, in an environment without pytest; tests/docs/test_readme.py uses its parts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvq import KVQ
+from kvq.evaluation.embedded_model import EMBEDDED_MODEL_PATH, load_embedded_model
+from kvq.evaluation.recall import decode_tokens, sample_recall_batch
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+NEW_TOKENS = 40
+"""Tokens that are generated where a block says 1,024, which would take too long."""
+
+
+def find_code(text: str, language: str) -> list[str]:
+    """Return the blocks of a document in that language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def make_namespace() -> dict[str, Any]:
+    """Return the names that the blocks take for granted: `model`, `inputs`, `path` and `prompt`."""
+    model, tokenizer = load_embedded_model()
+    batch = sample_recall_batch(1, 160, 1, generator=torch.Generator().manual_seed(3))
+    prompt = decode_tokens([*batch.context[0].tolist(), *batch.questions[0, 0, :2].tolist()])
+    return {
+        "model": model,
+        "inputs": tokenizer(prompt, return_tensors="pt"),
+        "path": EMBEDDED_MODEL_PATH,
+        "prompt": prompt,
+    }
+
+
+def run_block(code: str, namespace: dict[str, Any]) -> KVQ:
+    """Run a block on names of its own and return the cache that it filled.
+
+    Raises:
+        ValueError: it filled none, or not with what it generated, or nothing was quantized.
+    """
+    names = dict(namespace)
+    exec(code.replace("max_new_tokens=1024", f"max_new_tokens={NEW_TOKENS}"), names)  # noqa: S102  # our own README
+    cache = names["attachment"].cache if "attachment" in names else names.get("cache")
+    if not isinstance(cache, KVQ):
+        raise ValueError(f"the block left no KVQ behind, but {cache!r}")  # noqa: TRY004  # it is wrong, not mistyped
+    prompt = names.get("changed", namespace["inputs"]["input_ids"])  # a block may go on with a prompt of its own
+    expected = prompt.shape[1] + NEW_TOKENS - 1
+    if cache.get_seq_length() != expected:
+        raise ValueError(f"the cache holds {cache.get_seq_length()} tokens, not {expected}")
+    memory = cache.memory()
+    if memory.compression <= 2 or not memory.layers[0].key.packed_bytes:
+        raise ValueError(f"the cache is {memory.compression:.2f} times smaller than full precision")
+    return cache
+
+
+def main() -> None:
+    """Run each block in a fresh folder, for the blocks that write files."""
+    import kvq
+
+    blocks = find_code(README.read_text(encoding="utf-8"), "python")
+    if not blocks:
+        sys.exit(f"{README} has no Python block")
+    if Path(kvq.__file__).is_relative_to(README.parent / "kvq"):
+        sys.exit(f"kvq was imported from the checkout, {kvq.__file__}, not from what is installed")
+    namespace = make_namespace()
+    for number, code in enumerate(blocks):
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            cache = run_block(code, namespace)
+            os.chdir(README.parent)
+        print(
+            f"block {number} of README.md: {cache.get_seq_length()} tokens, {cache.memory().compression:.2f}x smaller"
+        )
+
+
+if __name__ == "__main__":
+    main()
