@@ -31,7 +31,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench reproduce test test-fast test-oldest test-newest eval-harness mutants soak fuzz lint types examples plugin wheel models cases readme venv clean
+.PHONY: help demo bench reproduce test test-fast test-oldest test-newest test-classes eval-harness mutants soak fuzz lint types examples plugin wheel models cases readme venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test-oldest: .venv-oldest/installed ## repeat what depends on versions at the ol
 test-newest: wheel ## repeat what depends on versions at the newest there are, on the wheel (ONCE= repeats all)
 	.venv-newest/bin/python $(PIP_INSTALL) "$$(echo build/kvq/*.whl)[dev,plot]"
 	KVQ_VERSIONS=newest OMP_NUM_THREADS=1 .venv-newest/bin/pytest $(PYTEST_FLAGS) $(REPEATED)
+
+test-classes: venv ## repeat the tests of the CPU kernels as on other classes of processor, and without a compiler
+	scripts/test_classes.sh $(BIN)/python
 
 # An environment of its own: lm-evaluation-harness brings some fifty packages, and nothing else here needs them.
 eval-harness: .venv-eval/installed ## test the model type of lm-evaluation-harness
