@@ -2,17 +2,27 @@
 
 import pytest
 import torch
-from drawn_cases import COVERING, cases, example_count, is_same, pieces, splits, stored_bytes, stored_length
+from drawn_cases import (
+    COVERING,
+    MANY_FLUSHES,
+    cases,
+    example_count,
+    is_same,
+    pieces,
+    splits,
+    stored_bytes,
+    stored_length,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize("quantization", COVERING, ids=str)
-@settings(max_examples=example_count(4))
+@settings(max_examples=example_count(6))
 @given(data=st.data())
 def test_stored_tokens_stay_as_they_are(quantization, data):
     # Long ones too: only then are chunks large enough to be filled by several flushes.
-    case = data.draw(cases(quantization, flushes=(2, 24)))
+    case = data.draw(cases(quantization, flushes=data.draw(st.sampled_from([(2, 6), (MANY_FLUSHES, 24)]))))
     sizes = data.draw(splits(case.tokens))
     layer, packed, decoded, flushes = case.layer(), {}, {}, 0
     for keys, values in pieces(case.states(), sizes):

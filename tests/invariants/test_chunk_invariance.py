@@ -6,6 +6,7 @@ import pytest
 import torch
 from drawn_cases import (
     COVERING,
+    MANY_FLUSHES,
     Split,
     cases,
     example_count,
@@ -86,7 +87,7 @@ def test_a_row_is_stored_as_if_it_were_alone(quantization, data):
 @given(data=st.data())
 def test_copies_part_from_the_original(quantization, data):
     # Ten flushes and more, one at a time: that late a chunk is opened with room for later ones, which a copy may share.
-    case = data.draw(cases(quantization, flushes=(10, 24)))
+    case = data.draw(cases(quantization, flushes=(MANY_FLUSHES, 16)))
     states = case.states()
     flushes = data.draw(st.sampled_from([1, 2, 9]) | st.integers(1, (case.tokens - 1) // case.flush_length))
     half = flushes * case.flush_length + data.draw(st.integers(0, case.flush_length))
