@@ -6,13 +6,13 @@ PYTHON_OLDEST ?= $(shell for p in python3.10 $(PYTHON); do if $$p -c '' 2>/dev/n
 # Test processes; each computes on one thread, so that they do not fight for the cores.
 WORKERS ?= 2
 PYTEST_ARGS ?=
-# What `test` alone runs, since no version of a library changes its outcome: packing and quantizing drawn states,
-# refusals, files that were tampered with, the rules of this tree. All the rest, a new folder too, is repeated by
-# test-oldest and test-newest; `make test-oldest ONCE=` repeats everything.
-ONCE ?= tests/store tests/mutants tests/testing tests/persistence/test_fuzz.py tests/test_import_order.py \
-	tests/test_light_imports.py tests/test_peak_memory.py \
+# What `test` alone runs, since no version of a library changes its outcome: packing and quantizing drawn states, files
+# that were tampered with, a thousand steps of 8 bits, the contract kit's own tests, the rules of this tree. All the
+# rest, a new folder too, is repeated by test-oldest and test-newest; `make test-oldest ONCE=` repeats everything.
+ONCE ?= tests/store tests/mutants tests/testing tests/test_import_order.py tests/persistence/test_fuzz.py \
+	tests/generation/test_eight_bits.py \
 	$(filter-out %/test_cache_operations.py,$(wildcard tests/invariants/test_*.py))
-# The torch of test-newest: the pinned one, since on Linux a newer one may come with CUDA alone. NEWEST_TORCH=torch lifts it.
+# The torch of test-newest: the pinned one, since a newer one may come with CUDA alone; NEWEST_TORCH=torch lifts it.
 NEWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
 # `make bench` and `make reproduce`
 BENCH_NAME ?= cpu

@@ -29,6 +29,7 @@ def run_here(monkeypatch, capsys):
         path = ROOT / "examples" / name
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr("kvq.registry._registry", BackendRegistry())  # what is registered ends with the test
         runpy.run_path(str(path), run_name="__main__")
         return capsys.readouterr().out
 
@@ -65,8 +66,8 @@ def test_quickstart_answers_and_reports(run_example):
 
 
 @pytest.mark.slow
-def test_chat_answers_each_turn_from_one_cache(run_example):
-    printed = run_example("chat.py")
+def test_chat_answers_each_turn_from_one_cache(run_here):
+    printed = run_here("chat.py")
     assert said("model", printed) == said("right", printed)
     assert len(said("model", printed)) == 5
     # 30 records, the question, the answer and its full stop, of which the last token is fed with the next turn.
@@ -75,8 +76,8 @@ def test_chat_answers_each_turn_from_one_cache(run_example):
 
 
 @pytest.mark.slow
-def test_compare_backends_shows_every_usable_one(run_example):
-    printed = run_example("compare_backends.py")
+def test_compare_backends_shows_every_usable_one(run_here):
+    printed = run_here("compare_backends.py")
     rates = {name.strip(): float(rate) for name, rate in re.findall(r"^(.{22}) +([\d.]+)%", printed, re.MULTILINE)}
     ready = {backend.name for backend in available_backends(load=True) if backend.origin == "kvq"}
     assert {"full precision", *(f"{name} K4V2" for name in ready)} <= set(rates)
@@ -85,8 +86,8 @@ def test_compare_backends_shows_every_usable_one(run_example):
 
 
 @pytest.mark.slow
-def test_custom_backend_generates(run_example):
-    printed = run_example("custom_backend.py")
+def test_custom_backend_generates(run_here):
+    printed = run_here("custom_backend.py")
     assert said("generated", printed) == said("right", printed)
     assert "clipping 5 bit" in printed
 
@@ -112,8 +113,7 @@ def test_long_document_qa_takes_another_model_and_document(run_here, foreign_mod
     assert printed.count("question:") == 1
 
 
-def test_custom_backend_takes_another_model(run_here, foreign_model, monkeypatch):
-    monkeypatch.setattr("kvq.registry._registry", BackendRegistry())  # what is registered ends with the test
+def test_custom_backend_takes_another_model(run_here, foreign_model):
     printed = run_here("custom_backend.py", "--model", foreign_model, "--max-new-tokens", 5, "--reach", 1.5)
     assert "clipping 3 bit" in printed
 
