@@ -12,7 +12,6 @@ from kvq.registry import register_backend
 
 NO_PICTURES = "the extra `plot` is not part of that environment"
 NO_FP8 = "transformers has no fp8 cache before 5.23"
-UNEXPLAINED = "fails there, not explained yet"
 NO_COMPILED_MODEL = "torch 2.6 compiles no model of transformers 5.17, with DynamicCache neither"
 NO_ENTRY = "DynamicCache of 5.17 has no entry for a layer that reads another's, so that a plan has no row for it"
 GQA_COPIES = "SDPA of torch 2.6 repeats and scales the keys and values of grouped heads in copies"
@@ -31,7 +30,6 @@ OLDEST_LACKS = {
     "docs/test_documents.py::TestSchema::test_it_is_current": "older pydantic words the schema in another way",
     "evaluation/test_continuations.py::test_few_bits_show_and_padding_to_the_right_does_not": "other rounding",
     "generation/test_untold.py::test_a_compiled_model_teaches_as_well": NO_COMPILED_MODEL,
-    "plugins/test_five_steps.py::test_the_five_steps_make_a_backend_that_generates": UNEXPLAINED,
     "test_planning.py::test_a_plan_holds_what_the_model_then_holds[opt]": "OPT of 5.17 reads data on the meta device",
     "test_planning.py::test_special_layers_say_why[gemma 4-5-reads another layer's keys and values]": NO_ENTRY,
     "test_bad_input.py::test_row[a crop by a positive number]": "DynamicCache of 5.17 takes positive numbers",

@@ -62,6 +62,13 @@ def test_the_oldest_are_the_lower_bounds():
     assert str(OLDEST["transformers"]) == "5.17.0"
 
 
+def test_what_is_not_repeated_at_other_versions_exists():
+    words = re.search(r"^ONCE \?=((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    paths = re.findall(r"(?<![\w/])tests/[\w/.*]+", words)
+    assert len(paths) >= 6
+    assert [path for path in paths if not list(ROOT.glob(path))] == []
+
+
 @pytest.mark.skipif(ENVIRONMENT is None, reason="KVQ_VERSIONS is not set: make says which environment it runs")
 def test_the_environment_has_the_versions_that_it_is_named_after():
     have = {name: installed(name) for name in DEPENDENCIES}

@@ -8,8 +8,8 @@ import os
 from kvq import __version__
 
 
-def test_a_sound_installation(run_kvq):
-    done = run_kvq("doctor")
+def test_a_sound_installation(call_kvq):
+    done = call_kvq("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
     for name in ("python", "torch", "transformers", "pydantic", "pluggy", "optimum-quanto"):
