@@ -99,7 +99,7 @@ plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel i
 		(cd $$folder && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest" -q -n $(WORKERS)); done
 	set -e; for name in template turboquant fp8; do \
 		.venv-plugin/bin/python scripts/generate_with.py $$name; done
-	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8
+	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8 --contexts 4 --questions 4
 
 # Nothing is constrained but torch, and nothing kept: what is released today is what a user gets today.
 wheel: venv build/kvq ## the wheel at the newest versions in a clean environment: doctor, demo and README.md outside the checkout
@@ -107,7 +107,7 @@ wheel: venv build/kvq ## the wheel at the newest versions in a clean environment
 	.venv-newest/bin/python $(PIP_INSTALL) "$(NEWEST_TORCH)"
 	.venv-newest/bin/python $(PIP_INSTALL) build/kvq/*.whl
 	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-newest/bin/kvq" doctor
-	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-newest/bin/kvq" demo
+	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-newest/bin/kvq" demo --contexts 4 --questions 4
 	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-newest/bin/python" "$(CURDIR)/scripts/run_readme.py"
 
 models: venv ## check every kind of model and write docs/models.md
