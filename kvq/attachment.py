@@ -125,22 +125,24 @@ class Attachment:
         self._attention.turn_off()
         self._active = False
 
+    @property
+    def is_outermost(self) -> bool:
+        """Whether this thread is in at most one `generate` of the model; one that drafts for itself is in several."""
+        return len(self._calls.stack) <= 1
+
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own `generate` and find out whether it reads the cache."""
-        own = self._own["generate"]
-        is_outermost = not self._calls.stack
         watch = GenerationWatch(self.model, self._tell)
-        if is_outermost:
-            self.cache = None
         self._calls.stack.append(watch)
-        watch.begin()
+        self.cache = None if self.is_outermost else self.cache
         failed = True
         try:
-            result = own(*args, **rename_cache(kwargs))
+            watch.begin()
+            result = self._own["generate"](*args, **rename_cache(kwargs))
             failed = False
         finally:
-            self._calls.stack.pop()
             watch.end(failed=failed)
+            self._calls.stack.pop()
         return result
 
     def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,8 +180,7 @@ class Attachment:
 
     def _note(self, watch: GenerationWatch | None, cache: KVQ | EncoderDecoderKVQ | None) -> None:
         """Show the cache that a `generate` will read, and have it watched; None where the user has chosen another."""
-        if len(self._calls.stack) <= 1:
-            self.cache = cache
+        self.cache = cache if self.is_outermost else self.cache
         if watch is None:
             return
         if cache is None:
@@ -189,7 +190,7 @@ class Attachment:
 
     def _tell(self, reason: str) -> None:
         """Warn that a `generate` is not quantized, once for each reason."""
-        if len(self._calls.stack) <= 1:
+        if self.is_outermost:
             self.cache = None
         if reason not in self._told:
             self._told.add(reason)

@@ -181,6 +181,21 @@ def test_a_loop_that_never_calls_the_model(llama, short):
         assert handle.cache is None
 
 
+def test_a_forward_that_is_not_a_call_of_the_model(llama, short):
+    """A loop that asks for a cache and goes past it, straight to the layers."""
+
+    def generate(self, input_ids, **_options):
+        arguments = {}
+        self._prepare_cache_for_generation(self.generation_config, arguments, None, len(input_ids), 100)
+        self.model(input_ids, use_cache=False)
+        return input_ids
+
+    llama.__class__ = type("Past", (llama.__class__,), {"generate": generate})
+    with attach(llama, SMALL) as handle:
+        assert "no forward of the model was given the cache" in warnings_of(lambda: llama.generate(short))[0]
+        assert handle.cache is None
+
+
 def test_a_look_before_the_cache_is_made_decides_nothing(llama, short):
     """Whisper finds the language by a forward without a cache, before `generate` asks for one."""
 
