@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from io import StringIO
@@ -71,6 +71,7 @@ class LayerMemory:
         key, value: the two sides, or None for a layer in full precision.
         attention: how the latest attention read the layer: the name of a kernel, or why it was materialized; empty
             before that, and where another attention than ours is active.
+        passed_over: the kernels that would have come before that one, each with the reason against it.
         total_bytes: bytes of the distinct storages that the layer holds.
         full_precision_bytes: bytes that the same tokens take in `DynamicCache`.
     """
@@ -83,6 +84,7 @@ class LayerMemory:
     key: SideMemory | None = None
     value: SideMemory | None = None
     attention: str = ""
+    passed_over: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,17 @@ class MemoryReport:
         Not part of the table, which says the same on every machine.
         """
         return tuple(sorted({layer.attention for layer in self.layers if layer.attention}))
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """Why the latest attention did not use a kernel that would have come first: the reasons by kernel.
+
+        Of layers with different reasons the first counts. Not part of the table either.
+        """
+        reasons: dict[str, str] = {}
+        for layer in self.layers:
+            reasons = {**layer.passed_over, **reasons}
+        return reasons
 
     @property
     def packed_bytes(self) -> int:
@@ -224,6 +237,7 @@ def _describe(index: int, layer: object, held: int) -> LayerMemory:
         key=sides.get("key"),
         value=sides.get("value"),
         attention=layer.attention.last_reader,
+        passed_over=dict(layer.attention.passed_over),
     )
 
 

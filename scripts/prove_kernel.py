@@ -2,8 +2,8 @@
 
     python scripts/prove_kernel.py compiled
 
-Writes `benchmarks/results/kernel-NAME-CLASS.json`. An entry with its figures in `kvq/attention/proven.json` makes the
-kernel a default on this class of device.
+Writes `benchmarks/results/kernel-NAME-CLASS.json`. With an entry of its figures in `kvq/attention/proven.json` the
+kernel is a default on this class of device without a trial at its first use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,11 @@ from torch.nn import functional
 
 import kvq
 from kvq.attention import attend  # noqa: F401  # registers the kernels
-from kvq.attention.kernel import Kernel, available_kernels
+from kvq.attention.kernel import available_kernels
+from kvq.attention.kernel_contract import Kernel
+from kvq.attention.processor import name_processor
 from kvq.attention.proof import device_class
+from kvq.attention.proving import take_seconds
 from kvq.attention.request import AttentionRequest
 from kvq.config import KVQCacheConfig
 from kvq.layer import KVQLayer
@@ -68,7 +70,7 @@ def measure(kernel: Kernel, device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "rounds": ROUNDS,
         "versions": {"kvq": kvq.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "processor": find_processor(),
+        "processor": name_processor(),
     }
 
 
@@ -109,8 +111,8 @@ def measure_speed(kernel: Kernel, device: torch.device, length: int, dtype: torc
 
     ours, theirs = [], []
     for _ in range(ROUNDS + 2):
-        theirs.append(take_time(attend_full_precision, device))
-        ours.append(take_time(attend_packed, device))
+        theirs.append(take_seconds(attend_full_precision, device))
+        ours.append(take_seconds(attend_packed, device))
     ratios = [full / packed for full, packed in zip(theirs[2:], ours[2:], strict=True)]
     return {
         "length": length,
@@ -120,21 +122,6 @@ def measure_speed(kernel: Kernel, device: torch.device, length: int, dtype: torc
         "kernel_ms": 1e3 * statistics.median(ours[2:]),
         "baseline_ms": 1e3 * statistics.median(theirs[2:]),
     }
-
-
-def take_time(action: Any, device: torch.device) -> float:
-    started = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def find_processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

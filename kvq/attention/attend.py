@@ -55,7 +55,7 @@ def attend(
     memo = pair.owner.attention
     reason = find_reason_to_materialize(query, pair, options)
     if reason is not None:
-        memo.last_reader = f"materialized: {reason}"
+        memo.last_reader, memo.passed_over = f"materialized: {reason}", {}
         keys, values = pair.key.materialize(), pair.value.materialize()
         return attend_full_precision(module, query, keys, values, attention_mask, **options)
     scaling = options.get("scaling")
@@ -78,15 +78,20 @@ def attend_packed(request: AttentionRequest, memo: AttentionMemo) -> torch.Tenso
         request: what is asked.
         memo: of the layer.
     """
+    if torch.is_autocast_enabled(request.query.device.type):
+        # Kernels compute in the dtypes that they choose; autocast would round the sums of the reference.
+        with torch.autocast(request.query.device.type, enabled=False):
+            return attend_packed(request, memo)
     kind = request.kind()
     choice: Choice | None = memo.choices.get(kind)
     if choice is not None and not is_distrusted(choice.kernel, request.query.device):
-        memo.last_reader = choice.kernel.name
+        memo.last_reader, memo.passed_over = choice.kernel.name, choice.passed_over
         return choice.kernel.attend(request)
     if len(memo.choices) >= MAX_REMEMBERED_KINDS:
         memo.choices.clear()
-    memo.choices[kind], output = attend_on_trial(choose(request), REFERENCE, request)
-    memo.last_reader = memo.choices[kind].kernel.name
+    choice, output = attend_on_trial(choose(request), REFERENCE, request)
+    memo.choices[kind] = choice
+    memo.last_reader, memo.passed_over = choice.kernel.name, choice.passed_over
     return output
 
 

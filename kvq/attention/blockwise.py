@@ -38,20 +38,19 @@ class BlockwiseKernel:
             return "does not cap scores"
         if pair.key.like.shape[3] != pair.value.like.shape[3]:
             return "serves keys and values of one head dim"
-        if query.dtype not in _DTYPES or query.dtype != pair.key.like.dtype:
-            return f"does not serve queries of {query.dtype} over states of {pair.key.like.dtype}"
-        return None
+        dtype = request.common_dtype
+        return None if dtype in _DTYPES else f"does not compute in {dtype}"
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""
         batch, query_heads, queries, _ = request.query.shape
         heads, sharing = query_heads // request.queries_per_head, request.queries_per_head
-        merged = _Merged(request, heads, sharing)
+        merged, all_queries = _Merged(request, heads, sharing), request.query.to(request.common_dtype)
         for keys, values, start in _iterate_states(request):
             mask = _mask_of(request, start, start + keys.shape[2])
             for place in range(sharing):
                 # Query heads `place`, `place + sharing`, ...: one for each key-value head.
-                query = request.query[:, place::sharing]
+                query = all_queries[:, place::sharing]
                 own_mask = mask if mask is None or mask.shape[1] == 1 else mask[:, place::sharing]
                 output, logarithm = _FLASH(query, keys, values, attn_mask=own_mask, scale=request.scaling)
                 merged.add(place, output, logarithm)
@@ -92,27 +91,28 @@ class _Merged:
 
 def _iterate_states(request: AttentionRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Yield keys and values of the history in pieces, then the exact tokens, each with its first position."""
-    pair, stored, length = request.pair, request.stored_length, piece_length(request.pair)
+    pair, stored, length, dtype = request.pair, request.stored_length, piece_length(request.pair), request.common_dtype
     for start in range(0, stored, length):
         count = min(length, stored - start)
-        yield _decode(pair.key, start, count), _decode(pair.value, start, count), start
-    yield _exact(pair.key), _exact(pair.value), stored
+        yield _decode(pair.key, start, count, dtype), _decode(pair.value, start, count, dtype), start
+    yield _exact(pair.key, dtype), _exact(pair.value, dtype), stored
 
 
-def _decode(side: SideView, start: int, count: int) -> torch.Tensor:
+def _decode(side: SideView, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     like = side.like
-    states = like.new_empty((like.shape[0], like.shape[1], count, like.shape[3]))
+    states = like.new_empty((like.shape[0], like.shape[1], count, like.shape[3]), dtype=dtype)
     side.decode_into(states, start)
     return states
 
 
-def _exact(side: SideView) -> torch.Tensor:
-    return side.window if side.new is None else torch.cat([side.window, side.new], dim=2)
+def _exact(side: SideView, dtype: torch.dtype) -> torch.Tensor:
+    states = side.window if side.new is None else torch.cat([side.window, side.new], dim=2)
+    return states.to(dtype)
 
 
 def _mask_of(request: AttentionRequest, start: int, stop: int) -> torch.Tensor | None:
-    """Return the additive mask of tokens `[B or 1, Hq or 1, Tq, T]` in the dtype of the query, or None: all is seen."""
-    queries, dtype = request.query.shape[2], request.query.dtype
+    """Return the additive mask of tokens `[B or 1, Hq or 1, Tq, T]` in the common dtype, or None: all is seen."""
+    queries, dtype = request.query.shape[2], request.common_dtype
     if request.mask is not None:
         mask = request.mask[(None,) * (4 - request.mask.dim())][..., start:stop]
     else:

@@ -1,4 +1,4 @@
-"""What a kernel is, which there are, and how one is chosen.
+"""Which kernels there are, and how one is chosen.
 
 A kernel is one implementation of attention over a quantized layer: the eager reference, a compiled one for a class of
 device. Another kernel is one more file, and one line in `kvq/attention/kernels.py`.
@@ -6,47 +6,17 @@ device. Another kernel is one more file, and one line in `kvq/attention/kernels.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import cast
 
 import torch
 
-from kvq.attention.proof import device_class, find_proof
+from kvq.attention.kernel_contract import Kernel, ProvenKernel
 from kvq.attention.request import AttentionRequest
+from kvq.attention.standing import Standing, find_standing, try_again
+from kvq.attention.variables import KERNEL_VARIABLE, read_variable
 from kvq.errors import ConfigError, Fault
-
-KERNEL_VARIABLE = "KVQ_ATTENTION_KERNEL"
-"""Environment variable that names the kernel to use wherever it can run, proven or not; "auto" by default."""
-
-
-class Kernel(Protocol):
-    """One implementation of `attend`.
-
-    Attributes:
-        name: what the report, `kvq doctor` and `KVQ_ATTENTION_KERNEL` call it.
-        device_types: types of device that it runs on; empty: any.
-        needs_proof: whether it is a default only where a record proves it right and fast. The reference needs none.
-    """
-
-    name: str
-    device_types: frozenset[str]
-    needs_proof: bool
-
-    def find_problem(self) -> str | None:
-        """Return what keeps the kernel from running on this machine (a compiler or a library is missing), or None."""
-        ...
-
-    def find_obstacle(self, request: AttentionRequest) -> str | None:
-        """Return why the kernel cannot serve requests of this kind, in a few words, or None where it can.
-
-        Asked once for each layer and `request.kind()`.
-        """
-        ...
-
-    def attend(self, request: AttentionRequest) -> torch.Tensor:
-        """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -97,8 +67,11 @@ def choose(request: AttentionRequest) -> Choice:
     candidates = sorted(available_kernels(), key=lambda kernel: kernel.name != wanted)
     passed_over: dict[str, str] = {}
     for kernel in candidates:
-        reason = find_reason_against(kernel, request.query.device, is_wanted=kernel.name == wanted)
-        reason = reason or kernel.find_obstacle(request) or kernel.find_problem()
+        device, is_wanted = request.query.device, kernel.name == wanted
+        # What serves no such request is not tried for it.
+        reason = _find_exclusion(kernel, device) or kernel.find_obstacle(request)
+        reason = reason or find_reason_against(kernel, device, is_wanted=is_wanted, may_try=True)
+        reason = reason or kernel.find_problem()
         if reason is None:
             return Choice(kernel, passed_over)
         passed_over[kernel.name] = reason
@@ -106,24 +79,51 @@ def choose(request: AttentionRequest) -> Choice:
     raise ConfigError([Fault((KERNEL_VARIABLE,), f"no kernel serves this request: {passed_over}")])
 
 
-def find_reason_against(kernel: Kernel, device: torch.device, *, is_wanted: bool = False) -> str | None:
+def find_reason_against(
+    kernel: Kernel, device: torch.device, *, is_wanted: bool = False, may_try: bool = False
+) -> str | None:
     """Return why a kernel is not a default on a device, whatever the request, or None.
 
     Args:
         kernel: the kernel.
         device: where the query lives.
         is_wanted: the user asked for it by name, which does without the proof.
+        may_try: whether a kernel of which nothing is known may be tried now.
     """
+    exclusion = _find_exclusion(kernel, device)
+    if exclusion is not None or is_wanted:
+        return exclusion
+    standing = examine(kernel, device, may_try=may_try)
+    return None if standing is None else standing.reason
+
+
+def examine(kernel: Kernel, device: torch.device, *, may_try: bool = False, must_try: bool = False) -> Standing | None:
+    """Return what is known of a kernel that needs proof; None for one that needs none.
+
+    Args:
+        kernel: the kernel, which runs on this type of device.
+        device: where the query would live.
+        may_try: whether a kernel of which nothing is known may be tried now.
+        must_try: whether it is tried whatever is known.
+    """
+    if not kernel.needs_proof:
+        return None
+    others, proven = _list_others(kernel, device), cast(ProvenKernel, kernel)
+    if must_try and kernel.find_problem() is None:
+        return try_again(proven, device, others)
+    return find_standing(proven, device, others, may_try=may_try)
+
+
+def _list_others(kernel: Kernel, device: torch.device) -> Sequence[Kernel]:
+    """Return what may run on a device in place of a kernel, without a proof of its own, the preferred first."""
+    known = [one for one in available_kernels() if not one.needs_proof and one.name != kernel.name]
+    return [one for one in known if _find_exclusion(one, device) is None]
+
+
+def _find_exclusion(kernel: Kernel, device: torch.device) -> str | None:
     if kernel.device_types and device.type not in kernel.device_types:
         return f"runs on {', '.join(sorted(kernel.device_types))} only"
-    if (kernel.name, device) in _DISTRUSTED:
-        return _DISTRUSTED[kernel.name, device]
-    if not kernel.needs_proof or is_wanted or find_proof(kernel.name, device_class(device)):
-        return None
-    return (
-        f"no record proves it on {device_class(device)}; {KERNEL_VARIABLE}={kernel.name} uses it all the same, after "
-        "a check against the reference"
-    )
+    return _DISTRUSTED.get((kernel.name, device))
 
 
 def wanted_kernel() -> str | None:
@@ -132,8 +132,8 @@ def wanted_kernel() -> str | None:
     Raises:
         ConfigError: there is none of that name.
     """
-    name = os.environ.get(KERNEL_VARIABLE, "auto")
-    if name == "auto":
+    name = read_variable(KERNEL_VARIABLE)
+    if name is None or name == "auto":
         return None
     if name not in _KERNELS:
         problem = f"{name!r} is not a kernel; choose one of 'auto', {', '.join(map(repr, _KERNELS))}"

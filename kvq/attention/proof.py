@@ -1,8 +1,8 @@
 """Which kernels are proven on which class of device, as the table `proven.json` beside this file says.
 
 An entry stands for a record in `benchmarks/results/`, made on a device of that class by the benchmark; a test compares
-the two. Without an entry a kernel is no default: a kernel that is right and fast on one processor may be neither on
-another.
+the two. Without an entry a kernel is tried on the spot, see `kvq/attention/proving.py`: one that is right and fast on
+one processor may be neither on another.
 """
 
 from __future__ import annotations

@@ -51,6 +51,12 @@ class AttentionRequest:
         return self.pair.key.store.length
 
     @property
+    def common_dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds query, keys and values, which may have three of them, as under autocast."""
+        states = torch.promote_types(self.pair.key.like.dtype, self.pair.value.like.dtype)
+        return torch.promote_types(self.query.dtype, states)
+
+    @property
     def is_reordered(self) -> bool:
         """Whether the rows of the batch stand in another order than in some chunk of the store."""
         sides = self.pair.key, self.pair.value

@@ -10,15 +10,14 @@ from collections.abc import Hashable
 
 import torch
 
-from kvq.attention.kernel import Choice, Kernel, choose, distrust
+from kvq.attention.comparison import TOLERANCE, relative_difference
+from kvq.attention.kernel import Choice, choose, distrust
+from kvq.attention.kernel_contract import Kernel
 from kvq.attention.request import AttentionRequest
 from kvq.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 from kvq.store.side import SideView
 from kvq.user_warnings import warn_user
-
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest difference from the reference, relative to its largest output: rounding, and sums in another order."""
 
 _PASSED: set[Hashable] = set()
 
@@ -38,7 +37,7 @@ def attend_on_trial(choice: Choice, reference: Kernel, request: AttentionRequest
     if choice.kernel is reference or trial in _PASSED:
         return choice, choice.kernel.attend(request)
     expected, output = reference.attend(request), choice.kernel.attend(request)
-    difference = _relative_difference(output, expected)
+    difference = relative_difference(output, expected)
     if difference <= TOLERANCE[request.query.dtype]:
         _PASSED.add(trial)
         return choice, output
@@ -89,15 +88,3 @@ def _describe_quantizer(quantizer: Quantizer) -> Hashable:
     groups = spec.nbits, quantizer.per_channel, spec.group_length, quantizer.block_length
     dtypes = quantizer.scale_dtype, spec.metadata_dtype, quantizer.compute_dtype
     return (*groups, *dtypes, quantizer.rotation is None)
-
-
-def _relative_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference as a share of the largest output; infinite where NaN stands in one only."""
-    known = expected.isfinite()
-    if not torch.equal(known, output.isfinite()):
-        return float("inf")
-    expected = expected[known].float()
-    if not expected.numel():
-        return 0.0
-    scale = expected.abs().max().clamp_min(1e-30)
-    return float(((output[known].float() - expected).abs().max() / scale).item())

@@ -1,19 +1,22 @@
 """Split-KV decoding on a CUDA device, in Triton: when it can serve a request, and how it is launched.
 
 Two launches a step: every run of tokens by itself, then one merge. Lengths and addresses of the store are read on the
-device; the host neither waits nor copies between flushes. Opt-in, until a record from such a device proves it.
+device; the host neither waits nor copies between flushes. Written without a GPU at hand, and not yet run on one: as any
+kernel that needs proof, it is tried at its first use on a device, and is a default where it is right and fast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
 
 from kvq.attention.request import AttentionRequest
+from kvq.attention.source_digest import digest_files
 from kvq.attention.triton_plan import LayerPlan, get_plan
 from kvq.installed import find_version
 from kvq.store.affine import AffineCodec
@@ -51,6 +54,10 @@ class TritonKernel:
     def find_problem(self) -> str | None:
         """Return what is missing on this machine, or None."""
         return _find_missing_triton()
+
+    def source_digest(self) -> str:
+        """Return the digest of the programs, of what launches them, and of the version of triton."""
+        return digest_files(Path(__file__).parent, "triton_*.py", extra=find_version("triton") or "")
 
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve requests of this kind, or None where it can."""
@@ -199,7 +206,7 @@ class _Launch:
             "HAS_MASK": request.mask is not None,
             "IS_CAUSAL": request.mask is None and request.is_causal and self.queries > 1,
             "SOFTCAP": request.softcap is not None,
-            "DOT": _triton_dtype(request.query.dtype),
+            "DOT": _triton_dtype(request.common_dtype),
             "PRECISION": "tf32x3",
             "num_warps": warps,
             "num_stages": 2 if warps < max(WARPS.values()) else 1,

@@ -41,12 +41,12 @@ class SideTable:
         """Return the table of what is stored."""
         codec = cast(AffineCodec, view.quantizer)
         addresses = [_addresses(segment, codec.bits) for segment in view.segments]
-        chunks = torch.arange(len(view.segments))
-        used = torch.tensor([segment.used for segment in view.segments])
-        blocks = torch.stack(
-            [chunks.repeat_interleave(used), torch.cat([torch.arange(int(count)) for count in used])], 1
-        )
-        return cls(view.segments, _upload(torch.tensor(addresses), device), _upload(blocks, device))
+        # On the processor by name, here and below: the caller may have set another default device.
+        chunks = torch.arange(len(view.segments), device="cpu")
+        used = torch.tensor([segment.used for segment in view.segments], device="cpu")
+        places = torch.cat([torch.arange(segment.used, device="cpu") for segment in view.segments])
+        blocks = torch.stack([chunks.repeat_interleave(used), places], 1)
+        return cls(view.segments, _upload(torch.tensor(addresses, device="cpu"), device), _upload(blocks, device))
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def get_plan(pair: PackedPair, device: torch.device) -> LayerPlan:
     plan = LayerPlan(
         SideTable.of(pair.key.store, device),
         SideTable.of(pair.value.store, device),
-        _upload(torch.tensor([pair.key.store.length], dtype=torch.int32), device),
-        _upload(torch.tensor(_starts(pair), dtype=torch.int32), device),
+        _upload(torch.tensor([pair.key.store.length], dtype=torch.int32, device="cpu"), device),
+        _upload(torch.tensor(_starts(pair), dtype=torch.int32, device="cpu"), device),
     )
     pair.owner.attention.plans[PLAN_KEY] = plan
     return plan

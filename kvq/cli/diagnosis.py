@@ -21,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 import kvq
 from kvq.cli.console import one_line
+from kvq.cli.kernel_facts import list_kernels
 from kvq.cli.requirement_state import describe_requirements
 from kvq.errors import KVQError
 from kvq.installed import find_version, is_accepted
@@ -34,7 +35,8 @@ LISTED_WITHOUT_METADATA = ("torch", "transformers", "pydantic", "pluggy")
 REINSTALL = "run `pip install -e .` in the checkout of kvq"
 
 _LIST_VARIABLES = ("KVQ_PLUGINS", "KVQ_BLOCK_PLUGINS")
-_VARIABLES = (*_LIST_VARIABLES, "KVQ_ATTENTION_KERNEL")
+_KERNEL_VARIABLES = ("KVQ_ATTENTION_KERNEL", "KVQ_KERNEL_TRIALS", "KVQ_CC", "KVQ_KERNEL_CFLAGS")
+_VARIABLES = (*_LIST_VARIABLES, *_KERNEL_VARIABLES)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ class Diagnosis:
         self.problems.append(Problem("warning", one_line(problem), remedy))
 
 
-def diagnose() -> Diagnosis:
-    """Examine everything; what a library prints on the way goes to stderr."""
+def diagnose(*, prove: bool = False) -> Diagnosis:
+    """Examine everything; what a library prints on the way goes to stderr.
+
+    Args:
+        prove: try every kernel of attention that can run here, whatever is known of it.
+    """
     found = Diagnosis(platform=platform.platform())
     with contextlib.redirect_stdout(sys.stderr):
         is_installed = _examine_installation(found)
@@ -95,7 +101,7 @@ def diagnose() -> Diagnosis:
             if _can_import("kvq.registry", found):
                 _examine_backends(found)
             if _can_import("kvq.cache", found):
-                _examine_kernels(found)
+                _examine_kernels(found, prove=prove)
     return found
 
 
@@ -161,22 +167,12 @@ def _examine_devices(found: Diagnosis) -> None:
         )
 
 
-def _examine_kernels(found: Diagnosis) -> None:
-    """Note for each device which kernels of attention are defaults there, and the reasons against the others."""
-    import torch
-
-    from kvq.attention.kernel import KERNEL_VARIABLE, available_kernels, find_reason_against, wanted_kernel
-
+def _examine_kernels(found: Diagnosis, *, prove: bool) -> None:
+    """Note for each device which kernels of attention are defaults there, what speaks for them and what against."""
     try:
-        wanted = wanted_kernel()
+        found.kernels = list_kernels([one["device"] for one in found.devices], prove=prove)
     except KVQError as error:
-        found.add_error(str(error), f"unset {KERNEL_VARIABLE}")
-        wanted = None
-    for device in [one["device"] for one in found.devices]:
-        for kernel in available_kernels():
-            reason = find_reason_against(kernel, torch.device(device), is_wanted=kernel.name == wanted)
-            reason = reason or kernel.find_problem()
-            found.kernels.append({"device": device, "name": kernel.name, "default": reason is None, "reason": reason})
+        found.add_error(str(error), "unset the variable that it names")
 
 
 def _examine_backends(found: Diagnosis) -> None:

@@ -14,23 +14,30 @@ if TYPE_CHECKING:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Try every kernel of attention that can run here, and keep what is found.")
+    ] = False,
 ) -> None:
     """Look for problems: versions, devices, backends.
 
-    Every backend that is ready quantizes one block and reads it back, so that its library is imported.
+    Every backend that is ready quantizes one block and reads it back, so that its library is imported. Kernels of
+    attention are only tried with --prove, in some two seconds each; else what is known of them is shown.
 
     Exit codes: 0 everything can be used; 1 a problem stops a backend or the package.
 
     Keys of --json: "kvq" ("version", "installed", "location"), "platform", "distributions" (a list with "name",
     "required", "installed", "met"), "devices" (a list with "device", "name" and, where known, "threads" or
-    "memory_bytes"), "kernels" (of attention: a list with "device", "name", "default" and "reason"), "backends" (a
-    list with "name", "state", "reason", "origin", "version", "works"), "environment" (the variables KVQ_PLUGINS,
-    KVQ_BLOCK_PLUGINS and KVQ_ATTENTION_KERNEL where set), "problems" (a list with "severity", "error" or "warning",
-    "problem", "remedy") and "usable".
+    "memory_bytes"), "kernels" (of attention: a list with "device", "name", "default", "reason" and "proof", null where
+    none is needed, else with "origin", "measured here", "shipped record" or "none", and where there is one "passing",
+    "relative_error", "speedup", "over", which it is faster than, and of a trial here "own_ms", "other_ms", "checks",
+    "seconds", "made_at"), "backends" (a list with "name", "state", "reason", "origin", "version", "works"),
+    "environment" (the variables KVQ_PLUGINS, KVQ_BLOCK_PLUGINS, KVQ_ATTENTION_KERNEL, KVQ_KERNEL_TRIALS, KVQ_CC and
+    KVQ_KERNEL_CFLAGS where set), "problems" (a list with "severity", "error" or "warning", "problem", "remedy") and
+    "usable".
     """
     from kvq.cli.diagnosis import diagnose
 
-    found = diagnose()
+    found = diagnose(prove=prove)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -71,7 +78,12 @@ def _device_row(one: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _kernel_row(one: dict[str, Any]) -> tuple[str, ...]:
-    return one["name"], one["device"], one["reason"] or "ready"
+    proof = one["proof"] or {}
+    if one["reason"] or not proof.get("speedup"):
+        return one["name"], one["device"], one["reason"] or "ready"
+    pace = f"{proof['speedup']:.1f} times as fast as {proof['over']}"
+    when = f", {proof['made_at']}" if "made_at" in proof else ""
+    return one["name"], one["device"], f"ready: {pace}, error {proof['relative_error']:.0e} ({proof['origin']}{when})"
 
 
 def _backend_row(one: dict[str, Any]) -> tuple[str, ...]:

@@ -69,7 +69,8 @@ typedef struct {
   const void *mask;            /* NULL: none */
   int64_t mask_strides[4];     /* batch, head, query, token */
   int64_t mask_type, is_causal;
-  int64_t batch, heads, queries_per_head, queries, dtype;
+  int64_t batch, heads, queries_per_head, queries;
+  int64_t query_type, key_type, value_type; /* of query and output, of keys and of values in full precision */
   int64_t stored, tile_length, splits, threads;
   float scaling, softcap; /* softcap 0: none */
   float *partial_sums;    /* [B, H, splits, R, D_v]; unused with one split */
@@ -619,8 +620,8 @@ static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t pos
   }
 }
 
-static const uint8_t *token_at(const work_t *w, const states_t *states, int64_t token) {
-  int64_t size = w->q->dtype == F32 ? 4 : 2;
+static const uint8_t *token_at(const work_t *w, const states_t *states, int64_t type, int64_t token) {
+  int64_t size = type == F32 ? 4 : 2;
   return (const uint8_t *)states->data +
          size * (w->row * states->batch_stride + w->head * states->head_stride + token * states->token_stride);
 }
@@ -631,12 +632,13 @@ static void attend_exact(work_t *w, const states_t *keys, const states_t *values
   for (int64_t start = 0; start < length; start += EXACT_TILE) {
     int64_t count = least(EXACT_TILE, length - start);
     for (int64_t t = 0; t < count; t++) {
-      const uint8_t *key = token_at(w, keys, start + t);
+      const uint8_t *key = token_at(w, keys, q->key_type, start + t);
       for (int64_t r = 0; r < w->rows; r++)
-        w->scores[r * w->score_stride + t] = dot_any(w->query + r * D, key, q->dtype, D);
+        w->scores[r * w->score_stride + t] = dot_any(w->query + r * D, key, q->key_type, D);
     }
     weigh(w, position + start, count, 0, 0);
-    for (int64_t t = 0; t < count; t++) widen(w->states + t * Dv, token_at(w, values, start + t), q->dtype, Dv);
+    for (int64_t t = 0; t < count; t++)
+      widen(w->states + t * Dv, token_at(w, values, q->value_type, start + t), q->value_type, Dv);
     for (int64_t first = 0; first < w->rows; first += MAX_ROWS) {
       int rows = (int)least(MAX_ROWS, w->rows - first);
       for (int64_t d = 0; d < Dv; d += MAX_VECTORS * VL) {
@@ -655,12 +657,12 @@ static void attend_exact(work_t *w, const states_t *keys, const states_t *values
 static void start_head(work_t *w, int is_first) {
   const request_t *q = w->q;
   const side_t *side = &q->key;
-  int64_t D = side->head_dim, Dv = q->value.head_dim, size = q->dtype == F32 ? 4 : 2;
+  int64_t D = side->head_dim, Dv = q->value.head_dim, size = q->query_type == F32 ? 4 : 2;
   for (int64_t r = 0; r < w->rows; r++) {
     int64_t query_head = w->head * q->queries_per_head + r / q->queries;
     float *query = w->query + r * D, *rotated = w->rotated + r * D;
     widen(query, (const uint8_t *)q->query + size * (w->row * q->query_strides[0] + query_head * q->query_strides[1] +
-                                                     r % q->queries * q->query_strides[2]), q->dtype, D);
+                                                     r % q->queries * q->query_strides[2]), q->query_type, D);
     for (int64_t d = 0; d < D; d++) query[d] *= q->scaling;
     for (int64_t d = 0; d < D; d++) rotated[d] = side->signs ? query[d] * side->signs[d] : query[d];
     if (side->signs) transform(rotated, D, side->rotation_block);
@@ -683,9 +685,9 @@ static void write_row(const request_t *q, int64_t row, int64_t head, int64_t r, 
   int64_t query_head = head * q->queries_per_head + r / q->queries;
   int64_t place = ((row * q->queries + r % q->queries) * query_heads + query_head) * Dv;
   float factor = total == 0 ? 0.0f : 1.0f / total;
-  if (q->dtype == F32)
+  if (q->query_type == F32)
     for (int64_t d = 0; d < Dv; d++) ((float *)q->output)[place + d] = sum[d] * factor;
-  else if (q->dtype == F16)
+  else if (q->query_type == F16)
     for (int64_t d = 0; d < Dv; d++) ((uint16_t *)q->output)[place + d] = float_to_half(sum[d] * factor);
   else
     for (int64_t d = 0; d < Dv; d++) ((uint16_t *)q->output)[place + d] = float_to_bfloat16(sum[d] * factor);

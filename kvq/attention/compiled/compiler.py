@@ -1,119 +1,131 @@
-"""Builds a C file for the machine it runs on, once, and keeps the result on disk.
+"""Calls the C compiler: which one it is, with what flags, and what it made.
 
-The file is found again by what it depends on: source, compiler, flags and processor. It must not know what the code
-does.
+It must not know what the code does, nor where libraries are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
-import time
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-_LOG = logging.getLogger("kvq")
+from kvq.attention.processor import describe_processor
+from kvq.attention.variables import COMPILER_VARIABLES, FLAGS_VARIABLE, read_variable
 
 _COMPILERS = ("cc", "gcc", "clang")
 _COMMON_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 """Not -ffast-math: linked with it, a library makes the whole process flush denormal numbers."""
-_NATIVE_FLAGS = ("-march=native", "-mcpu=native", "")
-"""The first that the compiler takes is used; -march on x86, -mcpu on some others."""
+_NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+"""The first that the compiler takes are used; -march on x86, -mcpu on some others."""
 _TIMEOUT_SECONDS = 120
+_VERSION_TIMEOUT_SECONDS = 10
+_LOAD = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
 
 
 class BuildError(Exception):
-    """There is no compiler, or it failed; the message says so in one line. Stays within this package."""
+    """There is no library to be had; the message says why, in one line. Stays within this package."""
 
 
-def build_library(source: Path) -> Path:
-    """Return the shared library made from a C file, from the cache on disk where it is there.
+@dataclass(frozen=True)
+class Toolchain:
+    """A compiler and the flags that fit the processor.
+
+    Attributes:
+        command: the compiler, with the arguments that the user gave with it.
+        flags: sets of flags for the processor; the first that the compiler takes is used.
+    """
+
+    command: tuple[str, ...]
+    flags: tuple[tuple[str, ...], ...] = _NATIVE_FLAGS
+
+    def fingerprint(self, source: bytes) -> str:
+        """Return what the library made from a source depends on, as 32 hexadecimal digits.
+
+        Raises:
+            BuildError: the compiler cannot be run.
+        """
+        version = _run((*self.command, "--version"), _VERSION_TIMEOUT_SECONDS).stdout
+        flags = [" ".join(one) for one in self.flags]
+        facts = (shlex.join(self.command), *_COMMON_FLAGS, *flags, platform.machine(), describe_processor())
+        return hashlib.sha256(source + version + "\0".join(facts).encode()).hexdigest()[:32]
+
+    def compile(self, source: Path, target: Path) -> None:
+        """Make a shared library of a C file.
+
+        Raises:
+            BuildError: the compiler fails, or what it wrote is no library; it is then quoted.
+        """
+        message = ""
+        for command in self._commands(source, target):
+            done = _run(command, _TIMEOUT_SECONDS)
+            if done.returncode == 0:
+                return _check_library(target, self.command[0])
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            message = message or (lines or ["no message"])[0]
+        raise BuildError(f"{self.command[0]} failed on {source.name}: {message}")
+
+    def _commands(self, source: Path, target: Path) -> Iterator[tuple[str, ...]]:
+        for flags in self.flags:
+            yield (*self.command, *_COMMON_FLAGS, *flags, str(source), "-o", str(target), "-lm")
+
+
+def find_toolchain() -> Toolchain:
+    """Return the compiler that `KVQ_CC` or `CC` names, or the first found, with the flags of `KVQ_KERNEL_CFLAGS`.
 
     Raises:
-        BuildError: there is no compiler, it fails, or there is no place to write to.
+        BuildError: there is none, or a variable cannot be read.
     """
-    compiler = find_compiler()
-    text = source.read_bytes()
-    target = cache_folder() / f"{source.stem}-{_fingerprint(text, compiler)}.so"
-    if target.exists():
-        return target
-    started = time.perf_counter()
-    try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = Path(folder) / "built.so"
-            _compile(compiler, source, built)
-            # Renaming is atomic, so that another process sees the whole file or none.
-            built.replace(target)
-    except OSError as error:
-        raise BuildError(f"the compiled kernel cannot be kept in {target.parent}: {error}") from error
-    _LOG.info("compiled %s in %.1f s; kept as %s", source.name, time.perf_counter() - started, target)
-    return target
-
-
-def find_compiler() -> tuple[str, ...]:
-    """Return the command of the C compiler: that of `CC`, or the first found.
-
-    Raises:
-        BuildError: there is none.
-    """
-    if os.environ.get("CC"):
-        command = tuple(shlex.split(os.environ["CC"]))
-        if shutil.which(command[0]):
-            return command
-        raise BuildError(f"the C compiler {os.environ['CC']!r}, which the variable CC names, is not there")
+    flags = read_variable(FLAGS_VARIABLE)
+    chosen = _NATIVE_FLAGS if flags is None else (_split(FLAGS_VARIABLE, flags),)
+    for variable in COMPILER_VARIABLES:
+        text = read_variable(variable)
+        if text is not None:
+            command = _split(variable, text)
+            if command[0] and shutil.which(command[0]):
+                return Toolchain(command, chosen)
+            raise BuildError(f"the C compiler {text!r}, which the variable {variable} names, is not there")
     for name in _COMPILERS:
         if shutil.which(name):
-            return (name,)
+            return Toolchain((name,), chosen)
     raise BuildError(f"there is no C compiler ({', '.join(_COMPILERS)}) on the PATH")
 
 
-def cache_folder() -> Path:
-    """Return the folder of built libraries, below `XDG_CACHE_HOME` or `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvq" / "kernels"
-
-
-def _compile(compiler: tuple[str, ...], source: Path, target: Path) -> None:
-    message = ""
-    for command in _commands(compiler, source, target):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)  # noqa: S603
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{compiler[0]} did not finish within {_TIMEOUT_SECONDS} s") from error
-        if done.returncode == 0:
-            return
-        message = message or (done.stderr.strip().splitlines() or ["no message"])[0]
-    raise BuildError(f"{compiler[0]} failed on {source.name}: {message}")
-
-
-def _commands(compiler: tuple[str, ...], source: Path, target: Path) -> Iterator[list[str]]:
-    for native in _NATIVE_FLAGS:
-        flags = [*_COMMON_FLAGS, native] if native else [*_COMMON_FLAGS]
-        yield [*compiler, *flags, str(source), "-o", str(target), "-lm"]
-
-
-def _fingerprint(source: bytes, compiler: tuple[str, ...]) -> str:
-    command = [*compiler, "--version"]
+def _split(variable: str, text: str) -> tuple[str, ...]:
     try:
-        version = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_SECONDS, check=False).stdout  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{compiler[0]} cannot be run: {error}") from error
-    facts = (shlex.join(compiler), *_COMMON_FLAGS, *_NATIVE_FLAGS, platform.machine(), _processor())
-    return hashlib.sha256(source + version + "\0".join(facts).encode()).hexdigest()[:32]
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise BuildError(f"the variable {variable} is {text!r}, which is no command: {error}") from error
 
 
-def _processor() -> str:
-    """Return what tells processors apart that take different instructions."""
+def _run(command: tuple[str, ...], timeout_seconds: int) -> subprocess.CompletedProcess[bytes]:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0].split(":")[0].strip() in wanted}))
+        return subprocess.run(  # noqa: S603  # the compiler that the user has or names
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_seconds, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command[0]} did not finish within {timeout_seconds} s") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in an argument
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
+
+
+def _check_library(library: Path, compiler: str) -> None:
+    """Check what a compiler wrote in a process of its own, which a damaged library kills.
+
+    Raises:
+        BuildError: it wrote nothing, or something that cannot be loaded.
+    """
+    if not library.is_file():
+        raise BuildError(f"{compiler} reported success and wrote no library")
+    # Where Python is embedded in a program, that program is no interpreter; loading then has to show it.
+    if not Path(sys.executable or "").name.startswith(("python", "pypy")):
+        return
+    done = _run((sys.executable, "-I", "-S", "-c", _LOAD, str(library)), _TIMEOUT_SECONDS)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise BuildError(f"{compiler} reported success, but wrote no library that can be loaded: {lines[-1]}")

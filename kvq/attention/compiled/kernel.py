@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,7 @@ from kvq.attention.compiled.library import Library, find_problem, get_library
 from kvq.attention.compiled.plan import TYPE_NUMBERS, Plan, make_plan
 from kvq.attention.compiled.structures import PackedRequest, States
 from kvq.attention.request import AttentionRequest
+from kvq.attention.source_digest import digest_files
 from kvq.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView
@@ -23,6 +25,9 @@ ITEMS_PER_THREAD = 4
 """Pieces of work for each thread, so that none waits long for the others."""
 MIN_SPLIT_TILES = 8
 """Fewest tiles of tokens that are worth a piece of work of their own."""
+
+STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of query, keys and values in full precision, each with its own: under autocast they differ."""
 
 _PLAN = "compiled"
 
@@ -38,13 +43,18 @@ class CompiledKernel:
         """Return why it could not be built, or None; builds it if need be."""
         return find_problem()
 
+    def source_digest(self) -> str:
+        """Return the digest of the library and of the files that call it."""
+        return digest_files(Path(__file__).parent, "*.py", extra=get_library().digest)
+
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return what of the request it does not serve."""
         pair, query = request.pair, request.query
         if request.row_count > MAX_ROWS:
             return f"serves up to {MAX_ROWS} queries for a key-value head, not {request.row_count}"
-        if query.dtype not in TYPE_NUMBERS or query.dtype != pair.key.like.dtype:
-            return f"does not serve queries of {query.dtype} over states of {pair.key.like.dtype}"
+        for dtype in (query.dtype, pair.key.like.dtype, pair.value.like.dtype):
+            if dtype not in STATES_DTYPES:
+                return f"does not read states of {dtype}"
         if any(part.device != query.device for part in _parts(pair.key.store, pair.value.store)):
             return "reads no store on another device than the query"
         if request.mask is not None and request.mask.dtype not in TYPE_NUMBERS:
@@ -94,7 +104,8 @@ def _fill(packed: PackedRequest, request: AttentionRequest) -> list[torch.Tensor
     """Write everything but the mask; return what must live until the call is over."""
     query, pair = _with_contiguous_head(request.query), request.pair
     kept = [query]
-    packed.query, packed.dtype = query.data_ptr(), TYPE_NUMBERS[query.dtype]
+    packed.query, packed.query_type = query.data_ptr(), TYPE_NUMBERS[query.dtype]
+    packed.key_type, packed.value_type = TYPE_NUMBERS[pair.key.like.dtype], TYPE_NUMBERS[pair.value.like.dtype]
     packed.query_strides[:] = query.stride()[:3]
     packed.queries_per_head, packed.queries = request.queries_per_head, query.shape[2]
     packed.scaling, packed.softcap = request.scaling, request.softcap or 0.0
@@ -146,9 +157,10 @@ def _divide(packed: PackedRequest, library: Library, request: AttentionRequest) 
     if splits == 1:
         return []
     rows = items * splits * request.row_count
-    sums = torch.empty(rows * request.pair.value.like.shape[3], dtype=torch.float32)
-    state = torch.empty(rows * 2, dtype=torch.float32)
-    finished = torch.zeros(items, dtype=torch.int64)
+    # The device is named: the caller may have set another one for tensors that say nothing.
+    sums = torch.empty(rows * request.pair.value.like.shape[3], dtype=torch.float32, device=request.query.device)
+    state = torch.empty(rows * 2, dtype=torch.float32, device=request.query.device)
+    finished = torch.zeros(items, dtype=torch.int64, device=request.query.device)
     packed.partial_sums, packed.partial_state = sums.data_ptr(), state.data_ptr()
     packed.finished = finished.data_ptr()
     return [sums, state, finished]

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from kvq.attention.compiled.compiler import BuildError, build_library
+from kvq.attention.compiled.compiler import BuildError
+from kvq.attention.compiled.kept_library import BuiltLibrary, provide_library
 from kvq.attention.compiled.structures import IN_ORDER
 
 _LOG = logging.getLogger("kvq")
@@ -26,10 +27,12 @@ class Library:
         attend: takes the address of a `PackedRequest`; returns 0, or 1 where memory ran out.
         run_parallel: address of the function of torch's own OpenMP that runs a function on several threads, so that
             there are no second threads beside torch's; None where torch has another kind of threads.
+        digest: of the library's bytes.
     """
 
     attend: Any
     run_parallel: int | None
+    digest: str
 
 
 def get_library() -> Library:
@@ -60,18 +63,32 @@ def _load_once() -> Library | BuildError:
 
 
 def _load() -> Library:
-    path = build_library(SOURCE)
+    """Return the library; what is kept and does not fit is built once more."""
+    built = provide_library(SOURCE)
     try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} cannot be loaded: {error}; delete it to have it built again") from error
-    loaded.kvq_sizes.argtypes, loaded.kvq_sizes.restype = (ctypes.c_int64,), ctypes.c_int64
+        return _open(built)
+    except BuildError:
+        if built.is_new:
+            raise
+        built.discard()
+    built = provide_library(SOURCE)
+    return _open(built)
+
+
+def _open(built: BuiltLibrary) -> Library:
+    try:
+        loaded = ctypes.CDLL(str(built.path))
+        attend, sizes = loaded.kvq_attend, loaded.kvq_sizes
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"{built.path} is not the library that was to be built: {error}") from error
+    finally:
+        built.release()
+    sizes.argtypes, sizes.restype = (ctypes.c_int64,), ctypes.c_int64
     for number, structure in enumerate(IN_ORDER):
-        if loaded.kvq_sizes(number) != ctypes.sizeof(structure):
+        if sizes(number) != ctypes.sizeof(structure):
             raise BuildError(f"the compiler lays out {structure.__name__} in another way than Python's ctypes")
-    attend = loaded.kvq_attend
     attend.argtypes, attend.restype = (ctypes.c_void_p,), ctypes.c_int
-    return Library(attend, _find_run_parallel())
+    return Library(attend, _find_run_parallel(), built.digest)
 
 
 def _find_run_parallel() -> int | None:

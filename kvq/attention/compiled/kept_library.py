@@ -1,0 +1,132 @@
+"""Built libraries on disk: built once, found again, and never loaded unless they are whole.
+
+A file is named after what it depends on and after the digest of its bytes, so that one which was cut off, overwritten
+or put there by another program is told before it is loaded: loading it would kill the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvq.attention.compiled.compiler import BuildError, Toolchain, find_toolchain
+from kvq.attention.kept_files import keep_file, open_private_folder, read_private_file, remove_unfinished
+
+_LOG = logging.getLogger("kvq")
+_FOLDER = "kernels"
+_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class BuiltLibrary:
+    """A shared library that is whole.
+
+    Attributes:
+        path: where it lies.
+        digest: of its bytes.
+        is_new: whether it was built just now.
+        scratch: the folder that holds it for this process only, or None where it is kept.
+    """
+
+    path: Path
+    digest: str
+    is_new: bool
+    scratch: Path | None = None
+
+    def discard(self) -> None:
+        """Delete it, so that it is built anew."""
+        with suppress(OSError):
+            self.path.unlink()
+
+    def release(self) -> None:
+        """Free what only loading needed; to be called once the library is loaded, or will not be."""
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def provide_library(source: Path) -> BuiltLibrary:
+    """Return the shared library made from a C file: the one that is kept, or a new one.
+
+    Where nothing can be kept, it is built for this process alone, in a private temporary folder.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or there is no place to write to.
+    """
+    toolchain, text = find_toolchain(), _read(source)
+    stem = f"{source.stem}-{toolchain.fingerprint(text)}"
+    try:
+        folder = open_private_folder(_FOLDER)
+    except OSError as error:
+        return _build_for_this_process(toolchain, source, stem, error)
+    return _find_kept(folder, stem) or _build_and_keep(toolchain, source, stem, folder)
+
+
+def _find_kept(folder: Path, stem: str) -> BuiltLibrary | None:
+    for path in sorted(folder.glob(f"{stem}-*.so")):
+        digest, data = path.stem.removeprefix(f"{stem}-"), read_private_file(path)
+        if data is not None and _digest(data) == digest:
+            return BuiltLibrary(path, digest, is_new=False)
+        _LOG.info("%s is damaged or not ours; it is built anew", path)
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _build_and_keep(toolchain: Toolchain, source: Path, stem: str, folder: Path) -> BuiltLibrary:
+    data = _build(toolchain, source)
+    digest = _digest(data)
+    target = folder / f"{stem}-{digest}.so"
+    try:
+        keep_file(target, data)
+        remove_unfinished(folder)
+    except OSError as error:
+        return _hold_for_this_process(data, stem, error)
+    _LOG.info("kept as %s", target)
+    return BuiltLibrary(target, digest, is_new=True)
+
+
+def _build_for_this_process(toolchain: Toolchain, source: Path, stem: str, reason: OSError) -> BuiltLibrary:
+    return _hold_for_this_process(_build(toolchain, source), stem, reason)
+
+
+def _hold_for_this_process(data: bytes, stem: str, reason: OSError) -> BuiltLibrary:
+    digest = _digest(data)
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix="kvq-"))
+        path = scratch / f"{stem}-{digest}.so"
+        keep_file(path, data)
+    except OSError as error:
+        raise BuildError(f"the compiled kernel cannot be kept: {reason}; nor in a temporary folder: {error}") from error
+    _LOG.warning("the compiled kernel is built in every process anew, since it cannot be kept: %s", reason)
+    return BuiltLibrary(path, digest, is_new=True, scratch=scratch)
+
+
+def _build(toolchain: Toolchain, source: Path) -> bytes:
+    """Return the library that a compiler makes of a C file; built apart, so that nobody sees half of it."""
+    started = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvq-") as folder:
+            built = Path(folder) / "built.so"
+            toolchain.compile(source, built)
+            data = built.read_bytes()
+    except OSError as error:
+        raise BuildError(f"there is no place to build the compiled kernel in: {error}") from error
+    _LOG.info("compiled %s in %.1f s", source.name, time.perf_counter() - started)
+    return data
+
+
+def _read(source: Path) -> bytes:
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise BuildError(f"{source} cannot be read: {error}") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGITS]

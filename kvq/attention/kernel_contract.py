@@ -1,0 +1,49 @@
+"""What a kernel is: one implementation of attention over a quantized layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kvq.attention.request import AttentionRequest
+
+
+class Kernel(Protocol):
+    """One implementation of `attend`.
+
+    Attributes:
+        name: what the report, `kvq doctor` and `KVQ_ATTENTION_KERNEL` call it.
+        device_types: types of device that it runs on; empty: any.
+        needs_proof: whether it is a default only where it is proven right and fast. The reference needs no proof.
+    """
+
+    name: str
+    device_types: frozenset[str]
+    needs_proof: bool
+
+    def find_problem(self) -> str | None:
+        """Return what keeps the kernel from running on this machine (a compiler or a library is missing), or None."""
+        ...
+
+    def find_obstacle(self, request: AttentionRequest) -> str | None:
+        """Return why the kernel cannot serve requests of this kind, in a few words, or None where it can.
+
+        Asked once for each layer and `request.kind()`.
+        """
+        ...
+
+    def attend(self, request: AttentionRequest) -> torch.Tensor:
+        """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query."""
+        ...
+
+
+class ProvenKernel(Kernel, Protocol):
+    """A kernel that needs proof."""
+
+    def source_digest(self) -> str:
+        """Return what tells this code from any other: a verdict on one says nothing of another.
+
+        Asked where there is no problem.
+        """
+        ...

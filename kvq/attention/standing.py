@@ -1,0 +1,146 @@
+"""What speaks for a kernel that needs proof on a device: a trial on this machine, a shipped record, or nothing yet.
+
+A trial made here counts more than a record made elsewhere. It must not know which kernels there are.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from kvq.attention import verdicts
+from kvq.attention.kernel_contract import Kernel, ProvenKernel
+from kvq.attention.proof import device_class, find_proof
+from kvq.attention.proving import prove
+from kvq.attention.variables import KERNEL_VARIABLE, ON_OFF, TRIALS_VARIABLE, read_variable
+from kvq.attention.verdicts import Subject, Verdict
+from kvq.errors import ConfigError, Fault
+
+Origin = Literal["measured here", "shipped record", "none"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of a kernel on a device.
+
+    Attributes:
+        origin: where it is known from.
+        reason: why the kernel is no default, or None where it is one.
+        verdict: of the trial on this machine, or None.
+        record: the shipped record, or None.
+    """
+
+    origin: Origin
+    reason: str | None
+    verdict: Verdict | None = None
+    record: Mapping[str, Any] | None = None
+
+
+_HELD: dict[Subject, Verdict] = {}
+"""The verdicts that this process knows: made by it, or read from disk."""
+_LOCK = threading.Lock()
+"""One trial at a time: two would get into each other's way."""
+
+
+def _renew_lock() -> None:
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A process that was forked during a trial would wait for a thread that it does not have.
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def are_trials_on() -> bool:
+    """Return whether kernels are tried on this machine, as `KVQ_KERNEL_TRIALS` says.
+
+    Raises:
+        ConfigError: the variable says neither yes nor no.
+    """
+    text = read_variable(TRIALS_VARIABLE)
+    if text is None:
+        return True
+    if text.lower() not in ON_OFF:
+        problem = f"{text!r} is neither on nor off; choose one of {', '.join(map(repr, ON_OFF))}"
+        raise ConfigError([Fault((TRIALS_VARIABLE,), problem)], source="the environment")
+    return ON_OFF[text.lower()]
+
+
+def find_standing(
+    kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel] = (), *, may_try: bool = False
+) -> Standing:
+    """Return what is known of a kernel on a device, by a trial now where nothing is.
+
+    Args:
+        kernel: one that needs proof.
+        device: on which.
+        others: what runs in its place, the preferred first; asked only for a trial.
+        may_try: whether it may be tried now, which takes about two seconds once.
+
+    Raises:
+        ConfigError: `KVQ_KERNEL_TRIALS` says neither yes nor no.
+    """
+    record, is_on = find_proof(kernel.name, device_class(device)), are_trials_on()
+    if is_on:
+        problem = kernel.find_problem()
+        if problem is not None:
+            return Standing("none", problem)
+        verdict = _find_verdict(kernel, device)
+        if verdict is None and record is None and may_try and not _is_bad_moment(device):
+            verdict = _try_once(kernel, device, others)
+        if verdict is not None:
+            return Standing("measured here", None if verdict.is_passing else verdict.describe(), verdict, record)
+    if record is not None:
+        return Standing("shipped record", None, record=record)
+    return Standing("none", _describe_lack(kernel, device, is_on=is_on))
+
+
+def try_again(kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel]) -> Standing:
+    """Try a kernel without a problem, whatever is known of it, and keep what is found now."""
+    with _LOCK:
+        verdict = _try(verdicts.make_subject(kernel, device), kernel, device, others)
+    return Standing("measured here", None if verdict.is_passing else verdict.describe(), verdict)
+
+
+def _try_once(kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel]) -> Verdict:
+    with _LOCK:
+        # Another thread may have tried it while this one waited.
+        return _find_verdict(kernel, device) or _try(verdicts.make_subject(kernel, device), kernel, device, others)
+
+
+def _try(subject: Subject, kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel]) -> Verdict:
+    verdict, is_lasting = prove(kernel, others, subject, device)
+    _HELD[subject] = verdict
+    if is_lasting:
+        verdicts.keep(verdict)
+    return verdict
+
+
+def _find_verdict(kernel: ProvenKernel, device: torch.device) -> Verdict | None:
+    subject = verdicts.make_subject(kernel, device)
+    verdict = _HELD.get(subject) or verdicts.find_kept(subject)
+    if verdict is not None:
+        _HELD[subject] = verdict
+    return verdict
+
+
+def _is_bad_moment(device: torch.device) -> bool:
+    """Return whether a model is being traced or recorded, which a trial would become a part of."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _describe_lack(kernel: ProvenKernel, device: torch.device, *, is_on: bool) -> str:
+    if is_on:
+        return "not tried on this machine yet; its first use tries it, in about 2 s, and so does `kvq doctor --prove`"
+    return (
+        f"no record proves it on {device_class(device)}, and {TRIALS_VARIABLE} switches trials off; "
+        f"{KERNEL_VARIABLE}={kernel.name} uses it all the same, after a check against the reference"
+    )

@@ -1,0 +1,174 @@
+"""What trials of kernels found on this machine, kept on disk: a verdict for each kernel, its code and the device.
+
+A file is named after everything that a verdict depends on. One that is damaged, or is about something else, is as good
+as none: the kernel is tried again and the file rewritten. It must not know how a kernel is tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kvq.attention.kept_files import keep_file, open_private_folder, read_private_file, remove_unfinished
+from kvq.attention.kernel_contract import ProvenKernel
+from kvq.attention.processor import describe_processor, name_processor
+from kvq.attention.proof import device_class
+
+_LOG = logging.getLogger("kvq")
+_FOLDER = "verdicts"
+FORMAT = 1
+"""Of the files; another trial than before is another format, so that nothing old counts."""
+
+
+class Subject(BaseModel):
+    """What a verdict is about; where any of it changes, the verdict says nothing.
+
+    Attributes:
+        kernel: its name.
+        source: digest of its code.
+        device_class: as in the shipped records.
+        device: digest of what tells devices of one class apart.
+        torch: version.
+        format: of the file, and of the trial.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kernel: str
+    source: str
+    device_class: str
+    device: str
+    torch: str
+    format: int = FORMAT
+
+    @property
+    def file_name(self) -> str:
+        """The name of the file that keeps the verdict."""
+        digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:32]
+        return f"{self.kernel}-{digest}.json"
+
+
+class Verdict(BaseModel):
+    """What a trial found.
+
+    Attributes:
+        subject: what was tried, and where.
+        device_name: as people call it.
+        fault: why the kernel is not right, in a few words; None where it is.
+        relative_error: the largest difference from the reference in fp32; None where that is not a number.
+        checks: requests that were compared.
+        over: name of the kernel that runs otherwise, or None where time was not taken.
+        own_ms, other_ms: milliseconds of one step of this kernel and of the other; the least of those taken.
+        seconds: what the trial took.
+        made_at: when, as an ISO date and time in UTC.
+        kvq: version.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    subject: Subject
+    device_name: str
+    fault: str | None = None
+    relative_error: float | None = None
+    checks: int = 0
+    over: str | None = None
+    own_ms: float | None = None
+    other_ms: float | None = None
+    seconds: float
+    made_at: str
+    kvq: str
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times as fast as the other kernel; None where time was not taken."""
+        return self.other_ms / self.own_ms if self.own_ms and self.other_ms else None
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the kernel is the default: right, and faster than what runs otherwise."""
+        return self.fault is None and self.speedup is not None and self.speedup > 1
+
+    def describe(self) -> str:
+        """Return the finding in a few words."""
+        if self.fault is not None:
+            return f"found wrong here: {self.fault}"
+        if self.speedup is None:
+            return "tried here, but time was not taken"
+        pace = f"{self.speedup:.1f} times as fast as {self.over!r}" if self.speedup >= 1 else (
+            f"slower here than {self.over!r}, {self.own_ms:.2f} against {self.other_ms:.2f} ms a step"
+        )  # fmt: skip
+        return f"{pace}, right within {self.relative_error or 0:.0e}"
+
+
+def make_subject(kernel: ProvenKernel, device: torch.device) -> Subject:
+    """Return what a verdict on a kernel is about, on a device of this machine."""
+    return Subject(
+        kernel=kernel.name,
+        source=kernel.source_digest(),
+        device_class=device_class(device),
+        device=hashlib.sha256(_device_facts(device).encode()).hexdigest()[:16],
+        torch=torch.__version__,
+    )
+
+
+def name_device(device: torch.device) -> str:
+    """Return how people call a device of this machine."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else name_processor()
+
+
+def find_kept(subject: Subject) -> Verdict | None:
+    """Return the verdict that is kept on disk, or None."""
+    try:
+        data = read_private_file(open_private_folder(_FOLDER) / subject.file_name)
+    except OSError:
+        return None
+    if data is None:
+        return None
+    try:
+        verdict = Verdict.model_validate_json(data)
+    except ValidationError:
+        return None
+    return verdict if verdict.subject == subject else None
+
+
+def keep(verdict: Verdict) -> None:
+    """Keep a verdict for later processes; where there is no place to, it holds for this one, which is said once."""
+    text = json.dumps(verdict.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
+    try:
+        folder = open_private_folder(_FOLDER)
+        keep_file(folder / verdict.subject.file_name, text.encode())
+        remove_unfinished(folder)
+    except OSError as error:
+        _tell_once(str(error))
+
+
+def facts_of(verdict: Verdict) -> dict[str, Any]:
+    """Return what `kvq doctor --json` says of a verdict."""
+    return {
+        "passing": verdict.is_passing,
+        "relative_error": verdict.relative_error,
+        "speedup": verdict.speedup,
+        "over": verdict.over,
+        "own_ms": verdict.own_ms,
+        "other_ms": verdict.other_ms,
+        "checks": verdict.checks,
+        "seconds": verdict.seconds,
+        "made_at": verdict.made_at,
+    }
+
+
+@cache
+def _tell_once(reason: str) -> None:
+    _LOG.warning("what a trial of an attention kernel found holds for this process only; it cannot be kept: %s", reason)
+
+
+def _device_facts(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{describe_processor()}\n{torch.backends.cpu.get_cpu_capability()}"
+    return name_device(device)
