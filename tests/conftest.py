@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers
@@ -46,6 +49,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = OLDEST_LACKS.get(item.nodeid.removeprefix("tests/"))
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# No test takes time, or depends on what was found about kernels on the machine that it runs on; processes that tests
+# start inherit this. Built libraries are shared with the user's, so that none is compiled twice.
+os.environ["KVQ_KERNEL_TRIALS"] = "off"
+os.environ.pop("KVQ_ATTENTION_KERNEL", None)
+
+
+@pytest.fixture(autouse=True)
+def give_records(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Say which kernels have a record, on any processor: the compiled one, unless a test says else."""
+
+    def give(*names: str) -> None:
+        record = {"relative_error": 1e-6, "speedup": 2.0}
+        monkeypatch.setattr("kvq.attention.standing.find_proof", lambda name, _: record if name in names else None)
+
+    give("compiled")
+    return give
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernels in torch alone read a history of some hundred tokens in several pieces, as they do a long one."""
+    monkeypatch.setattr("kvq.attention.stored_pieces.PIECE_ELEMENTS", 1 << 13)
 
 
 # The models are tiny and the tests run side by side: more threads than one each only get into each other's way.

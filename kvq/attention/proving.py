@@ -24,7 +24,7 @@ from kvq.attention.request import AttentionRequest
 from kvq.attention.samples import Sample
 from kvq.attention.verdicts import Subject, Verdict, name_device
 from kvq.granularity import Granularity
-from kvq.requirements import find_version
+from kvq.installed import find_version
 
 _LOG = logging.getLogger("kvq")
 

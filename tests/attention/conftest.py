@@ -39,6 +39,7 @@ def make_request(testing_backend):
         head_dim=32,
         value_dim=None,
         dtype=torch.float32,
+        dtypes=None,
         padding=None,
         rows=None,
         mask=None,
@@ -52,13 +53,16 @@ def make_request(testing_backend):
     ):
         generator = torch.Generator().manual_seed(3)
 
-        def draw(count, dim):
-            states = torch.randn(batch, heads, count, dim, generator=generator)
-            return ((states + offset * torch.randn(heads, 1, dim, generator=generator)) * magnitude).to(dtype)
+        query_dtype, *side_dtypes = dtypes or (dtype, dtype, dtype)
+
+        def draw(count):
+            for dim, side_dtype in zip((head_dim, value_dim or head_dim), side_dtypes, strict=True):
+                states = torch.randn(batch, heads, count, dim, generator=generator)
+                yield ((states + offset * torch.randn(heads, 1, dim, generator=generator)) * magnitude).to(side_dtype)
 
         fields = {"backend": testing_backend, "nbits_k": 4, "nbits_v": 4, "q_group_size": 32, "residual_length": 64}
         layer = KVQLayer(0, KVQCacheConfig.from_mapping({**fields, **config}).for_layer(0), padding)
-        keys, values = draw(tokens, head_dim), draw(tokens, value_dim or head_dim)
+        keys, values = draw(tokens)
         if change is not None:
             change(keys, values)
         # In three updates, so that there is more than one chunk.
@@ -67,18 +71,28 @@ def make_request(testing_backend):
                 layer.update(keys[:, :, start : min(stop, tokens)], values[:, :, start : min(stop, tokens)])
         if rows is not None:
             layer.reorder_cache(torch.tensor(rows))
-        handle, _ = layer.update(draw(queries, head_dim), draw(queries, value_dim or head_dim), packed=True)
-        query = torch.randn(batch, queries, heads * sharing, head_dim, generator=generator).to(dtype).transpose(1, 2)
+        handle, _ = layer.update(*draw(queries), packed=True)
+        query = torch.randn(batch, queries, heads * sharing, head_dim, generator=generator)
+        query = query.to(query_dtype).transpose(1, 2)
         return AttentionRequest(query, handle.pair, mask, 0.1 / magnitude, is_causal, softcap, sink_logits)
 
     return make
 
 
+def read_in_fp64(side):
+    """What a side holds, before it is rounded to the dtype of the states."""
+    stored = side.store.length
+    states = side.materialize().double()
+    side.decode_into(states[:, :, :stored], 0)
+    return states
+
+
 def attend_in_fp64(request):
     """Dequantize, then attend, in fp64: `[B, Tq, Hq, D_v]`."""
     sharing = request.queries_per_head
-    keys = request.pair.key.materialize().double().repeat_interleave(sharing, dim=1)
-    values = request.pair.value.materialize().double().repeat_interleave(sharing, dim=1)
+    keys, values = (
+        read_in_fp64(side).repeat_interleave(sharing, dim=1) for side in (request.pair.key, request.pair.value)
+    )
     scores = request.query.double() @ keys.transpose(-1, -2) * request.scaling
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)

@@ -41,22 +41,27 @@ CASES = {
     "sink logits": {"logits": True},
     "reordered rows": {"batch": 3, "rows": (2, 0, 0)},
     "float16": {"dtype": torch.float16},
+    "half-width values": {"dtypes": (torch.float32, torch.float32, torch.float16)},
+    "half-width keys": {"dtypes": (torch.float32, torch.float16, torch.float32), "sink_length": 3},
+    "half-width query, float16": {"dtypes": (torch.float16, torch.float32, torch.float32)},
     "large numbers": {"factor": 1e6},
 }
 
 
 def build_request(
     batch=1, heads=2, groups=4, head_dim=64, value_dim=None, tokens=403, pieces=1, queries=1, padding=None,
-    softcap=None, logits=False, rows=None, dtype=torch.float32, factor=1.0, **fields,
+    softcap=None, logits=False, rows=None, dtype=torch.float32, dtypes=None, factor=1.0, **fields,
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(7)
+    query_dtype, key_dtype, value_dtype = dtypes or (dtype, dtype, dtype)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
     def new_states(count):
         keys = draw(batch, heads, count, head_dim) + means
-        return (keys * factor).to(dtype), (draw(batch, heads, count, value_dim or head_dim) * factor).to(dtype)
+        values = draw(batch, heads, count, value_dim or head_dim)
+        return (keys * factor).to(key_dtype), (values * factor).to(value_dtype)
 
     means = 2 * draw(1, heads, 1, head_dim)
     cache = KVQ({"backend": "native", **fields}, padding=padding)
@@ -65,7 +70,7 @@ def build_request(
     if rows is not None:
         cache.layers[0].reorder_cache(torch.tensor(rows))
     pair = cache.layers[0].update(*new_states(queries), packed=True)[0].pair
-    query = (draw(batch, heads * groups, queries, head_dim) / factor).to(dtype)
+    query = (draw(batch, heads * groups, queries, head_dim) / factor).to(query_dtype)
     return AttentionRequest(
         query,
         pair,
@@ -82,8 +87,15 @@ def make_mask(padding, queries, length):
     return causal & real[:, None, None]
 
 
+def read_exactly(side):
+    """What a side holds, before it is rounded to the dtype of the states."""
+    states = side.materialize().double()
+    side.decode_into(states[:, :, : side.store.length], 0)
+    return states
+
+
 def attend_exactly(request):
-    keys, values = request.pair.key.materialize().double(), request.pair.value.materialize().double()
+    keys, values = read_exactly(request.pair.key), read_exactly(request.pair.value)
     keys, values = (states.repeat_interleave(request.queries_per_head, dim=1) for states in (keys, values))
     scores = request.query.double() @ keys.transpose(-1, -2) * request.scaling
     if request.softcap is not None:

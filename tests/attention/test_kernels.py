@@ -5,8 +5,10 @@ import torch
 from largest_tensor import LargestTensor
 from torch.nn import functional
 
+from kvq.attention.attend import attend_packed
 from kvq.attention.blockwise import BlockwiseKernel
 from kvq.attention.kernel import available_kernels
+from kvq.attention.memo import AttentionMemo
 
 FP32_ERROR = 1e-5
 """Two orders of magnitude below what the issue of the kernels asks for, 1e-3."""
@@ -91,6 +93,48 @@ def test_in_half_precision_the_error_is_that_of_sdpa(kernel, make_request, error
     assert sum(ours) <= 1.5 * sum(theirs)
 
 
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+MIXED = [(F32, F32, BF16), (F32, BF16, F32), (F32, F16, BF16), (BF16, F32, BF16), (BF16, BF16, F32), (F16, F32, F16)]
+ROUNDED = {F32: FP32_ERROR, F16: 1e-3, BF16: 8e-3}
+"""The output is rounded once, to the dtype of the query."""
+
+
+@pytest.mark.case("bfloat16 values beside float32 keys, as under autocast", "each side is read in its own dtype")
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
+@pytest.mark.parametrize("name", ["compiled", "eager", "blockwise"])
+def test_query_keys_and_values_of_different_dtypes(make_request, reference, error_of, name, dtypes):
+    kernel = next(kernel for kernel in available_kernels() if kernel.name == name)
+    if (problem := kernel.find_problem()) is not None:
+        pytest.skip(problem)
+    for fields in (dict(tokens=40), dict(tokens=333), dict(sink_length=5, tokens=700)):
+        request = make_request(dtypes=dtypes, queries=3 if name == "blockwise" else 1, head_dim=64, **fields)
+        assert kernel.find_obstacle(request) is None
+        output = kernel.attend(request)
+        assert output.dtype == dtypes[0]
+        assert error_of(output, reference(request)) < ROUNDED[dtypes[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_states_of_a_dtype_that_no_cache_takes_are_refused(make_request, dtype):
+    kernel = next(kernel for kernel in available_kernels() if kernel.name == "compiled")
+    request = make_request()
+    object.__setattr__(request, "query", request.query.to(dtype))
+    assert kernel.find_obstacle(request) == f"does not read states of {dtype}"
+
+
+@pytest.mark.case("a forward under torch.autocast", "no kernel is distrusted, and sums stay in float32")
+@pytest.mark.parametrize("queries", [1, 5])
+def test_autocast_changes_no_number(make_request, reference, error_of, queries):
+    request, memo = make_request(dtypes=(F32, F32, BF16), queries=queries), AttentionMemo()
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = (attend_packed(request, memo) for _ in range(2))
+        eager = attend_packed(make_request(dtypes=(F32, F32, BF16), softcap=1e9, queries=queries), AttentionMemo())
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == BF16, "autocast is on again"
+    for output in (first, second, eager):
+        assert error_of(output, reference(request)) < FP32_ERROR
+    assert not any("differed" in reason for reason in memo.passed_over.values())
+
+
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_a_lost_group_is_read_as_nan(kernel, make_request, side):
     def lose(keys, values):
@@ -157,7 +201,9 @@ def test_what_the_blockwise_kernel_does_not_serve(make_request):
 
 @pytest.mark.parametrize("name", ["norm_codebook", "static_float8"])
 @pytest.mark.parametrize("queries", [1, 5])
-def test_quantizers_that_are_not_affine(make_request, reference, error_of, name, queries):
+@pytest.mark.parametrize("records", [(), ("compiled",)], ids=["no record", "record"])
+def test_quantizers_that_are_not_affine(make_request, reference, error_of, name, queries, give_records, records):
+    give_records(*records)
     import reference_quantizers
 
     from kvq.attention.kernel import choose

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvq.attention.attend import register_attention
-from kvq.attention.kernel import KERNEL_VARIABLE
+from kvq.attention.variables import KERNEL_VARIABLE
 from kvq.benchmark import generation
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import DYNAMIC, backend_configs, list_baselines, list_own
@@ -76,7 +76,10 @@ def test_chunks_stay_and_drafts_lose_their_rejected_tokens(effort, trials, forwa
     assert dynamic["to_dynamic"]["median"] == 1
 
 
-def test_a_chunk_is_read_without_the_history_in_full_precision(effort):
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("records", [(), ("compiled",)], ids=["torch alone", "compiled"])
+def test_a_chunk_is_read_without_the_history_in_full_precision(effort, give_records, records):
+    give_records(*records)
     setting = Setting(SHAPE, 6000, 1, torch.float32, CPU)
     contenders = [one for one in all_contenders() if one.attention == "kvq" and one.kernel is None]
     (one,) = measure_forwards(contenders, setting, Forward(32), effort)["contenders"]

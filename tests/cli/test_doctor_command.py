@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from pathlib import Path
+
+import pytest
 
 from kvq import __version__
+from kvq.attention.compiled.library import find_problem as find_kernel_problem
+from kvq.cli.doctor import _kernel_row
 
 
 def test_a_sound_installation(call_kvq):
@@ -56,3 +62,46 @@ def test_the_dead_package_and_a_torch_that_cannot_be_imported(run_kvq, make_dist
     assert "pip uninstall kvq" in done.stdout
     assert "error: torch cannot be imported: ImportError: libtorch.so is missing" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_kernel_problem() is not None, reason="no C compiler")
+def test_kernels_are_shown_with_what_speaks_for_them_and_tried_when_asked(run_kvq, tmp_path):
+    built = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq" / "kernels"
+    shutil.copytree(built, tmp_path / "kvq" / "kernels")
+    environment = dict(XDG_CACHE_HOME=str(tmp_path), KVQ_KERNEL_TRIALS="on", KVQ_ATTENTION_KERNEL="")
+    kernels = [
+        {one["name"]: one for one in json.loads(run_kvq("doctor", "--json", *options, **environment).stdout)["kernels"]}
+        for options in (["--prove"], [])
+    ]
+    tried, later = (one["compiled"] for one in kernels)
+    assert tried == later
+    (file,) = (tmp_path / "kvq" / "verdicts").iterdir()
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    proof = tried["proof"]
+    assert proof["origin"] == "measured here"
+    assert {key: proof[key] for key in ("own_ms", "other_ms", "checks", "made_at", "over")} == {
+        key: kept[key] for key in ("own_ms", "other_ms", "checks", "made_at", "over")
+    }
+    assert tried["default"] is proof["passing"] is (kept["own_ms"] < kept["other_ms"])
+    assert kernels[0]["eager"]["proof"] is None
+    assert kernels[0]["triton"]["reason"] == "runs on cuda only"
+
+
+@pytest.mark.parametrize(
+    ("proof", "text"),
+    [
+        (None, "ready"),
+        (
+            dict(origin="measured here", speedup=8.54, over="eager", relative_error=1.6e-6, made_at="2026-01-02"),
+            "ready: 8.5 times as fast as eager, error 2e-06 (measured here, 2026-01-02)",
+        ),
+        (
+            dict(origin="shipped record", speedup=2.7, over="full precision", relative_error=5e-7),
+            "ready: 2.7 times as fast as full precision, error 5e-07 (shipped record)",
+        ),
+    ],
+)
+def test_a_kernel_is_one_line(proof, text):
+    assert _kernel_row(dict(name="compiled", device="cpu", reason=None, proof=proof)) == ("compiled", "cpu", text)
+    assert _kernel_row(dict(name="compiled", device="cpu", reason="wrong", proof=proof))[2] == "wrong"

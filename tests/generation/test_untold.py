@@ -54,7 +54,10 @@ def feed(model, cache, *lengths):
         model(prompt(length), past_key_values=cache)
 
 
-def test_the_example_of_the_readme_is_read_packed(build, returned):
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("records", [(), ("compiled",)], ids=["torch alone", "compiled"])
+def test_the_example_of_the_readme_is_read_packed(build, returned, give_records, records):
+    give_records(*records)
     model = build("llama", dtype=torch.bfloat16)
     model.set_attn_implementation("kvq")
     cache = KVQ(

@@ -1,0 +1,579 @@
+"""A kernel that needs proof is tried where it runs: what is found decides, is kept, and disturbs nothing.
+
+Times are given, not taken, but for one test, which does not depend on what they are.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvq.attention import kernel as kernel_module
+from kvq.attention import proving, standing, verdicts
+from kvq.attention.attend import attend_packed
+from kvq.attention.compiled import library
+from kvq.attention.eager import REFERENCE, EagerKernel
+from kvq.attention.kernel import choose, examine, find_reason_against
+from kvq.attention.memo import AttentionMemo
+from kvq.attention.samples import Sample
+from kvq.errors import ConfigError
+from kvq.memory import report_memory
+
+CPU = torch.device("cpu")
+
+
+class Probe:
+    """Computes as the reference does, but for requests of the kind that it gets wrong, and needs proof."""
+
+    name = "probe"
+    device_types = frozenset({"cpu", "cuda"})
+    needs_proof = True
+    source = "first"
+
+    def __init__(self, is_wrong=lambda request: False):
+        self.is_wrong = is_wrong
+        self.asked = []
+
+    def find_problem(self):
+        return None
+
+    def find_obstacle(self, request):
+        return None
+
+    def source_digest(self):
+        return self.source
+
+    def attend(self, request):
+        self.asked.append(request)
+        output = EagerKernel().attend(request)
+        return output * 1.2 if self.is_wrong(request) else output
+
+
+@pytest.fixture
+def trials(monkeypatch, tmp_path, give_records):
+    """Trials are on and nothing is known; a list of the kernels that were tried."""
+    give_records()
+    monkeypatch.setenv("KVQ_KERNEL_TRIALS", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(standing, "_HELD", {})
+    monkeypatch.setattr(kernel_module, "_DISTRUSTED", {})
+    verdicts._tell_once.cache_clear()
+    tried, prove = [], standing.prove
+
+    def note(kernel, *args):
+        tried.append(kernel.name)
+        return prove(kernel, *args)
+
+    monkeypatch.setattr(standing, "prove", note)
+    return tried
+
+
+@pytest.fixture
+def pace(monkeypatch):
+    """Seconds that a step of each kernel takes, by its name; the clock on the wall ends nothing."""
+    seconds = {"probe": 1.0, "eager": 2.5}
+    monkeypatch.setattr(proving, "take_seconds", lambda step, device: seconds[step.func.__self__.name])
+    monkeypatch.setattr(proving, "BUDGET_SECONDS", 1e9)
+    monkeypatch.setattr(proving, "TIMED", Sample(dtypes=proving.TIMED.dtypes))
+    return seconds
+
+
+@pytest.fixture
+def put(monkeypatch, trials, pace):
+    """Make a probe the preferred kernel."""
+
+    def build(*args):
+        probe = Probe(*args)
+        monkeypatch.setattr(kernel_module, "_KERNELS", {"probe": probe, "eager": REFERENCE})
+        return probe
+
+    return build
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    """Begin a new process, as far as verdicts are concerned."""
+    return lambda: monkeypatch.setattr(standing, "_HELD", {})
+
+
+def kept_files(tmp_path):
+    return sorted((tmp_path / "kvq" / "verdicts").glob("*"))
+
+
+@pytest.mark.case("a kernel without a record for this processor", "it is tried once, and is the default where it wins")
+def test_a_kernel_that_is_right_and_faster_is_the_default_and_stays_it(
+    put, trials, forget, make_request, tmp_path, caplog
+):
+    put()
+    with caplog.at_level("INFO", logger="kvq"):
+        assert choose(make_request()).kernel.name == "probe"
+    assert choose(make_request()).kernel.name == "probe"
+    forget()
+    assert choose(make_request()).kernel.name == "probe"
+    assert trials == ["probe"]
+    (file,) = kept_files(tmp_path)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert (found["over"], found["own_ms"], found["other_ms"]) == ("eager", 1000, 2500)
+    assert found["checks"] == len(proving.CHECKS) + 1
+    assert found["relative_error"] == 0
+    assert found["subject"]["torch"] == torch.__version__
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert "'probe'" in record.message
+    assert "2.5 times as fast as 'eager'" in record.message
+    assert "it is the default" in record.message
+
+
+@pytest.mark.parametrize(("own", "expected"), [(2.4, "probe"), (2.5, "eager"), (4.0, "eager")])
+def test_a_kernel_must_be_faster_than_what_runs_otherwise(put, pace, make_request, own, expected, caplog):
+    put()
+    pace["probe"] = own
+    with caplog.at_level("INFO", logger="kvq"):
+        choice = choose(make_request())
+    assert choice.kernel.name == expected
+    assert [one.levelname for one in caplog.records] == ["INFO"]
+    if own == 4:
+        assert choice.passed_over["probe"].startswith(
+            "slower here than 'eager', 4000.00 against 2500.00 ms a step, right within"
+        )
+
+
+WRONG = {
+    "everything": lambda request: True,
+    "bfloat16": lambda request: request.query.dtype == torch.bfloat16,
+    "float16": lambda request: request.query.dtype == torch.float16,
+    "sides of two dtypes": lambda request: request.pair.key.like.dtype != request.pair.value.like.dtype,
+    "keys per token": lambda request: not request.pair.key.store.quantizer.per_channel,
+    "values per channel": lambda request: request.pair.value.store.quantizer.per_channel,
+    "rotation": lambda request: request.pair.key.store.quantizer.rotation is not None,
+    "sinks": lambda request: request.pair.key.sinks.states is not None,
+    "a chunk of full length": lambda request: request.stored_length >= 2048,
+    "a chunk with room": lambda request: any(one.used < one.capacity for one in request.pair.key.store.segments),
+    "a boolean mask": lambda request: request.mask is not None and request.mask.dtype == torch.bool,
+    "an additive mask": lambda request: request.mask is not None and request.mask.dtype != torch.bool,
+    "several queries": lambda request: request.query.shape[2] > 1,
+    "reordered rows": lambda request: request.is_reordered,
+    "a cap": lambda request: request.softcap is not None,
+    "logits": lambda request: request.sink_logits is not None,
+    "float32 metadata": lambda request: request.pair.key.store.quantizer.spec.metadata_dtype == torch.float32,
+    "head dim 80": lambda request: request.query.shape[3] == 80,
+    **{
+        f"{bits} bit": lambda request, bits=bits: bits in (
+            request.pair.key.store.quantizer.bits, request.pair.value.store.quantizer.bits
+        )
+        for bits in range(1, 9)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.case("a kernel that computes something else on this processor", "it is refused with a warning")
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_kernel_that_is_wrong_is_refused(put, trials, forget, make_request, reference, error_of, kind, caplog):
+    probe = put(WRONG[kind])
+    request, memo = make_request(), AttentionMemo()
+    with caplog.at_level("INFO", logger="kvq"):
+        assert error_of(attend_packed(request, memo), reference(request)) < 1e-5
+    assert memo.last_reader == "eager"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "differs from the reference by" in record.message
+    reason = memo.passed_over["probe"]
+    assert reason.startswith("found wrong here: it differs from the reference by")
+    forget()
+    asked = len(probe.asked)
+    assert choose(make_request()).passed_over == {"probe": reason}
+    assert (trials, len(probe.asked)) == (["probe"], asked)
+
+
+def test_the_report_of_a_cache_has_the_reason(put, make_request):
+    put(WRONG["bfloat16"])
+    request = make_request()
+    attend_packed(request, request.pair.owner.attention)
+    report = report_memory([request.pair.owner])
+    assert report.attention == ("eager",)
+    assert "in bfloat16 (at most 3e-02 is accepted)" in report.passed_over["probe"]
+    assert hash(report.layers[0]) == hash(report.layers[0])
+
+
+def test_what_a_kernel_raises_holds_for_the_process_only(put, trials, forget, make_request, tmp_path):
+    def fail(request):
+        raise ZeroDivisionError("of all things")
+
+    put(fail)
+    for _ in range(2):
+        assert choose(make_request()).passed_over["probe"] == (
+            "found wrong here: it raised ZeroDivisionError: of all things"
+        )
+    assert trials == ["probe"]
+    assert kept_files(tmp_path) == []
+    forget()
+    choose(make_request())
+    assert trials == ["probe", "probe"]
+
+
+def test_where_no_thread_can_be_had_nothing_is_found(put, make_request, monkeypatch, tmp_path):
+    put()
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(proving.threading.Thread, "start", fail)
+    assert "could not be tried: can't start new thread" in choose(make_request()).passed_over["probe"]
+    assert kept_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["off", "OFF", "0", "false", "no"])
+def test_trials_can_be_switched_off(put, trials, make_request, monkeypatch, text):
+    put()
+    assert choose(make_request()).kernel.name == "probe"
+    monkeypatch.setenv("KVQ_KERNEL_TRIALS", text)
+    assert choose(make_request()).passed_over["probe"].startswith("no record proves it on cpu-")
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "probe")
+    assert choose(make_request()).kernel.name == "probe"
+    assert trials == ["probe"]
+
+
+def test_a_variable_that_says_neither_is_refused(put, make_request, monkeypatch):
+    put()
+    monkeypatch.setenv("KVQ_KERNEL_TRIALS", "perhaps")
+    with pytest.raises(ConfigError, match="KVQ_KERNEL_TRIALS: 'perhaps' is neither on nor off"):
+        choose(make_request())
+
+
+@pytest.mark.case("KVQ_ATTENTION_KERNEL= in a shell", "it counts as not set")
+@pytest.mark.parametrize("blank", ["", "  ", "\t"])
+def test_an_empty_variable_is_not_set(put, make_request, monkeypatch, blank):
+    put()
+    for name in ("KVQ_ATTENTION_KERNEL", "KVQ_KERNEL_TRIALS"):
+        monkeypatch.setenv(name, blank)
+    assert choose(make_request()).kernel.name == "probe"
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", " eager ")
+    assert choose(make_request()).kernel.name == "eager"
+
+
+def test_a_kernel_that_is_named_or_not_reached_is_not_tried(put, trials, make_request, monkeypatch):
+    put()
+    for name in ("probe", "eager"):
+        monkeypatch.setenv("KVQ_ATTENTION_KERNEL", name)
+        assert choose(make_request()).kernel.name == name
+    monkeypatch.delenv("KVQ_ATTENTION_KERNEL")
+    monkeypatch.setattr(Probe, "find_obstacle", lambda self, request: "no such request")
+    assert choose(make_request()).passed_over == {"probe": "no such request"}
+    monkeypatch.setattr(Probe, "find_obstacle", lambda self, request: None)
+    monkeypatch.setattr(Probe, "find_problem", lambda self: "no compiler")
+    assert choose(make_request()).passed_over == {"probe": "no compiler"}
+    assert find_reason_against(kernel_module._KERNELS["probe"], torch.device("meta")) == "runs on cpu, cuda only"
+    assert trials == []
+
+
+def test_a_record_saves_the_trial_and_a_trial_outranks_it(put, trials, give_records, make_request, forget):
+    probe = put(WRONG["sinks"])
+    give_records("probe")
+    assert choose(make_request()).kernel.name == "probe"
+    assert examine(probe, CPU).origin == "shipped record"
+    assert trials == []
+    found = examine(probe, CPU, must_try=True)
+    assert (found.origin, trials) == ("measured here", ["probe"])
+    forget()
+    assert choose(make_request()).kernel.name == "eager"
+
+
+def test_a_look_is_no_trial(put, trials):
+    probe = put()
+    found = examine(probe, CPU)
+    assert (found.origin, trials) == ("none", [])
+    assert found.reason.startswith("not tried on this machine yet")
+    assert examine(REFERENCE, CPU) is None
+
+
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut off": lambda text: text[: len(text) // 2],
+    "zeros": lambda text: "\0" * len(text),
+    "no JSON": lambda text: "garbage",
+    "no object": lambda text: "[]",
+    "of another kernel": lambda text: text.replace('"probe"', '"robe"'),
+    "of another version": lambda text: text.replace(torch.__version__, "1.0"),
+    "a field more": lambda text: text.replace("{", '{"more": 1,', 1),
+    "a field less": lambda text: text.replace('"made_at"', '"when"'),
+    "of another type": lambda text: text.replace('"checks": 9,', '"checks": "9",'),
+    "no number": lambda text: text.replace('"own_ms": 1000.0', '"own_ms": "NaN"'),
+    "no UTF-8": lambda text: "\udcff",
+}
+
+
+@pytest.mark.case("a damaged or foreign file of a verdict", "it is ignored, and written anew")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_cannot_be_trusted_is_rewritten(put, trials, forget, make_request, tmp_path, damage):
+    put()
+    choose(make_request())
+    (file,) = kept_files(tmp_path)
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(DAMAGES[damage](whole), encoding="utf-8", errors="surrogateescape")
+    forget()
+    assert choose(make_request()).kernel.name == "probe"
+    assert trials == ["probe", "probe"]
+    assert kept_files(tmp_path) == [file]
+    assert json.loads(file.read_text(encoding="utf-8"))["subject"] == json.loads(whole)["subject"]
+
+
+def test_a_file_that_others_may_write_to_is_not_believed(put, trials, forget, make_request, tmp_path):
+    put()
+    choose(make_request())
+    kept_files(tmp_path)[0].chmod(0o666)
+    forget()
+    choose(make_request())
+    assert len(trials) == 2
+
+
+def test_another_code_machine_or_version_is_tried_again(put, trials, make_request, monkeypatch):
+    probe = put()
+    changes = [
+        lambda: setattr(probe, "source", "second"),
+        lambda: monkeypatch.setattr(verdicts, "describe_processor", lambda: "another"),
+        lambda: monkeypatch.setattr(verdicts, "device_class", lambda device: "cpu-z80"),
+        lambda: monkeypatch.setattr(verdicts.torch, "__version__", "9.9"),
+        lambda: monkeypatch.setattr(verdicts.torch.backends.cpu, "get_cpu_capability", lambda: "NONE"),
+    ]
+    choose(make_request())
+    for number, change in enumerate(changes):
+        change()
+        for _ in range(2):
+            choose(make_request())
+        assert len(trials) == 2 + number
+
+
+def test_where_nothing_can_be_kept_a_trial_holds_for_the_process(put, trials, make_request, tmp_path, caplog):
+    (tmp_path / "kvq").write_text("", encoding="utf-8")
+    probe = put()
+    for _ in range(3):
+        assert choose(make_request()).kernel.name == "probe"
+    probe.source = "second"
+    choose(make_request())
+    assert trials == ["probe", "probe"]
+    (record,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert "holds for this process only" in record.message
+
+
+def test_threads_that_come_at_once_wait_for_one_trial(put, trials, make_request):
+    put()
+    names = []
+    threads = [threading.Thread(target=lambda: names.append(choose(make_request()).kernel.name)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (names, trials) == (["probe"] * 4, ["probe"])
+
+
+def test_processes_that_write_at_once_leave_a_whole_file(put, make_request, tmp_path):
+    """As threads, each with a file of its own until it is renamed."""
+    probe = put()
+    choose(make_request())
+    subject = verdicts.make_subject(probe, CPU)
+    verdict = verdicts.find_kept(subject)
+    found = []
+
+    def write_and_read():
+        for _ in range(30):
+            verdicts.keep(verdict)
+            found.append(verdicts.find_kept(subject))
+
+    threads = [threading.Thread(target=write_and_read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [verdict] * 120
+    assert len(kept_files(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_forked_during_a_trial_does_not_wait_for_it():
+    with standing._LOCK:
+        child = os.fork()
+        if not child:
+            os._exit(0 if standing._LOCK.acquire(timeout=10) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+class Seen(TorchDispatchMode):
+    """Notes whether it saw any operation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+STATES = {
+    "nothing": [],
+    "no_grad": [torch.no_grad],
+    "inference_mode": [torch.inference_mode],
+    "autocast": [lambda: torch.autocast("cpu", torch.bfloat16)],
+    "another default device": [lambda: torch.device("meta")],
+    "all": [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", STATES)
+def test_a_trial_neither_feels_nor_changes_what_the_caller_has_set(put, make_request, monkeypatch, state, dtype):
+    if dtype == torch.float64 and Version(torch.__version__) < Version("2.7"):
+        pytest.skip("torch.ldexp of 2.6 computes in the default dtype, in the reference as well")
+    probe, request = put(), make_request()
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    torch.manual_seed(5)
+    with ExitStack() as stack:
+        for enter in STATES[state]:
+            stack.enter_context(enter())
+        torch.set_default_dtype(dtype)
+        try:
+            facts = list_facts()
+            with Seen() as seen:
+                choice = choose(request)
+            assert list_facts() == facts
+        finally:
+            torch.set_default_dtype(before[0])
+    assert choice.kernel.name == "probe", choice.passed_over
+    assert seen.count == 0
+    assert torch.get_num_threads() == before[1]
+    assert torch.initial_seed() == 5
+    assert torch.rand(3).tolist() == torch.rand(3, generator=torch.Generator().manual_seed(5)).tolist()
+    assert not any(one.query.is_inference() or one.query.requires_grad for one in probe.asked)
+
+
+def list_facts():
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.empty(0).device,
+        torch.get_rng_state().tolist() if torch.empty(0).device.type == "cpu" else None,
+    )
+
+
+def test_nothing_is_tried_while_a_model_is_traced(put, trials, make_request, monkeypatch):
+    put()
+    with monkeypatch.context() as tracing:
+        tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert choose(make_request()).passed_over["probe"].startswith("not tried on this machine yet")
+    assert trials == []
+    assert choose(make_request()).kernel.name == "probe"
+
+
+@pytest.mark.parametrize("step", [0.0, 0.15, 0.5, 5.0])
+def test_a_clock_bounds_the_trial(put, pace, monkeypatch, step):
+    """Each look at the clock is `step` seconds after the one before."""
+    monkeypatch.setattr(proving, "BUDGET_SECONDS", 2.0)
+    looks = iter(range(10**6))
+    steps, take = [], proving.take_seconds
+    monkeypatch.setattr(proving, "take_seconds", lambda *args: steps.append(args) or take(*args))
+    probe = put()
+    subject = verdicts.make_subject(probe, CPU)
+    verdict, _ = proving.prove(probe, [REFERENCE], subject, CPU, clock=lambda: step * next(looks))
+    checks = {0.0: 9, 0.15: 7, 0.5: 3, 5.0: 2}[step]
+    rounds = {0.0: proving.MOST_ROUNDS, 0.15: 9, 0.5: 4, 5.0: proving.LEAST_ROUNDS}[step]
+    assert verdict.checks == checks
+    assert len(steps) == 2 * rounds
+    assert verdict.is_passing
+
+
+def test_a_sample_depends_on_its_seed_alone_and_every_code_occurs():
+    first, again, other = (Sample(bits=(3, 2)).build(CPU, seed) for seed in (1, 1, 2))
+    assert first.pair.key.materialize().equal(again.pair.key.materialize())
+    assert not first.pair.key.materialize().equal(other.pair.key.materialize())
+    codes = first.pair.key.store.quantizer.read_centred_codes(first.pair.key.store.segments[0].parts)
+    assert set(codes.flatten().tolist()) == set(range(-4, 4))
+    assert first.pair.key.materialize().std() > 0.3
+
+
+class FakeCuda:
+    """Stands for the device: what is asked of it, in order."""
+
+    def __init__(self, monkeypatch, is_capturing=False):
+        self.calls = []
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake H100")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append("wait"))
+        monkeypatch.setattr(torch.cuda, "device", self.enter)
+        build = Sample.build
+        monkeypatch.setattr(Sample, "build", lambda sample, device, seed=0: build(sample, CPU, seed))
+
+    def enter(self, device):
+        self.calls.append(str(device))
+        return torch.no_grad()
+
+
+def test_a_kernel_for_a_gpu_takes_the_same_road(monkeypatch, trials, tmp_path):
+    """No GPU: the device is a fake, and the requests of the trial lie on the processor."""
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    probe = Probe()
+    monkeypatch.setattr(kernel_module, "_KERNELS", {"probe": probe, "eager": REFERENCE})
+    attend = Probe.attend
+    monkeypatch.setattr(Probe, "attend", lambda self, request: cuda.calls.append("step") or attend(self, request))
+    find_reason_against(probe, device, may_try=True)
+    assert trials == ["probe"]
+    assert cuda.calls[0] == "cuda:0"
+    timed = cuda.calls[1 + cuda.calls.index("wait") - 1 :]
+    assert timed[:6] == ["wait", "step", "wait", "wait", "wait", "wait"], "before and behind each step, of both kernels"
+    (file,) = kept_files(tmp_path)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["subject"]["device_class"] == "cuda-sm90"
+    assert found["device_name"] == "Fake H100"
+
+
+def test_nothing_is_tried_while_a_graph_is_recorded(monkeypatch, trials):
+    FakeCuda(monkeypatch, is_capturing=True)
+    reason = find_reason_against(Probe(), torch.device("cuda", 0), may_try=True)
+    assert reason.startswith("not tried on this machine yet")
+    assert trials == []
+
+
+GENERATE = """
+import json, torch, transformers
+from kvq import attach
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=199, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, initializer_range=0.2)
+model = transformers.AutoModelForCausalLM.from_config(config).eval()
+with attach(model, nbits_k=4, nbits_v=4) as handle:
+    model.generate(torch.arange(2, 190)[None].repeat(1, 2), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    report = handle.cache.memory()
+    print(json.dumps([report.attention, report.passed_over]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(library.find_problem() is not None, reason="no C compiler")
+def test_attach_tries_the_compiled_kernel_by_itself(tmp_path):
+    """Which kernel wins is the machine's affair; that what it says is obeyed is ours."""
+    kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq" / "kernels"
+    shutil.copytree(kernels, tmp_path / "kvq" / "kernels")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "KVQ_KERNEL_TRIALS": ""}
+    command = [sys.executable, "-W", "ignore", "-c", GENERATE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    readers, passed_over = json.loads(done.stdout)
+    (file,) = kept_files(tmp_path)
+    verdict = verdicts.Verdict.model_validate_json(file.read_bytes())
+    if verdict.subject.device_class == "cpu-x86_64-avx512":
+        pytest.skip("a shipped record saves the trial")
+    assert verdict.fault is None
+    assert readers == (["compiled"] if verdict.is_passing else ["eager"])
+    assert ("compiled" in passed_over) is not verdict.is_passing
