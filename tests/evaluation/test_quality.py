@@ -21,6 +21,16 @@ from kvq.evaluation.quality.text import TokenText
 
 LENGTH = 400
 NEVER_FULL = {"residual_length": 4096}
+EPSILON = torch.finfo(torch.float32).eps
+
+
+def rounding_bound(config):
+    """Return what rounding in float32 can do to a model's states, relative to their size, on any machine.
+
+    A sum of n products is off by at most n times epsilon, whatever the order in which a processor adds them; each
+    layer's states depend on the sums of the layers before it. What is really found is about a hundredth of it.
+    """
+    return config.hidden_size * config.num_hidden_layers * EPSILON
 
 
 def test_scores_are_those_of_float64():
@@ -34,10 +44,12 @@ def test_scores_are_those_of_float64():
         return powers / powers.sum(-1, keepdims=True)
 
     p, q = softmax(reference.double().numpy()), softmax(logits.double().numpy())
-    assert np.allclose(scores.kl, (p * np.log(p / q)).sum(-1), rtol=1e-5)
+    # A log-probability near zero is the difference of two numbers as large as the logits, each rounded.
+    near = {"rtol": 1e-5, "atol": 4 * EPSILON * float(max(logits.abs().max(), reference.abs().max()))}
+    assert np.allclose(scores.kl, (p * np.log(p / q)).sum(-1), **near)
     pick = targets.numpy()[..., None]
-    assert np.allclose(scores.nll, -np.log(np.take_along_axis(q, pick, -1))[..., 0], rtol=1e-5)
-    assert np.allclose(scores.reference_nll, -np.log(np.take_along_axis(p, pick, -1))[..., 0], rtol=1e-5)
+    assert np.allclose(scores.nll, -np.log(np.take_along_axis(q, pick, -1))[..., 0], **near)
+    assert np.allclose(scores.reference_nll, -np.log(np.take_along_axis(p, pick, -1))[..., 0], **near)
     assert np.array_equal(scores.agreement, (p.argmax(-1) == q.argmax(-1)).astype(np.float32))
     other_way = (q * np.log(q / p)).sum(-1)
     assert not np.allclose(scores.kl, other_way, rtol=0.1)
@@ -78,13 +90,17 @@ def test_forced_steps_say_what_one_forward_says(loaded, text, step):
 
 
 def test_a_cache_that_quantizes_nothing_costs_nothing(make_plan, loaded, text):
-    (record,) = evaluate(make_plan({"exact": NEVER_FULL}))
-    assert record.kl.mean < 1e-9
+    record, eight = evaluate(make_plan({"exact": NEVER_FULL, "eight": {"nbits_k": 8, "nbits_v": 8}}))
+    bound = rounding_bound(loaded[0].config)
+    assert max(record.error_by_distance) < bound
+    assert max(eight.error_by_distance) > 10 * bound  # eight bits are seen
     assert record.top1 == 1
-    assert abs(record.ppl_change) < 1e-6
-    assert max(record.error_by_distance) == 0
     with torch.inference_mode():
         logits = loaded[0](text.sequences).logits[:, 127:-1].double()
+    # Log-probabilities are off by what the logits are, and rounded themselves.
+    near = (bound + 4 * EPSILON) * float(logits.abs().max())
+    assert record.kl.mean < near
+    assert abs(record.ppl_change) < near
     likely = logits.log_softmax(-1).gather(-1, text.sequences[:, 128:, None])[..., 0]
     assert record.reference_perplexity == pytest.approx(math.exp(-likely[:, text.scored[128:]].mean()), rel=1e-4)
 
@@ -182,7 +198,7 @@ def test_bytes_of_a_peer_are_all_its_tensors(loaded, text):
 @pytest.mark.parametrize("kind", ["sliding", "linear attention"])
 def test_layers_that_forget_are_compared_as_far_as_they_go(kind):
     shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
-    shape |= dict(num_hidden_layers=2, vocab_size=99)
+    shape |= dict(num_hidden_layers=2, vocab_size=99, initializer_range=0.2)
     if kind == "sliding":
         config = transformers.MistralConfig(sliding_window=64, **shape)
     else:
@@ -200,4 +216,14 @@ def test_layers_that_forget_are_compared_as_far_as_they_go(kind):
     candidates = [make_candidate("two", KVQCacheConfig(nbits_v=2, residual_length=16))]
     (record,) = evaluate(EvaluationPlan(model, text, candidates, None, prefill=100, step=20))
     assert not record.failure
-    assert record.error_by_distance[0] < record.error_by_distance[-1] < 1
+    bound = rounding_bound(config)
+    errors = record.error_by_distance
+    assert max(errors) < 1  # states of other tokens would be further off than that
+    if kind == "linear attention":
+        assert errors[0] < bound < errors[-1] / 100  # the newest are exact, the oldest are read back from 2 bits
+        return
+    # 63 tokens are in sight, in runs of 8. None of them is quantized: the store has left the window. But the second
+    # layer's states come from attention that did read it, except for the oldest ones, which were computed before the
+    # store came into their sight, and the newest, which were after it had left.
+    assert max(errors[0], *errors[5:]) < bound
+    assert min(errors[1:5]) > 100 * bound
