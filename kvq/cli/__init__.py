@@ -5,6 +5,7 @@ A command's module is imported here, so that `kvq --help` knows it; what is heav
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from typing import Annotated
@@ -68,4 +69,10 @@ def main() -> None:
         app(prog_name="kvq")
     except KVQError as error:
         print_error(str(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print_error(f"what was to be printed could not be written: {error.strerror}")
+        sys.stdout = io.StringIO()  # or Python tries once more to write it at its end, and complains
         sys.exit(1)

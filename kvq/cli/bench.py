@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -17,6 +18,8 @@ import typer
 
 from kvq.cli.bench_parts import run_plan, time_generation, time_prompts
 from kvq.cli.console import print_error
+from kvq.cli.outputs import check_outputs, write_output
+from kvq.cli.progress import show_progress
 from kvq.errors import BackendError, ConfigError, EvaluationError, ModelError
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ QUICK: dict[str, Any] = {
 """What `--quick` measures."""
 DEEP_LENGTH = 16384
 """Tokens of history in the random model of many cheap layers."""
+MAX_THREADS = 1024
 SPARE = 512
 """Positions that a run may take behind the history: rounds, and the tokens between flushes."""
 _NUMBERS = re.compile(r"\[[-\d.e,\s]+\]")
@@ -107,7 +111,9 @@ def bench(
         float,
         typer.Option(min=1, help="Seconds to fill one cache, and for its flushes; a prompt has 6 times that."),
     ] = 60,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's own choice unless given.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; torch's own choice unless given.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
     quick: Annotated[
         bool, typer.Option(help="One layer, 2,048 tokens, batch 1, float32, few rounds: a minute.")
@@ -127,25 +133,24 @@ def bench(
     given |= {"layers": layers, "deep": deep, "prompt": prompt, "bits": bits, "limit": limit, "peers": peers}
     given |= {"chunk": chunk, "draft": draft, "steps": steps}
     asked = {name: value if value is not None else (QUICK if quick else USUAL)[name] for name, value in given.items()}
-    with _usage_errors():
-        _check_files(out, picture)
-        _quieten_libraries()
-        where = _find_device(device, threads)
-        choice = _choose_contenders(backend, config, bits, peers=peers)
-        loaded = _load(model, where, asked)
-        plans = _make_plans(choice, asked, where, loaded)
-    options = {**asked, "model": model, "configs": dict(choice.configs)}
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for name, plan in plans.items():
-        parts[name] = run_plan(plan)
-        _write(where, options, parts, out)
-    if asked["layers"]:
-        parts |= time_generation(plans["model"], parts["model"], asked)
-        _write(where, options, parts, out)
-        parts["first_token"] = time_prompts(choice, asked, where, loaded)
-        _write(where, options, parts, out)
+    with show_progress("loading") as progress:
+        with _usage_errors():
+            if math.isnan(limit):  # which older versions of click take for a number of at least 1
+                raise EvaluationError("'--limit' nan is no number of seconds")
+            check_outputs(out, picture)
+            _quieten_libraries()
+            where = _find_device(device, threads)
+            choice = _choose_contenders(backend, config, bits, peers=peers)
+            loaded = _load(model, where, asked)
+            plans = _make_plans(choice, asked, where, loaded)
+        options = {**asked, "model": model, "configs": dict(choice.configs)}
+        parts = _Parts(where, options, list(plans), out)
+        results = {name: run_plan(name, plan, progress, parts.keep) for name, plan in plans.items()}
+        if asked["layers"]:
+            time_generation(plans["model"], results["model"], asked, progress, parts.keep)
+            time_prompts(choice, asked, where, loaded, progress, parts.keep)
     if picture is not None:
-        _draw(where, parts["layer"], picture)
+        _draw(where, results["layer"], picture)
 
 
 @contextmanager
@@ -156,13 +161,6 @@ def _usage_errors() -> Iterator[None]:
     except (EvaluationError, ConfigError, BackendError, ModelError) as error:
         print_error(str(error))
         raise typer.Exit(2) from error
-
-
-def _check_files(*files: Path | None) -> None:
-    """Notice before the minutes of measuring that a file could not be written after them."""
-    for file in files:
-        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise EvaluationError(f"{str(file)!r} cannot be written")
 
 
 def _quieten_libraries() -> None:
@@ -264,16 +262,23 @@ def _list_settings(shape: Shape, asked: dict[str, Any], device: torch.device) ->
     ]
 
 
-def _write(
-    device: torch.device, options: dict[str, Any], parts: dict[str, list[dict[str, Any]]], out: Path | None
-) -> None:
-    """Keep what is measured so far."""
-    from kvq.benchmark.report import describe_run
+class _Parts:
+    """What is measured so far, which the file has at any time."""
 
-    if out is not None:
-        document = describe_run(device, options, parts)
-        text = json.dumps(document, indent=1, allow_nan=False)
-        out.write_text(_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+    def __init__(self, device: torch.device, options: dict[str, Any], names: list[str], out: Path | None) -> None:
+        self._device, self._options, self._out = device, options, out
+        more = ("forwards", "steps", "first_token") if options["layers"] else ()
+        self._parts: dict[str, list[dict[str, Any]]] = {name: [] for name in (*names, *more)}
+
+    def keep(self, name: str, facts: dict[str, Any]) -> None:
+        """Add one result to the part of that name, and write the file."""
+        from kvq.benchmark.report import describe_run
+
+        self._parts[name].append(facts)
+        if self._out is not None:
+            document = describe_run(self._device, self._options, self._parts)
+            text = json.dumps(document, indent=1, allow_nan=False)
+            write_output(self._out, _NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def _draw(device: torch.device, results: list[dict[str, Any]], picture: Path) -> None:

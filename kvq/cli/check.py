@@ -9,6 +9,7 @@ import typer
 
 from kvq.cli.console import print_error, print_line, print_table, print_warning
 from kvq.cli.given_path import exists, expand
+from kvq.cli.progress import show_progress
 from kvq.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -48,9 +49,11 @@ def check(
 
         check_backend(target, only=only or [], options=option or [], as_json=as_json)
         return
+    _refuse_backend_options(target, {"--only": only, "--option": option, "--json": as_json})
     path = _find_file(target)
     try:
-        summary = _summarize(path, head_dim)
+        with show_progress(f"reading {target}"):
+            summary = _summarize(path, head_dim)
     except (ConfigError, BackendError) as error:
         faults = [str(fault) for fault in error.faults] if isinstance(error, ConfigError) else [str(error)]
         print_error(f"{target} has {len(faults)} fault{'s' if len(faults) > 1 else ''}", faults)
@@ -63,6 +66,14 @@ def check(
 def _is_name(text: str) -> bool:
     """Return whether the argument means a backend; names have neither dots nor slashes in them."""
     return text.replace("-", "_").isidentifier() and not exists(Path(text))
+
+
+def _refuse_backend_options(target: str, given: dict[str, object]) -> None:
+    """End the command where an option was given that only a backend has: a program would wait for JSON in vain."""
+    unused = [name for name, value in given.items() if value]
+    if unused:
+        print_error(f"{' and '.join(unused)} can be given for a backend only, and {target!r} is a file")
+        raise typer.Exit(2)
 
 
 def _summarize(path: Path, head_dim: int) -> ConfigSummary:
@@ -84,7 +95,9 @@ def _find_file(text: str) -> Path:
     path = expand(text)
     if exists(path) and path.is_file():
         return path
-    if exists(path) and path.is_dir():
+    if not text:
+        problem = "is no file; give the path of a configuration file"
+    elif exists(path) and path.is_dir():
         problem = "is a directory; give a configuration file in it"
     elif path.suffix.lower() in SUFFIXES:
         problem = "does not exist; give the path of a configuration file"

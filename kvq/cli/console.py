@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,10 @@ from kvq.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGE_LINES, shorten
 
 NO_TERMINAL_WIDTH = 10_000
 """Columns for output that goes to a file or a program: wider than any line."""
+COLUMN_GAP = 2
+"""Blanks between the columns of a table."""
+LEAST_WIDTH = 12
+"""Characters that the last column of a growing table has at the least."""
 
 
 def get_console(*, stderr: bool = False) -> Console:
@@ -30,12 +34,41 @@ def get_console(*, stderr: bool = False) -> Console:
 
 def print_line(text: str = "") -> None:
     """Print one line, which only the terminal itself may wrap."""
-    get_console().print(text, soft_wrap=True)
+    get_console().print(make_printable(text, sys.stdout), soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under a header; in a terminal that is too narrow, cells are wrapped, never cut."""
     _print_rich_table(_make_table(columns, rows, show_header=True))
+
+
+class GrowingTable:
+    """A table whose rows are printed as soon as they are known.
+
+    They are aligned because the widths are chosen before: a longer cell is wrapped, never cut. The header is printed at
+    once.
+
+    Args:
+        columns: their names.
+        widths: characters of the widest cell to come, one for each column; a name may be wider. Without one for the
+            last column, it takes what the others leave.
+    """
+
+    def __init__(self, columns: Sequence[str], widths: Sequence[int]) -> None:
+        self._columns = columns
+        self._widths = [max(pair) for pair in zip(map(len, columns), widths, strict=False)]
+        available = get_console().width - COLUMN_GAP * len(columns)  # rich 13 has a gap behind the last one as well
+        if len(widths) < len(columns):
+            self._widths.append(max(available - sum(self._widths), len(columns[-1]), LEAST_WIDTH))
+        self._widths = fit_widths(self._widths, available)
+        self._print([], show_header=True)
+
+    def add(self, cells: Sequence[object]) -> None:
+        """Print one row."""
+        self._print([cells], show_header=False)
+
+    def _print(self, rows: Sequence[Sequence[object]], *, show_header: bool) -> None:
+        _print_rich_table(_make_table(self._columns, rows, show_header=show_header, widths=self._widths))
 
 
 def print_fields(rows: Sequence[tuple[str, object]]) -> None:
@@ -71,12 +104,33 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _make_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, show_header: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=show_header, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+def fit_widths(widths: Sequence[int], available: int) -> list[int]:
+    """Return widths that have room together: the widest give way first, and none vanishes."""
+    fitted = list(widths)
+    while sum(fitted) > available and max(fitted) > 1:
+        fitted[fitted.index(max(fitted))] -= 1
+    return fitted
+
+
+def make_printable(text: str, stream: TextIO) -> str:
+    """Return a text with what the stream cannot encode spelled out, so that its length is that on the screen."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace("±", "+-").encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
+def _make_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, show_header: bool, widths: Sequence[int] | None = None
+) -> Table:
+    padding = (0, COLUMN_GAP, 0, 0)
+    table = Table(box=None, pad_edge=False, padding=padding, show_header=show_header, header_style="bold")
+    for column, width in zip(columns, widths or (None,) * len(columns), strict=True):
+        table.add_column(column, overflow="fold", width=width)
     for row in rows:
-        table.add_row(*(Text(one_line(str(cell))) for cell in row))
+        table.add_row(*(Text(make_printable(one_line(str(cell)), sys.stdout)) for cell in row))
     return table
 
 
@@ -89,6 +143,7 @@ def _print_rich_table(table: Table) -> None:
         console.print(table)
     for line in captured.get().splitlines():
         sys.stdout.write(line.rstrip() + "\n")  # rich fills the last column up with blanks
+    sys.stdout.flush()
 
 
 def _print_labelled(label: str, style: str, message: str) -> None:

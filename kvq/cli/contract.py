@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
-from rich.progress import Progress
 
-from kvq.cli.console import get_console, print_error, print_json, print_line, print_table
+from kvq.cli.console import GrowingTable, print_error, print_json, print_line
+from kvq.cli.progress import Progress, show_progress
 from kvq.errors import BackendError, CheckNotApplicableError, ConfigError
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ def check_backend(name: str, *, only: Sequence[str], options: Sequence[str], as_
     Raises:
         typer.Exit: code 1 where a check fails, 2 where there is no such backend, check or option.
     """
-    checks = _list_checks(name, only, options)
-    results = _run(checks)
+    with show_progress(f"loading {name}") as progress:
+        checks = _list_checks(name, only, options)
+        results = _run(checks, progress, as_table=not as_json)
     failed = [result for result in results if result.outcome == "failed"]
     if as_json:
         print_json({"backend": name, "passed": not failed, "results": [asdict(result) for result in results]})
     else:
-        _print_results(name, results)
+        _print_verdict(name, results)
     if failed:
         raise typer.Exit(1)
 
@@ -63,36 +65,52 @@ def _parse_option(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise CheckNotApplicableError(f"--option {text!r} is no KEY=VALUE")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise CheckNotApplicableError(f"--option {text!r} has no value that YAML can read: {error}") from error
 
 
-def _run(checks: list[BoundCheck]) -> list[CheckResult]:
-    from kvq.testing import run_checks
-
+def _run(checks: list[BoundCheck], progress: Progress, *, as_table: bool) -> list[CheckResult]:
+    """Run the checks; print a row as soon as a check has been run on all its cases."""
+    table = _begin_table(checks) if as_table else None
+    progress.begin("", len(checks), "runs")
     results = []
-    # A vendor's library that prints must not end up in the JSON.
-    with contextlib.redirect_stdout(sys.stderr), Progress(console=get_console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(checks))
-        runs = run_checks(checks)
-        for one in checks:
-            progress.update(task, description=str(one))
-            results.append(next(runs))
-            progress.advance(task)
+    for check, group in groupby(_run_quietly(checks, progress), lambda result: result.check):
+        found = list(group)
+        results += found
+        if table is not None:
+            table.add(_row(check, found))
     return results
 
 
-def _print_results(name: str, results: list[CheckResult]) -> None:
-    by_check: dict[str, list[CheckResult]] = {}
-    for result in results:
-        by_check.setdefault(result.check, []).append(result)
-    print_table(("check", "result", "cases", ""), [_row(check, group) for check, group in by_check.items()])
-    failed = [result for result in results if result.outcome == "failed"]
+def _run_quietly(checks: list[BoundCheck], progress: Progress) -> Iterator[CheckResult]:
+    """Yield the results; what a vendor's library prints must not end up in the table or the JSON."""
+    from kvq.evaluation.one_thread import one_thread
+    from kvq.testing import run_checks
+
+    runs = run_checks(checks)
+    for one in checks:
+        progress.advance(str(one), 0)
+        with contextlib.redirect_stdout(sys.stderr), one_thread():
+            result = next(runs)
+        progress.advance(str(one))
+        yield result
+
+
+def _begin_table(checks: list[BoundCheck]) -> GrowingTable:
+    widths = max(len(one.name) for one in checks), len("not applicable"), len(f"{len(checks)}/{len(checks)}")
+    return GrowingTable(("check", "result", "cases", ""), widths)
+
+
+def _print_verdict(name: str, results: list[CheckResult]) -> None:
+    checks = {result.check for result in results}
+    failed = {result.check for result in results if result.outcome == "failed"}
     print_line()
     if failed:
-        count = len({result.check for result in failed})
-        print_line(f"{name} fails {count} of {len(by_check)} checks")
+        print_line(f"{name} fails {len(failed)} of {len(checks)} checks")
     else:
-        print_line(f"{name} keeps the contract: {len(by_check)} checks, {len(results)} runs")
+        print_line(f"{name} keeps the contract: {len(checks)} checks, {len(results)} runs")
 
 
 def _row(check: str, group: list[CheckResult]) -> tuple[str, str, str, str]:

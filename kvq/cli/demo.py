@@ -5,54 +5,68 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress
 
-from kvq.cli.console import get_console, print_error, print_line, print_table
+from kvq.cli.console import GrowingTable, print_error, print_line
+from kvq.cli.progress import Progress, show_progress
 from kvq.errors import BackendError
 
 if TYPE_CHECKING:
     from kvq.backend_spec import BackendSpec
-    from kvq.evaluation.demo import DemoRow
+    from kvq.evaluation.demo import DemoCase, DemoRow
     from kvq.evaluation.recall import RecallBatch
-    from kvq.evaluation.scoring import RecallScore
 
 MAX_RECORDS = 166
+MAX_SEED = 2**63 - 1
+COLUMNS = ("backend", "bits", "exact answers", "same tokens", "bits held (K / V)", "cache", "smaller")
 
 
 def demo(
     backend: Annotated[
         list[str] | None, typer.Option("--backend", "-b", help="Only this backend; may be given several times.")
     ] = None,
-    contexts: Annotated[int, typer.Option(min=1, max=256, help="Contexts to ask about, in one batch.")] = 16,
-    questions: Annotated[int, typer.Option(min=1, max=64, help="Questions about each context.")] = 16,
+    contexts: Annotated[int, typer.Option(min=1, max=256, help="Contexts to ask about, in one batch.")] = 8,
+    questions: Annotated[int, typer.Option(min=1, max=64, help="Questions about each context.")] = 32,
     records: Annotated[int, typer.Option(min=16, max=MAX_RECORDS, help="Records in a context, six tokens each.")] = 160,
-    seed: Annotated[int, typer.Option(help="Seed of the contexts and questions.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the contexts and questions.")] = 1,
 ) -> None:
     """Answer questions from quantized caches with the embedded model, offline (a minute or two).
 
     A small Llama, trained for this task and shipped with kvq, reads a list of records and is asked for some of them.
     The table shows the share of answers that are right to the last token, the share of tokens that equal those in full
-    precision, and what each cache holds.
+    precision, and what each cache holds. A row is printed as soon as it is measured.
     """
-    from kvq.evaluation.demo import list_cases, run_cases
-    from kvq.evaluation.embedded_model import load_embedded_model
-
     if questions > records:
         print_error(f"--questions {questions} is more than --records {records}; ask fewer questions")
         raise typer.Exit(2)
-    specs = _find_backends(backend)
-    model, _ = load_embedded_model()
-    batch = _draw(contexts, records, questions, seed)
-    cases = list_cases(specs)
-    rows = []
-    with Progress(console=get_console(stderr=True), transient=True) as progress:
-        names = [f"{case.backend} {case.bits}" for case in cases]
-        task = progress.add_task(names[0], total=len(cases))
-        for row, upcoming in zip(run_cases(model, batch, cases), [*names[1:], "done"], strict=True):
-            rows.append(row)
-            progress.update(task, advance=1, description=upcoming)
-    _print_scores(rows, batch)
+    with show_progress("loading the model") as progress:
+        from kvq.evaluation.demo import list_cases
+
+        cases = list_cases(_find_backends(backend))
+        batch = _draw(contexts, records, questions, seed)
+        rows = _run(cases, batch, progress)
+    _print_comparisons(rows, contexts)
     _print_sample(rows, batch)
+
+
+def _run(cases: list[DemoCase], batch: RecallBatch, progress: Progress) -> list[DemoRow]:
+    """Measure the cases, and print each as soon as it is done."""
+    from kvq.evaluation.demo import run_cases
+    from kvq.evaluation.embedded_model import load_embedded_model
+
+    model, _ = load_embedded_model()
+    names = [_name(case) for case in cases]
+    progress.begin(names[0], len(cases), "caches")
+    table = _begin_table(cases, batch)
+    rows = []
+    for row, upcoming in zip(run_cases(model, batch, cases), [*names[1:], "done"], strict=True):
+        rows.append(row)
+        table.add(_cells(row))
+        progress.advance(upcoming)
+    return rows
+
+
+def _name(case: DemoCase) -> str:
+    return f"{case.backend} {case.bits}" if case.config else case.backend
 
 
 def _find_backends(names: list[str] | None) -> list[BackendSpec]:
@@ -63,7 +77,7 @@ def _find_backends(names: list[str] | None) -> list[BackendSpec]:
     if names is None:
         return [info.spec for info in registry.available_backends(load=True) if info.state == "ready" and info.spec]
     try:
-        specs = [registry.get_backend(name) for name in names]
+        specs = [registry.get_backend(name) for name in dict.fromkeys(names)]
         for spec in specs:
             registry.check_requirements(spec)
     except BackendError as error:
@@ -80,27 +94,45 @@ def _draw(contexts: int, records: int, questions: int, seed: int) -> RecallBatch
     return sample_recall_batch(contexts, records, questions, generator=torch.Generator().manual_seed(seed))
 
 
-def _print_scores(rows: list[DemoRow], batch: RecallBatch) -> None:
+def _begin_table(cases: list[DemoCase], batch: RecallBatch) -> GrowingTable:
     contexts, tokens = batch.context.shape
     asked = contexts * batch.questions.shape[1]
     print_line(f"{asked} questions about {contexts} contexts of {tokens} tokens; one question is {1 / asked:.1%}")
     print_line("same tokens: as in full precision; bits held: metadata and room for tokens to come included")
-    plain_bytes = next((row.score.memory.full_precision_bytes for row in rows if row.score.memory), None)
-    print_table(
-        ("backend", "bits", "exact answers", "same tokens", "bits held (K / V)", "cache", "smaller"),
-        [(row.case.backend, row.case.bits, *_score_cells(row.score, plain_bytes)) for row in rows],
-    )
+    widths = [max(len(case.backend) for case in cases), max(len(case.bits) for case in cases), 6, 6, 13, 12, 6]
+    return GrowingTable(COLUMNS, widths)
 
 
-def _score_cells(score: RecallScore, plain_bytes: int | None) -> tuple[str, ...]:
-    rates = f"{score.exact_rate:.1%}", f"{score.agreement:.1%}"
-    memory = score.memory
+def _cells(row: DemoRow) -> tuple[str, ...]:
+    score, memory = row.score, row.score.memory
+    facts = row.case.backend, row.case.bits, f"{score.exact_rate:.1%}", f"{score.agreement:.1%}"
+    held = f"{score.held_bytes / 2**20:.2f} MiB"
     if memory is None:
-        return *rates, "16 / 16", "-" if plain_bytes is None else f"{plain_bytes / 2**20:.2f} MiB", "1.00x"
+        return *facts, "16 / 16", held, "1.00x"
     bits = " / ".join(
         "-" if side is None else f"{side:.2f}" for side in (memory.effective_bits_key, memory.effective_bits_value)
     )
-    return *rates, bits, f"{memory.total_bytes / 2**20:.2f} MiB", f"{memory.compression:.2f}x"
+    return *facts, bits, held, f"{memory.compression:.2f}x"
+
+
+def _print_comparisons(rows: list[DemoRow], contexts: int) -> None:
+    """Print what few bits cost, and on which side they cost less, with how sure that is."""
+    from kvq.evaluation.demo import FULL_PRECISION_BITS, compare_bits
+
+    asked = (
+        ("K4V4 against full precision", "K4V4", FULL_PRECISION_BITS),
+        ("K4V2 against full precision", "K4V2", FULL_PRECISION_BITS),
+        ("K4V2 against K2V4, which holds as many bytes", "K4V2", "K2V4"),
+    )
+    found = [(head, compare_bits(rows, bits, others)) for head, bits, others in asked]
+    if not any(comparisons for _, comparisons in found):
+        return
+    interval = f", 95 % interval over {contexts} contexts" if contexts > 1 else ""
+    print_line()
+    print_line(f"Difference in exact answers, in points{interval}:")
+    for head, comparisons in found:
+        if comparisons:
+            print_line(f"  {head}: {', '.join(f'{one.backend} {one}' for one in comparisons)}")
 
 
 def _print_sample(rows: list[DemoRow], batch: RecallBatch) -> None:
@@ -119,5 +151,4 @@ def _print_sample(rows: list[DemoRow], batch: RecallBatch) -> None:
     print_line(f"Asked: {decode_tokens(batch.questions[row, question, :2].tolist())}")
     print_line(f"{'in the context':>22}: {decode_tokens(right)}")
     for one, said in zip(rows, answers(row, question), strict=True):
-        label = f"{one.case.backend} {one.case.bits}" if one.case.config else one.case.backend
-        print_line(f"{label:>22}: {said}")
+        print_line(f"{_name(one.case):>22}: {said}")

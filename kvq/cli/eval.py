@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvq.cli.console import get_console, print_error, print_line, print_table
+from kvq.cli.console import GrowingTable, print_error, print_line, print_table
+from kvq.cli.outputs import check_outputs, write_output
+from kvq.cli.progress import Progress, show_progress
 from kvq.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvq.evaluation.quality.run import EvaluationPlan
 
 EMBEDDED = "embedded"
+MAX_SEQUENCES = 100_000
+MAX_NEEDLES = 1000
 
 
 def evaluate(
@@ -48,12 +50,14 @@ def evaluate(
     gate: Annotated[
         str | None, typer.Option(help="Conditions on every configuration, e.g. 'kl<0.05,top1>0.97'.")
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences that are read.")] = 16,
+    sequences: Annotated[int, typer.Option(min=1, max=MAX_SEQUENCES, help="Sequences that are read.")] = 16,
     length: Annotated[int, typer.Option(min=160, help="Tokens of each.")] = 1024,
     prefill: Annotated[int, typer.Option(min=16, help="Tokens of each that are read at once; later ones count.")] = 128,
     step: Annotated[int, typer.Option(min=1, help="Tokens of each later forward; 1 as in generation.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences read together.")] = 8,
-    needles: Annotated[int, typer.Option(min=0, help="Questions for each of five depths about a hidden fact.")] = 8,
+    needles: Annotated[
+        int, typer.Option(min=0, max=MAX_NEEDLES, help="Questions for each of five depths about a hidden fact.")
+    ] = 8,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
     dtype: Annotated[str, typer.Option(help="auto (the model's own), float16, bfloat16 or float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
@@ -73,23 +77,23 @@ def evaluate(
 
     Exit codes: 0 fine; 1 the gate is not met; 2 wrong usage, or something that is not there.
     """
-    with _usage_errors():
-        from kvq.evaluation.quality.gate import parse_gate
+    from kvq.evaluation.quality.processes import Processes
 
-        conditions = parse_gate(gate) if gate is not None else ()
-        _check_sizes(length, prefill)
-        _check_folders(out, picture)
-        candidates = _load_candidates(config, peers)
-        processes = _find_processes()  # before the model is loaded: it chooses the device of this process
-        plan = _make_plan(
-            _load(model, dtype, device),
-            candidates,
-            _TextChoice(text, dataset, sequences, length, needles),
-            {"prefill": prefill, "step": step, "batch_size": batch_size},
-        )
-    records = _run(plan, out, processes)
+    chosen = _TextChoice(text, dataset, sequences, length, needles)
+    with show_progress("loading the model", hidden=not Processes.is_first()) as progress:
+        with _usage_errors():
+            from kvq.evaluation.quality.gate import parse_gate
+
+            conditions = parse_gate(gate) if gate is not None else ()
+            _check_sizes(length, prefill)
+            check_outputs(out, picture)
+            candidates = _load_candidates(config, peers)
+            processes = Processes.find()  # before the model is loaded: it chooses the device of this process
+            sizes = {"prefill": prefill, "step": step, "batch_size": batch_size}
+            plan = _make_plan(_load(model, dtype, device), candidates, chosen, sizes)
+        records = _run(plan, out, processes, progress, _Shown(plan, model) if processes.is_main else None)
     if processes.is_main:
-        _show(records, plan, model, details=details)
+        _show_rest(records, details=details)
         if out is not None:
             _write(records, plan, model, out)
         if picture is not None:
@@ -123,13 +127,6 @@ def _usage_errors() -> Iterator[None]:
 def _check_sizes(length: int, prefill: int) -> None:
     if prefill + 1 >= length:
         raise EvaluationError(f"--prefill {prefill} leaves nothing of --length {length} to score")
-
-
-def _check_folders(*files: Path | None) -> None:
-    """Notice before the hours of measuring that a file could not be written after them."""
-    for file in files:
-        if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-            raise EvaluationError(f"{str(file)!r} cannot be written")
 
 
 def _load_candidates(files: list[Path] | None, peers: bool) -> list[Candidate]:
@@ -182,19 +179,45 @@ def _make_plan(
     return EvaluationPlan(model, text, candidates, needles, **sizes)
 
 
-def _find_processes() -> Processes:
-    from kvq.evaluation.quality.processes import Processes
+class _Shown:
+    """What is printed of a run while it goes on: the table, row by row."""
 
-    return Processes.find()
+    def __init__(self, plan: EvaluationPlan, model: str) -> None:
+        self._plan = plan
+        self._model = model
+        self._table: GrowingTable | None = None
+
+    def add(self, record: QualityRecord) -> None:
+        """Print a record; the first one brings the header, and full precision."""
+        from kvq.evaluation.quality.report import plain_row, table_row
+
+        if record.failure:
+            return
+        if self._table is None:
+            self._table = self._begin()
+            self._table.add(plain_row(record))
+        self._table.add(table_row(record))
+
+    def _begin(self) -> GrowingTable:
+        from kvq.evaluation.quality.report import COLUMNS, column_widths
+
+        text, prefill = self._plan.text, self._plan.prefill
+        count, length = text.sequences.shape
+        scored = count * int(text.scored[prefill:].sum())
+        print_line(f"{self._model} on {text.name}: {count} sequences of {length} tokens, {scored:,} of them scored")
+        return GrowingTable(COLUMNS, column_widths([candidate.label for candidate in self._plan.candidates]))
 
 
-def _run(plan: EvaluationPlan, out: Path | None, processes: Processes) -> list[QualityRecord]:
+def _run(
+    plan: EvaluationPlan, out: Path | None, processes: Processes, progress: Progress, shown: _Shown | None
+) -> list[QualityRecord]:
     from kvq.evaluation.quality.run import evaluate as measure
 
     parts = out.with_name(f"{out.name}.parts") if out is not None else None
+    progress.begin("full precision", -(-plan.units // processes.count), "passes")
+    on_record: Callable[[QualityRecord], None] = shown.add if shown is not None else lambda record: None  # noqa: ARG005
     try:
-        with _progress(plan, processes) as on_progress:
-            records = measure(plan, parts=parts, processes=processes, on_progress=on_progress)
+        records = measure(plan, parts=parts, processes=processes, on_progress=progress.advance, on_record=on_record)
     except KeyboardInterrupt:
         if parts is not None and processes.is_main:
             print_error(f"stopped; the same command goes on where this one was (finished parts: {parts})")
@@ -204,26 +227,9 @@ def _run(plan: EvaluationPlan, out: Path | None, processes: Processes) -> list[Q
     return records
 
 
-@contextmanager
-def _progress(plan: EvaluationPlan, processes: Processes) -> Iterator[Callable[[str], None]]:
-    """Show a bar with the time left, in the main process, for its share of the work; only in a terminal."""
-    left = TextColumn("left"), TimeRemainingColumn()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left
-    console = get_console(stderr=True)
-    is_seen = processes.is_main and console.is_terminal
-    shown = Progress(*columns, console=console, transient=True, disable=not is_seen)
-    with shown as progress:
-        task = progress.add_task("full precision", total=-(-plan.units // processes.count))
-        yield lambda label: progress.update(task, description=label, advance=1)
+def _show_rest(records: list[QualityRecord], *, details: bool) -> None:
+    from kvq.evaluation.quality.report import DETAIL_COLUMNS, detail_rows, list_failures
 
-
-def _show(records: list[QualityRecord], plan: EvaluationPlan, model: str, *, details: bool) -> None:
-    from kvq.evaluation.quality.report import COLUMNS, DETAIL_COLUMNS, detail_rows, list_failures, table_rows
-
-    count, length = plan.text.sequences.shape
-    scored = count * int(plan.text.scored[plan.prefill :].sum())
-    print_line(f"{model} on {plan.text.name}: {count} sequences of {length} tokens, {scored:,} of them scored")
-    print_table(COLUMNS, table_rows(records))
     if details:
         print_line()
         print_table(DETAIL_COLUMNS, detail_rows(records))
@@ -234,7 +240,7 @@ def _show(records: list[QualityRecord], plan: EvaluationPlan, model: str, *, det
 def _write(records: list[QualityRecord], plan: EvaluationPlan, model: str, out: Path) -> None:
     from kvq.evaluation.quality.report import describe_run
 
-    out.write_text(json.dumps(describe_run(plan, model, records), indent=1, allow_nan=False) + "\n")
+    write_output(out, json.dumps(describe_run(plan, model, records), indent=1, allow_nan=False) + "\n")
 
 
 def _draw(records: list[QualityRecord], picture: Path, title: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ from transformers import DynamicCache, PreTrainedModel
 from kvq.backend_spec import BackendSpec
 from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError
+from kvq.evaluation.one_thread import one_thread
+from kvq.evaluation.quality.metrics import Estimate
 from kvq.evaluation.recall import RecallBatch
 from kvq.evaluation.scoring import RecallScore, score_config, score_recall
 
 BIT_PAIRS = ((8, 8), (4, 4), (4, 2), (2, 4), (2, 2))
 """Bits of keys and values that the demo compares."""
+QUESTIONS_AT_ONCE = 4
+"""Questions in one forward: 28 tokens, far less than the window that is exact in any case."""
+FULL_PRECISION_BITS = "16 bit"
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class DemoCase:
     @property
     def bits(self) -> str:
         """The bits as the literature writes them, e.g. `K4V2`."""
-        return f"K{self.config.nbits_k:g}V{self.config.nbits_v:g}" if self.config else "16 bit"
+        return f"K{self.config.nbits_k:g}V{self.config.nbits_v:g}" if self.config else FULL_PRECISION_BITS
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,23 @@ class DemoRow:
 
     case: DemoCase
     score: RecallScore
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many more questions one case answers than another.
+
+    Attributes:
+        backend: of the case, or of both.
+        difference: share of the questions; its interval comes from the contexts, which were drawn independently.
+    """
+
+    backend: str
+    difference: Estimate
+
+    def __str__(self) -> str:
+        spread = "" if math.isnan(self.difference.half_width) else f" ± {100 * self.difference.half_width:.1f}"
+        return f"{100 * self.difference.mean:+.1f}{spread}"
 
 
 def list_cases(backends: Sequence[BackendSpec]) -> list[DemoCase]:
@@ -66,8 +89,31 @@ def run_cases(model: PreTrainedModel, batch: RecallBatch, cases: Sequence[DemoCa
     """Score the cases in turn, full precision first; each row comes as soon as it is measured."""
     reference = None
     for case in cases:
-        if case.config is None:
-            reference = score_recall(model, batch, DynamicCache(config=model.config))
-            yield DemoRow(case, reference)
-        else:
-            yield DemoRow(case, score_config(model, batch, case.config, reference))
+        with one_thread():
+            score = _score(model, batch, case, reference)
+        reference = reference or score
+        yield DemoRow(case, score)
+
+
+def _score(model: PreTrainedModel, batch: RecallBatch, case: DemoCase, reference: RecallScore | None) -> RecallScore:
+    if case.config is None:
+        return score_recall(model, batch, DynamicCache(config=model.config), at_once=QUESTIONS_AT_ONCE)
+    return score_config(model, batch, case.config, reference, at_once=QUESTIONS_AT_ONCE)
+
+
+def compare_bits(rows: Sequence[DemoRow], bits: str, others: str) -> list[Comparison]:
+    """Compare two pairs of bits of each backend that has both, context by context.
+
+    Args:
+        rows: what was measured, on the same questions.
+        bits: such as `K4V2`.
+        others: what to subtract; `16 bit` is full precision, whichever backend.
+    """
+    found = {(row.case.backend, row.case.bits): row.score.exact_by_context for row in rows}
+    plain = next((score for (_, own), score in found.items() if own == FULL_PRECISION_BITS), None)
+    comparisons = []
+    for (backend, own), score in found.items():
+        other = plain if others == FULL_PRECISION_BITS else found.get((backend, others))
+        if own == bits and other is not None:
+            comparisons.append(Comparison(backend, Estimate.of_parts(score - other)))
+    return comparisons

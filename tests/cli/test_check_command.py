@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 GOOD = """
@@ -71,3 +73,20 @@ def test_a_wrong_file_shows_every_fault(call_kvq, toy_path, tmp_path, name, text
     assert len(lines) == len(faults)
     assert all(line.startswith(fault) for line, fault in zip(lines, faults, strict=True))
     assert not (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_what_a_backend_prints_while_it_is_checked_is_no_result(call_kvq, monkeypatch, options):
+    from kvq.testing import contract
+
+    def run(check):
+        print("noise of a vendor")
+        return "passed", ""
+
+    monkeypatch.setattr(contract, "_run", run)
+    done = call_kvq("check", "native", "--only", "check_accuracy", *options)
+    assert done.returncode == 0, done.stderr
+    assert "noise" not in done.stdout
+    assert "noise of a vendor" in done.stderr
+    if options:
+        assert json.loads(done.stdout)["passed"] is True

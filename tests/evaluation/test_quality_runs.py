@@ -95,6 +95,16 @@ def test_processes_share_the_batches_and_agree(make_plan):
     assert evaluate(plan, processes=Half(1, 2)) == alone
 
 
+def test_a_record_comes_as_soon_as_its_last_batch_is_read(make_plan):
+    plan = make_plan(LABELLED)
+    seen = []
+    records = evaluate(plan, on_progress=seen.append, on_record=seen.append)
+    assert [entry for entry in seen if not isinstance(entry, str)] == records
+    before = seen.index(records[0])
+    assert seen[before + 1] == "two"  # the second cache is yet to read the last batch
+    assert sum(isinstance(entry, str) for entry in seen[:before]) == 3 * (plan.batches - 1) + 1
+
+
 def test_sequences_of_a_file_are_whole_and_evenly_spaced(loaded, tmp_path):
     class Letters:
         """A tokenizer of one token a letter."""

@@ -32,6 +32,11 @@ class Processes:
         state = PartialState()
         return cls(state.process_index, state.num_processes)
 
+    @staticmethod
+    def is_first() -> bool:
+        """Return whether this is the process that prints, before anything has been imported that could be asked."""
+        return os.environ.get("RANK", "0") == "0"
+
     @property
     def is_main(self) -> bool:
         """Whether this process prints and writes."""

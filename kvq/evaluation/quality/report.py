@@ -34,12 +34,18 @@ DETAIL_COLUMNS = (
 def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
     """Return a row of cells under `COLUMNS` for full precision and for each record."""
     measured = [record for record in records if not record.failure]
-    rows = []
-    if measured:
-        plain = measured[0]
-        needle, held = _rate(plain.reference_needle), _mebibytes(plain.full_precision_bytes)
-        rows.append(("full precision", f"{plain.reference_perplexity:.4g}", *["-"] * 4, needle, "-", held, "1.00x"))
-    return [*rows, *map(_row, measured)]
+    return [*map(plain_row, measured[:1]), *map(table_row, measured)]
+
+
+def plain_row(record: QualityRecord) -> tuple[str, ...]:
+    """Return the cells of full precision, which every record was compared with."""
+    needle, held = _rate(record.reference_needle), _mebibytes(record.full_precision_bytes)
+    return "full precision", f"{record.reference_perplexity:.4g}", *["-"] * 4, needle, "-", held, "1.00x"
+
+
+def column_widths(labels: Sequence[str]) -> tuple[int, ...]:
+    """Return how wide the cells under `COLUMNS` may become, in characters."""
+    return max(map(len, ("full precision", *labels))), 10, 10, 17, 8, 7, 6, 13, 12, 7
 
 
 def detail_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
@@ -79,7 +85,8 @@ def describe_run(plan: EvaluationPlan, model_name: str, records: Sequence[Qualit
     }
 
 
-def _row(record: QualityRecord) -> tuple[str, ...]:
+def table_row(record: QualityRecord) -> tuple[str, ...]:
+    """Return the cells of a record."""
     bits = "-" if record.bits_key is None else f"{record.bits_key:.2f} / {record.bits_value:.2f}"
     return (
         record.label,

@@ -84,6 +84,7 @@ def evaluate(
     parts: Path | None = None,
     processes: Processes | None = None,
     on_progress: Callable[[str], None] = lambda label: None,  # noqa: ARG005
+    on_record: Callable[[QualityRecord], None] = lambda record: None,  # noqa: ARG005
 ) -> list[QualityRecord]:
     """Measure all candidates of a plan.
 
@@ -92,6 +93,8 @@ def evaluate(
         parts: folder for what is finished, or None; needed to go on after an interruption.
         processes: among which the batches are shared; this one alone unless given.
         on_progress: called after each cache and batch with the label of what comes next.
+        on_record: called with each record as soon as it is complete: during the last batch where this process is alone,
+            else at the end.
 
     Returns:
         A record for each candidate, in their order; the same in every process.
@@ -100,13 +103,24 @@ def evaluate(
     finished = _Parts(parts, plan)
     failures: dict[str, str] = {}
     own: list[tuple[str, int, Any]] = []
+    records: dict[str, QualityRecord] = {}
+
+    def complete(candidate: Candidate, entries: Sequence[tuple[str, int, Any]]) -> None:
+        records[candidate.label] = _summarize(plan, candidate, entries, failures)
+        on_record(records[candidate.label])
+
     with without_hint():  # full precision and every cache are read by the same attention
         for index in range(processes.index, plan.batches, processes.count):
-            for label, result in _measure_batch(plan, index, finished, failures, on_progress):
-                own.append((label, index, result))
+            for candidate, result in _measure_batch(plan, index, finished, failures, on_progress):
+                own.append((candidate.label, index, result))
+                if processes.count == 1 and index == plan.batches - 1:
+                    complete(candidate, own)
     gathered = sorted(processes.gather(own), key=lambda entry: entry[1])
     failures = dict(processes.gather(list(failures.items())))
-    return [_summarize(plan, candidate, gathered, failures) for candidate in plan.candidates]
+    for candidate in plan.candidates:
+        if candidate.label not in records:
+            complete(candidate, gathered)
+    return [records[candidate.label] for candidate in plan.candidates]
 
 
 def _summarize(
@@ -125,8 +139,8 @@ def _measure_batch(
     finished: _Parts,
     failures: dict[str, str],
     on_progress: Callable[[str], None],
-) -> Iterator[tuple[str, Any]]:
-    """Yield label and result of each candidate on one batch; full precision is run only where one is missing."""
+) -> Iterator[tuple[Candidate, Any]]:
+    """Yield the result of each candidate on one batch; full precision is run only where one is missing."""
     reference: _Reference | None = None
     for candidate in plan.candidates:
         on_progress(candidate.label)
@@ -143,7 +157,7 @@ def _measure_batch(
                 continue
             finished.keep(candidate, index, result)
         if result is not None:
-            yield candidate.label, result
+            yield candidate, result
     on_progress("full precision")
 
 
