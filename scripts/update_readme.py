@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import platform
 import re
 import sys
@@ -104,13 +103,13 @@ def measure_demo() -> dict[str, Any]:
     rows = []
     for row in run_cases(model, batch, cases):
         rows.append(describe_row(row))
-        print(rows[-1])
+        print(rows[-1], flush=True)
     return {
         "command": "kvq demo",
         "parameters": {name: value for name, value in defaults.items() if value is not None},
         "context_length": batch.context.shape[1],
         "cpu": find_cpu_name(),
-        "cores": os.cpu_count(),
+        "threads": 1,  # that is what the demo computes on, however many there are
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("kvq", *DISTRIBUTIONS)},
         "rows": rows,
@@ -125,6 +124,7 @@ def describe_row(row: DemoRow) -> dict[str, Any]:
         "bits": row.case.bits,
         "exact_rate": round(score.exact_rate, 6),
         "agreement": round(score.agreement, 6),
+        "exact_by_context": [round(share, 6) for share in score.exact_by_context.tolist()],
     }
     if memory is None:
         return facts
@@ -162,7 +162,7 @@ def render_demo() -> str:
         f"`kvq demo`: {given['contexts'] * given['questions']} questions about {given['contexts']} contexts of "
         f"{results['context_length']} tokens, seed {given['seed']}; held is what the cache holds at the end, "
         f"{held_length:,} tokens of each context, and the bits are those of quantized elements with metadata and "
-        f"slack. In bfloat16 on {results['cores']} cores of {results['cpu']}; "
+        f"slack. In bfloat16 on one thread of {results['cpu']}; "
         f"{', '.join(f'{name} {versions[name]}' for name in DISTRIBUTIONS)}."
     )
     return f"{table(header, rows, right=(2, 3, 4, 5, 6))}\n\n{note}"
