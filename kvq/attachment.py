@@ -132,7 +132,7 @@ class Attachment:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own `generate` and find out whether it reads the cache."""
-        watch = GenerationWatch(self.model, self._tell)
+        watch = GenerationWatch(self.model, self._tell, lambda one: self._calls.stack[-1] is one)
         self._calls.stack.append(watch)
         self.cache = None if self.is_outermost else self.cache
         failed = True

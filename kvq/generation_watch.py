@@ -32,12 +32,17 @@ class GenerationWatch:
     Args:
         model: the model that generates.
         tell: is called at most once, with the reason why the cache is not read.
+        is_innermost: tells whether forwards belong to this `generate` now; those of a model that drafts for itself
+            belong to the `generate` within.
     """
 
-    def __init__(self, model: PreTrainedModel, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tell: Callable[[str], None], is_innermost: Callable[[GenerationWatch], bool]
+    ) -> None:
         self.cache: Any = None
         self._model = model
         self._tell = tell
+        self._is_innermost = is_innermost
         self._thread = threading.get_ident()
         self._is_settled = False
         self._was_asked = False
@@ -80,7 +85,7 @@ class GenerationWatch:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def _look(self, _model: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], output: Any) -> None:
         """Judge by one forward: what it was given, and what the cache holds after it."""
-        if self._is_settled or threading.get_ident() != self._thread:
+        if self._is_settled or threading.get_ident() != self._thread or not self._is_innermost(self):
             return
         if self._was_asked:
             self.settle(self._find_reason(arguments, options))

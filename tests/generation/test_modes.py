@@ -208,7 +208,8 @@ def test_an_attached_draft_model_has_a_cache_of_its_own(llama, draft, lookup_pro
     assert_telling(reference[:, 240:])
     with attach(llama, **EXACT) as attachment, attach(draft, **EXACT) as drafts:
         assert torch.equal(llama.generate(lookup_prompt, **settings), reference)
-        assert drafts.cache is None, "the cache of a draft is nobody's to see"
+        assert drafts.cache is not attachment.cache
+        assert drafts.cache.get_seq_length() >= 240
         assert attachment.cache.get_seq_length() >= 240 + 22
         draft.generate(lookup_prompt, max_new_tokens=2, do_sample=False)
         assert drafts.cache is not None

@@ -256,6 +256,16 @@ def test_the_cache_of_a_draft_is_visible(llama, build, short):
         assert draft.cache.memory().total_bytes > 0
 
 
+def test_a_model_that_drafts_for_itself(llama, short):
+    """The forwards of a draft read the draft's cache, which is no fault of the `generate` around it."""
+    options = dict(assistant_early_exit=1, **GREEDY)
+    reference = llama.generate(short[:1], **options)
+    with attach(llama, residual_length=2048) as handle:
+        assert warnings_of(lambda: llama.generate(short[:1], **options)) == []
+        assert handle.cache.get_seq_length() >= 80
+        assert torch.equal(llama.generate(short[:1], **options), reference)
+
+
 def test_attention_that_reads_no_handle_is_told_of(llama, short, monkeypatch):
     """A model that computes its attention by itself under our name: right, but dequantized at every operation."""
     attention = transformers.models.llama.modeling_llama
