@@ -118,6 +118,8 @@ class Attachment:
         if vars(self.model).get(PREPARE_CACHE) != self._prepare_cache:
             raise CacheStateError("the model was attached again later; detach in the reverse order")
         for name, shadowed in self._shadowed.items():
+            if vars(self.model).get(name) != self._hooks[name]:
+                continue  # somebody has put another one there since
             if shadowed is None:
                 delattr(self.model, name)
             else:

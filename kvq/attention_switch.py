@@ -66,7 +66,8 @@ class AttentionSwitch:
             held = _SWITCHED[id(config)]
             held.holders -= 1
             if not held.holders:
-                restore_attention(config, held.before)
+                if config._attn_implementation == ATTENTION_NAME:  # else the user has chosen another one meanwhile
+                    restore_attention(config, held.before)
                 del _SWITCHED[id(config)]
 
     def switched(self) -> Sequence[SwitchedConfig]:

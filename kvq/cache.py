@@ -22,12 +22,11 @@ from kvq.kept_layers import carries_sum, count_rows, fork_layer, has_forgotten, 
 from kvq.layer import KVQLayer, check_rows
 from kvq.memory import MemoryReport, report_memory
 from kvq.model_layers import DecoderConfig, build_layers
-from kvq.padding import left_padding, looks_padded
+from kvq.padding import BatchPadding
 from kvq.persistence import CacheFile, ModelReference, write_layers
 from kvq.relocation import move_layers, reading_ahead
 from kvq.thread_guard import ThreadGuard
 from kvq.token_history import TokenHistory
-from kvq.user_warnings import warn_user
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
 
@@ -76,8 +75,7 @@ class KVQ(CarriedStates):
         self._model_config = None if decoder is None else decoder.layers
         self._attention = ActiveAttention(None if decoder is None else decoder.attention)
         self._model = ModelReference()
-        self._padding = _check_padding(padding)
-        self._awaits_padding = padding is None
+        self._padding = BatchPadding(_check_padding(padding))
         self.is_watched = False
         self._records_past = False
         self._history: TokenHistory | None = None
@@ -85,7 +83,9 @@ class KVQ(CarriedStates):
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
             raise ConfigError([fault])
-        layers = [] if self._model_config is None else build_layers(self.config, self._model_config, self._padding)
+        layers = (
+            [] if self._model_config is None else build_layers(self.config, self._model_config, self._padding.counts)
+        )
         super().__init__(layers=layers)
         register_attention()
 
@@ -120,12 +120,12 @@ class KVQ(CarriedStates):
         with self._thread_guard.hold(layer_idx, is_in_step=self._is_in_step):
             count = len(self.layers)
             self._grow(layer_idx)
-            self._check_for_padding(value_states)
             try:
                 states = self._update_layer(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
             except BaseException:
                 del self.layers[count:]
                 raise
+        self._padding.settle(value_states)
         self._attention.expect(states[0])
         return states
 
@@ -145,22 +145,17 @@ class KVQ(CarriedStates):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return length and offset of the keys that the next forward of `query_length` tokens sees in a layer."""
-        if self._awaits_padding:
+        if not self._padding.is_settled:
             expect_mask(self)
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
     def learn_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Take the left padding of the batch from the mask `[B, T]` of the first forward, unless it is known."""
-        if not self._awaits_padding:
-            return
-        self._awaits_padding = False
-        padding = left_padding(attention_mask)
-        if padding is not None:
-            self._padding = tuple(padding)
-            for layer in self.layers:
-                if isinstance(layer, KVQLayer) and not layer.is_initialized:
-                    layer.padding = self._padding
+        self._padding.learn(attention_mask)
+        for layer in self.layers:
+            if isinstance(layer, KVQLayer) and not layer.is_initialized:
+                layer.padding = self._padding.counts
 
     def memory(self) -> MemoryReport:
         """Return the bytes held, counted from the storages that exist, against those of `DynamicCache`."""
@@ -201,7 +196,7 @@ class KVQ(CarriedStates):
         known = self.token_ids
         if token_ids is None and known is not None and known.shape[1] >= self.get_seq_length():
             token_ids = known
-        write_layers(path, self.config, self.layers, padding=self._padding, model=owner, token_ids=token_ids)
+        write_layers(path, self.config, self.layers, padding=self._padding.counts, model=owner, token_ids=token_ids)
 
     @classmethod
     def load(
@@ -227,6 +222,7 @@ class KVQ(CarriedStates):
                 file.check_model(model)
             cache = cls(file.config, model=model, padding=file.header.padding)
             cache.layers = file.read_layers(cache.layers, model, device)
+            cache._padding.settle()
             cache.token_ids = file.read_token_ids()
         return cache
 
@@ -304,6 +300,7 @@ class KVQ(CarriedStates):
         """
         other = copy.copy(self)
         other._thread_guard, other._attention = ThreadGuard(), self._attention.fork()
+        other._padding = copy.copy(self._padding)
         other.layers = [layer.fork() if isinstance(layer, KVQLayer) else fork_layer(layer) for layer in self.layers]
         return other
 
@@ -336,13 +333,17 @@ class KVQ(CarriedStates):
         super().crop(tokens_to_remove)
         if self._history is not None and tokens_to_remove < 0:
             self._history = self._history.cropped(self.get_seq_length())
+        if not self.get_seq_length() and self._padding.forget_learnt():
+            for layer in self.layers:
+                if isinstance(layer, KVQLayer):
+                    layer.reset()
 
     def reset(self) -> None:
         """Forget everything; the next update may bring states of another shape."""
         for layer in self.layers:
             reset_layer(layer)
         self._attention.forget()
-        self._padding, self._awaits_padding = None, True
+        self._padding.forget()
         self._history = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -410,18 +411,6 @@ class KVQ(CarriedStates):
         lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, KVQLayer)}
         return len(lengths - {0}) <= 1
 
-    def _check_for_padding(self, value_states: Any) -> None:
-        """Warn where the first states look left-padded and nobody has told of it."""
-        if not self._awaits_padding:
-            return
-        self._awaits_padding = False
-        if isinstance(value_states, torch.Tensor) and value_states.dim() == 4 and looks_padded(value_states):
-            warn_user(
-                "the rows of this batch seem to be padded on the left, which this cache cannot see under an attention "
-                "other than 'kvq': padding then shapes the scales of real tokens. Pass padding=[tokens, ...] to KVQ, "
-                "or use attach(model)"
-            )
-
     def _grow(self, layer_idx: int) -> None:
         """Add layers up to `layer_idx`; with a model all exist from the start."""
         if layer_idx < 0:
@@ -432,7 +421,7 @@ class KVQ(CarriedStates):
             return
         while len(self.layers) <= layer_idx:
             settings = self.config.for_layer(len(self.layers))
-            own = KVQLayer(len(self.layers), settings, self._padding)
+            own = KVQLayer(len(self.layers), settings, self._padding.counts)
             own.record_past = self._records_past
             self.layers.append(DynamicLayer() if settings.full_precision else own)
 

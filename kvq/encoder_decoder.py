@@ -89,8 +89,12 @@ class EncoderDecoderKVQ(EncoderDecoderCache):
 
     def reset(self) -> None:
         """Forget everything; the next update may bring states of another shape."""
-        for layer in [*self.layers, *self.cross_attention_cache.layers]:
-            reset_layer(layer)
+        for cache in (self.self_attention_cache, self.cross_attention_cache):
+            if isinstance(cache, KVQ):
+                cache.reset()
+            else:
+                for layer in cache.layers:
+                    reset_layer(layer)
         for layer_idx in self.is_updated:
             self.is_updated[layer_idx] = False
 

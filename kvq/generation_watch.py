@@ -46,6 +46,7 @@ class GenerationWatch:
         self._thread = threading.get_ident()
         self._is_settled = False
         self._was_asked = False
+        self._before: tuple[int, ...] = ()
         self._hook: Any = None
 
     def begin(self) -> None:
@@ -55,6 +56,9 @@ class GenerationWatch:
     def expect(self, cache: Any) -> None:
         """Note the cache that this `generate` is to read."""
         self._was_asked, self.cache = True, cache
+        self._before = _versions(cache)
+        for layer in _quantized_layers(cache):
+            layer.attention.last_reader = ""
 
     def settle(self, reason: str | None = None) -> None:
         """Look no further.
@@ -74,7 +78,7 @@ class GenerationWatch:
         elif not self._was_asked:
             self.settle(NOT_ASKED)
         else:
-            self.settle(None if is_filled(self.cache) else "no forward of the model was given the cache")
+            self.settle(None if self._has_grown() else "no forward of the model was given the cache")
 
     def _stop(self) -> None:
         if self._hook is not None:
@@ -83,10 +87,17 @@ class GenerationWatch:
 
     # Seen by torch.compile it would become part of the model.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
-    def _look(self, _model: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], output: Any) -> None:
-        """Judge by one forward: what it was given, and what the cache holds after it."""
-        if self._is_settled or threading.get_ident() != self._thread or not self._is_innermost(self):
+    def _look(self, _model: Any, arguments: tuple[Any, ...], *rest: Any) -> None:
+        """Judge by one forward: what it was given, and what the cache holds after it.
+
+        Args:
+            arguments: positional ones.
+            *rest: the keyword arguments and the output. torch leaves the former out where another thread adds or
+                removes a hook of its own at that moment; the next forward tells as well.
+        """
+        if self._is_settled or threading.get_ident() != self._thread or not self._is_innermost(self) or len(rest) < 2:
             return
+        options, output = rest
         if self._was_asked:
             self.settle(self._find_reason(arguments, options))
             return
@@ -94,8 +105,12 @@ class GenerationWatch:
         if other is not None and other.get_seq_length():
             self.settle(NOT_ASKED)
 
+    def _has_grown(self) -> bool:
+        """Return whether a quantized layer has taken tokens since the cache was expected."""
+        return _versions(self.cache) != self._before
+
     def _find_reason(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> str | None:
-        if is_filled(self.cache):
+        if self._has_grown():
             if not _is_read(self.cache):
                 warn_user(
                     f"{type(self._model).__name__} does not hand the keys of the attached cache to transformers' "
@@ -116,9 +131,9 @@ class GenerationWatch:
         return f"{type(self._model).__name__} was given the cache, but put nothing into it"
 
 
-def is_filled(cache: Any) -> bool:
-    """Return whether a quantized layer of a cache holds tokens."""
-    return any(layer.get_seq_length() > 0 for layer in _quantized_layers(cache))
+def _versions(cache: Any) -> tuple[int, ...]:
+    """Return numbers that change with what the quantized layers hold."""
+    return tuple(layer.version for layer in _quantized_layers(cache))
 
 
 def _is_read(cache: Any) -> bool:

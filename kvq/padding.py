@@ -1,4 +1,4 @@
-"""Left padding of a batch: what a mask says of it, and what states that came without a mask betray.
+"""Left padding of a batch: what a cache was told of it, what a mask says, and what states without a mask betray.
 
 It must not know what a cache is.
 """
@@ -6,6 +6,66 @@ It must not know what a cache is.
 from __future__ import annotations
 
 import torch
+
+from kvq.user_warnings import warn_user
+
+
+class BatchPadding:
+    """The left padding of one batch, from before its first tokens until it is forgotten.
+
+    Args:
+        told: tokens of left padding in each row, from the user or a file; None to learn them from the first mask.
+
+    Attributes:
+        counts: tokens of left padding in each row; None: no padding, as far as is known.
+        is_settled: whether it can no longer change, since it was told or tokens are held.
+    """
+
+    def __init__(self, told: tuple[int, ...] | None) -> None:
+        self.counts = told
+        self.is_settled = self._was_told = told is not None
+        self._has_seen_mask = False
+
+    def learn(self, attention_mask: torch.Tensor | None) -> None:
+        """Take the padding from the mask `[B, T]` of the first forward, unless it is settled; None: no padding."""
+        if self.is_settled:
+            return
+        self._has_seen_mask = True
+        found = left_padding(attention_mask)
+        self.counts = None if found is None else tuple(found)
+        if attention_mask is not None and found is not None and max(found) == attention_mask.shape[1]:
+            warn_user(
+                "a row of this batch begins with a whole chunk of left padding, so how much follows is not known: the "
+                "rest of it will shape the scales of real tokens. Pass padding=[tokens, ...] to KVQ, or use "
+                "attach(model)"
+            )
+
+    def settle(self, first_values: torch.Tensor | None = None) -> None:
+        """Keep what is known: tokens are held now.
+
+        Args:
+            first_values: `[B, H, T, D]`, the first values of the first layer; warns where they look left-padded and no
+                mask was seen. None where there is nothing to judge by.
+        """
+        if self.is_settled:
+            return
+        self.is_settled = True
+        if first_values is not None and not self._has_seen_mask and looks_padded(first_values):
+            warn_user(
+                "the rows of this batch seem to be padded on the left, which this cache cannot see under an attention "
+                "other than 'kvq': padding then shapes the scales of real tokens. Pass padding=[tokens, ...] to KVQ "
+                "(zeros where there is none), or use attach(model)"
+            )
+
+    def forget(self) -> None:
+        """Learn anew, from the next batch."""
+        self.__init__(None)  # type: ignore[misc]  # the state of a new one
+
+    def forget_learnt(self) -> bool:
+        """Learn anew unless it was told; return whether it was not."""
+        if not self._was_told:
+            self.forget()
+        return not self._was_told
 
 
 def left_padding(attention_mask: object) -> list[int] | None:

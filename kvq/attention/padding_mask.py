@@ -41,6 +41,9 @@ def kvq_mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: 
         learner = None if expecting is None else expecting()
         if learner is not None:
             learner.learn_padding(attention_mask)
+    if options.get("q_length") not in (1, options.get("kv_length")):
+        # transformers leaves out the mask of a static cache, which lies at the upper left; ours is at the lower right.
+        options["allow_is_causal_skip"] = False
     mask: torch.Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **options)
     return mask
 

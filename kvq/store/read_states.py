@@ -1,8 +1,8 @@
-"""Keys and values to look at: tensors that no operation writes to.
+"""Keys and values to look at: tensors whose writes are refused.
 
 What a quantized layer shows as its `keys` is made anew at every reading, and a write to it would be lost without a
 word. So it is refused, also through a slice or another view. Everything else works as on any tensor, and gives plain
-tensors.
+tensors. Whoever takes the storage itself (`untyped_storage`, `as_subclass`) writes to a copy.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class ReadStates(torch.Tensor):
 
     source: str
     """Which states these are, for the refusal."""
+
+    def __dlpack__(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Refuse to lend the memory, which the borrower may write to."""
+        raise CacheStateError(_refusal(self.source, "__dlpack__"))
 
     @staticmethod
     @_untraced

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from kvq import KVQ, attach
 from kvq.attention import attend as attend_module
 from kvq.errors import CacheStateError, ConfigError, ModelError
+from kvq.transformers_seams import pass_cache
 
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 
@@ -49,11 +50,12 @@ def test_a_handle_works_without_the_context(llama, prompts):
 
 def test_a_users_own_cache_wins(llama, prompts):
     own, plain = KVQ(nbits_k=8, nbits_v=8), DynamicCache()
+    reference = llama.generate(prompts, **GREEDY)
     with attach(llama, nbits_k=2, nbits_v=2) as attachment:
         llama.generate(prompts, past_key_values=own, **GREEDY)
         llama.generate(prompts, past_key_values=plain, **GREEDY)
         with pytest.warns(UserWarning, match="'static' of the generation config wins"):
-            llama.generate(prompts, cache_implementation="static", **GREEDY)
+            assert torch.equal(llama.generate(prompts, cache_implementation="static", **GREEDY), reference)
         llama.generate(prompts, use_cache=False, max_new_tokens=2, do_sample=False)
         assert attachment.cache is None
     assert own.get_seq_length() == plain.get_seq_length() == 311
@@ -132,3 +134,33 @@ def test_eager_arguments_are_not_dropped(llama, prompts):
     assert seen["softcap"] == 30.0
     allowed = seen["mask"][0, 0] == 0
     assert torch.equal(allowed, torch.ones(6, 6, dtype=torch.bool).tril()), "the causal mask is written out"
+
+
+@pytest.mark.case("a static cache under the kvq attention", "the tokens of a plain model; its empty half is masked")
+@pytest.mark.parametrize("length", [1, 2, 300])
+def test_a_static_cache_is_masked(llama, prompts, length):
+    prompts = prompts[:, :length]
+    reference = llama.generate(prompts, **GREEDY)
+    expected = llama(prompts).logits
+    llama.set_attn_implementation("kvq")
+    assert torch.equal(llama.generate(prompts, cache_implementation="static", **GREEDY), reference)
+    static = transformers.StaticCache(config=llama.config, max_cache_len=400)
+    with torch.inference_mode():
+        found = llama(prompts, **pass_cache(llama, static)).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_hook_of_somebody_else_survives(llama, prompts):
+    handle = attach(llama, residual_length=2048)
+    llama.generate = lambda *_args, **_options: "theirs"
+    del llama.init_continuous_batching
+    handle.detach()
+    assert llama.generate(prompts) == "theirs"
+    del llama.generate
+    assert trace(llama) == ("sdpa", False)
+
+
+def test_an_attention_that_the_user_chose_meanwhile_stays(llama):
+    with attach(llama):
+        llama.set_attn_implementation("eager")
+    assert trace(llama) == ("eager", False)

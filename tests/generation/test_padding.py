@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 
-from kvq import KVQ
+from kvq import KVQ, EncoderDecoderKVQ
 from kvq.padding import left_padding, looks_padded
 from kvq.transformers_seams import pass_cache
 
@@ -109,3 +110,72 @@ def test_the_padding_in_a_mask():
     assert left_padding(torch.ones(2, 3)) is None
     assert left_padding(None) is None
     assert left_padding(torch.zeros(1, 1, 2, 2)) is None
+
+
+def starts(cache):
+    return cache.layers[0].side("key").sinks.starts
+
+
+class TestAnotherBatch:
+    """Padding that was learnt belongs to the batch that it came with."""
+
+    def masked(self, model, cache, *counts):
+        ids = torch.randint(2, 199, (len(counts), 80), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        for row, count in enumerate(counts):
+            mask[row, :count] = 0
+        with torch.inference_mode():
+            model(ids, attention_mask=mask, **pass_cache(model, cache))
+
+    def test_it_is_learnt_anew_after_a_crop_to_nothing(self, llama):
+        llama.set_attn_implementation("kvq")
+        cache = KVQ(SMALL, model=llama)
+        self.masked(llama, cache, 9, 0)
+        cache.crop(-80)
+        self.masked(llama, cache, 0, 5, 3)
+        assert starts(cache) == (0, 5, 3)
+
+    def test_padding_that_was_told_stays(self, llama):
+        llama.set_attn_implementation("kvq")
+        cache = KVQ(SMALL, model=llama, padding=[9, 0])
+        self.masked(llama, cache, 9, 0)
+        cache.crop(-80)
+        self.masked(llama, cache, 0, 5)
+        assert starts(cache) == (9, 0)
+
+    def test_a_forward_that_failed_teaches_nothing_for_good(self, llama):
+        llama.set_attn_implementation("kvq")
+        cache = KVQ(SMALL, model=llama)
+        hook = llama.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            self.masked(llama, cache, 9, 0)
+        hook.remove()
+        self.masked(llama, cache, 0, 5, 3)
+        assert starts(cache) == (0, 5, 3)
+
+    def test_a_fork_learns_by_itself(self, llama):
+        llama.set_attn_implementation("kvq")
+        cache = KVQ(SMALL, model=llama)
+        other = cache.fork()
+        self.masked(llama, cache, 9, 0)
+        self.masked(llama, other, 0, 5)
+        assert (starts(cache), starts(other)) == ((9, 0), (0, 5))
+
+    def test_a_chunk_that_is_all_padding_is_warned_of(self, llama):
+        llama.set_attn_implementation("kvq")
+        cache = KVQ(SMALL, model=llama)
+        mask = torch.zeros(2, 8, dtype=torch.long)
+        mask[1] = 1
+        with pytest.warns(UserWarning, match="a whole chunk of left padding"), torch.inference_mode():
+            llama(torch.ones_like(mask), attention_mask=mask, **pass_cache(llama, cache))
+
+    def test_an_encoder_decoder_cache_forgets_it_too(self):
+        config = transformers.T5Config(
+            vocab_size=99, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+        cache = EncoderDecoderKVQ(SMALL, model=config)
+        cache.self_attention_cache.learn_padding(torch.tensor([[0, 1], [1, 1]]))
+        assert cache.layers[0].padding == (1, 0)
+        cache.reset()
+        assert cache.layers[0].padding is None
+        assert not cache.self_attention_cache._padding.is_settled

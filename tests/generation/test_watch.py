@@ -12,6 +12,7 @@ from transformers.generation import utils as generation
 
 from kvq import KVQ, attach
 from kvq.errors import ModelError
+from kvq.generation_watch import GenerationWatch
 from kvq.transformers_seams import PREPARE_CACHE, find_cache, pass_cache
 
 GREEDY = dict(max_new_tokens=4, do_sample=False)
@@ -279,3 +280,34 @@ def test_attention_that_reads_no_handle_is_told_of(llama, short, monkeypatch):
         with pytest.warns(UserWarning, match="does not hand the keys of the attached cache to transformers' attention"):
             llama.generate(short, **GREEDY)
         assert handle.cache.get_seq_length() == 83
+
+
+@pytest.mark.case("a filled cache that a later generate does not read", "one warning, and no cache is shown")
+def test_what_a_cache_held_before_proves_nothing(llama, short):
+    """From the second turn of a chat on the cache is full, whoever reads it."""
+    longer = torch.cat([short, short], dim=1)
+    with attach(llama, SMALL) as handle:
+        llama.generate(short, **GREEDY)
+        cache = handle.cache
+        prepare = llama.prepare_inputs_for_generation
+
+        def without_cache(*args, **kwargs):
+            inputs = prepare(*args, **kwargs)
+            return {name: value for name, value in inputs.items() if value is not cache}
+
+        llama.prepare_inputs_for_generation = without_cache
+        told = warnings_of(lambda: llama.generate(longer, past_key_values=cache, **GREEDY))
+        del llama.prepare_inputs_for_generation
+        assert len(told) == 1
+        assert "the first forward was not given the cache" in told[0]
+        assert handle.cache is None
+        assert warnings_of(lambda: llama.generate(longer, past_key_values=cache, **GREEDY)) == []
+        assert handle.cache is cache
+
+
+def test_a_hook_that_torch_calls_without_keywords(llama, short):
+    """Where another thread registers a hook at that moment, torch leaves the keywords out."""
+    watch = GenerationWatch(llama, pytest.fail, lambda _watch: True)
+    watch.expect(KVQ(SMALL, model=llama))
+    watch._look(llama, (short,), None)
+    assert not watch._is_settled
