@@ -85,7 +85,7 @@ def looks_padded(values: torch.Tensor) -> bool:
     Args:
         values: `[B, H, T, D]`, of the first layer and the first tokens.
     """
-    if values.shape[0] < 2 or values.shape[2] < 2 or not values.numel():
+    if values.shape[0] < 2 or values.shape[2] < 2 or not values.numel() or values.is_meta:
         return False
     first = values[:, :, :1]
     # Products in another order may differ in the last bits; other tokens differ in the first.

@@ -96,6 +96,7 @@ def test_what_looks_padded():
     assert not looks_padded(states[:, :, :1])
     assert not looks_padded(states[:, :, :0])
     assert not looks_padded(states[:, :0])
+    assert not looks_padded(states.to("meta"))
     padded = states.clone()
     padded[1, :, :4] = padded[1, :, :1]
     assert looks_padded(padded)
