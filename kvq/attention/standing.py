@@ -116,6 +116,8 @@ def _try_once(kernel: ProvenKernel, device: torch.device, others: Sequence[Kerne
 
 def _try(subject: Subject, kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel]) -> Verdict:
     verdict, is_lasting = prove(kernel, others, subject, device)
+    if verdict.obstacle is not None:  # of the moment: nothing was found
+        return verdict
     _HELD[subject] = verdict
     if is_lasting:
         verdicts.keep(verdict)

@@ -22,7 +22,7 @@ from kvq.attention.proof import device_class
 
 _LOG = logging.getLogger("kvq")
 _FOLDER = "verdicts"
-FORMAT = 1
+FORMAT = 2
 """Of the files; another trial than before is another format, so that nothing old counts."""
 
 
@@ -33,7 +33,7 @@ class Subject(BaseModel):
         kernel: its name.
         source: digest of its code.
         device_class: as in the shipped records.
-        device: digest of what tells devices of one class apart.
+        device: digest of what tells devices of one class apart, on a processor the number of torch's threads too.
         torch: version.
         format: of the file, and of the trial.
     """
@@ -61,6 +61,7 @@ class Verdict(BaseModel):
         subject: what was tried, and where.
         device_name: as people call it.
         fault: why the kernel is not right, in a few words; None where it is.
+        obstacle: why it could not be tried, which holds for the moment only; None where it could.
         relative_error: the largest difference from the reference in fp32; None where that is not a number.
         checks: requests that were compared.
         over: name of the kernel that runs otherwise, or None where time was not taken.
@@ -75,6 +76,7 @@ class Verdict(BaseModel):
     subject: Subject
     device_name: str
     fault: str | None = None
+    obstacle: str | None = None
     relative_error: float | None = None
     checks: int = 0
     over: str | None = None
@@ -92,12 +94,14 @@ class Verdict(BaseModel):
     @property
     def is_passing(self) -> bool:
         """Whether the kernel is the default: right, and faster than what runs otherwise."""
-        return self.fault is None and self.speedup is not None and self.speedup > 1
+        return not (self.fault or self.obstacle) and self.speedup is not None and self.speedup > 1
 
     def describe(self) -> str:
         """Return the finding in a few words."""
         if self.fault is not None:
             return f"found wrong here: {self.fault}"
+        if self.obstacle is not None:
+            return f"could not be tried here: {self.obstacle}"
         if self.speedup is None:
             return "tried here, but time was not taken"
         pace = f"{self.speedup:.1f} times as fast as {self.over!r}" if self.speedup >= 1 else (
@@ -170,5 +174,6 @@ def _tell_once(reason: str) -> None:
 
 def _device_facts(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"{describe_processor()}\n{torch.backends.cpu.get_cpu_capability()}"
+        facts = describe_processor(), torch.backends.cpu.get_cpu_capability(), f"threads: {torch.get_num_threads()}"
+        return "\n".join(facts)
     return name_device(device)

@@ -81,7 +81,7 @@ def trials(monkeypatch, tmp_path, give_records):
 def pace(monkeypatch):
     """Seconds that a step of each kernel takes, by its name; the clock on the wall ends nothing."""
     seconds = {"probe": 1.0, "eager": 2.5}
-    monkeypatch.setattr(proving, "take_seconds", lambda step, device: seconds[step.func.__self__.name])
+    monkeypatch.setattr(proving, "take_seconds", lambda step, device: step() or seconds[step.args[1].name])
     monkeypatch.setattr(proving, "BUDGET_SECONDS", 1e9)
     monkeypatch.setattr(proving, "TIMED", Sample(dtypes=proving.TIMED.dtypes))
     return seconds
@@ -227,7 +227,7 @@ def test_where_no_thread_can_be_had_nothing_is_found(put, make_request, monkeypa
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(proving.threading.Thread, "start", fail)
-    assert "could not be tried: can't start new thread" in choose(make_request()).passed_over["probe"]
+    assert "could not be tried here: can't start new thread" in choose(make_request()).passed_over["probe"]
     assert kept_files(tmp_path) == []
 
 
@@ -343,6 +343,7 @@ def test_another_code_machine_or_version_is_tried_again(put, trials, make_reques
         lambda: monkeypatch.setattr(verdicts, "device_class", lambda device: "cpu-z80"),
         lambda: monkeypatch.setattr(verdicts.torch, "__version__", "9.9"),
         lambda: monkeypatch.setattr(verdicts.torch.backends.cpu, "get_cpu_capability", lambda: "NONE"),
+        lambda: monkeypatch.setattr(verdicts.torch, "get_num_threads", lambda: 77),
     ]
     choose(make_request())
     for number, change in enumerate(changes):
@@ -475,21 +476,45 @@ def test_nothing_is_tried_while_a_model_is_traced(put, trials, make_request, mon
     assert choose(make_request()).kernel.name == "probe"
 
 
-@pytest.mark.parametrize("step", [0.0, 0.15, 0.5, 5.0])
-def test_a_clock_bounds_the_trial(put, pace, monkeypatch, step):
-    """Each look at the clock is `step` seconds after the one before."""
-    monkeypatch.setattr(proving, "BUDGET_SECONDS", 2.0)
-    looks = iter(range(10**6))
-    steps, take = [], proving.take_seconds
-    monkeypatch.setattr(proving, "take_seconds", lambda *args: steps.append(args) or take(*args))
-    probe = put()
+class Watch:
+    """A clock that stands still, but for the seconds that each step of a kernel takes."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.begun = 0.0, []
+
+        def take(step, device):
+            self.begun.append(self.now)
+            step()
+            self.now += seconds[step.args[1].name]
+            return seconds[step.args[1].name]
+
+        monkeypatch.setattr(proving, "BUDGET_SECONDS", 2.0)
+        monkeypatch.setattr(proving, "take_seconds", take)
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.case("a machine on which a step of the reference takes seconds", "the trial ends with the step in hand")
+@pytest.mark.parametrize(
+    ("own", "other", "checks", "steps"),
+    [
+        (0.0, 0.0, 9, 2 * (9 + 15)),
+        (0.02, 0.1, 6, 2 * 16),  # six comparisons of 0.12 s end at 0.72 s, one more at 0.84; ten rounds end at 1.92
+        (0.1, 0.4, 2, 2 * 3),  # the length of a check is known after one; a third would end at 1.5 s
+        (0.1, 1.6, 1, 2),
+        (0.1, 2.0, 1, 2),
+        (0.1, 30.0, 1, 2),
+    ],
+)
+def test_a_clock_bounds_the_trial(put, monkeypatch, own, other, checks, steps):
+    watch, probe = Watch(monkeypatch, {"probe": own, "eager": other}), put()
     subject = verdicts.make_subject(probe, CPU)
-    verdict, _ = proving.prove(probe, [REFERENCE], subject, CPU, clock=lambda: step * next(looks))
-    checks = {0.0: 9, 0.15: 7, 0.5: 3, 5.0: 2}[step]
-    rounds = {0.0: proving.MOST_ROUNDS, 0.15: 9, 0.5: 4, 5.0: proving.LEAST_ROUNDS}[step]
-    assert verdict.checks == checks
-    assert len(steps) == 2 * rounds
-    assert verdict.is_passing
+    verdict, is_lasting = proving.prove(probe, [REFERENCE], subject, CPU, clock=watch)
+    assert (verdict.checks, len(watch.begun)) == (checks, steps)
+    assert max(watch.begun) <= 2, "no step begins behind the end"
+    assert watch.now <= max(2.0, own + other), "nor one that would not fit, but for the first two"
+    assert (verdict.is_passing, verdict.over, is_lasting) == (own < other, "eager", True)
 
 
 def test_a_sample_depends_on_its_seed_alone_and_every_code_occurs():
