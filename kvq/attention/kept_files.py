@@ -48,13 +48,26 @@ def is_ours(facts: os.stat_result) -> bool:
     return _is_owned(facts) and not (hasattr(os, "geteuid") and facts.st_mode & _OTHERS_WRITE)
 
 
-def read_private_file(path: Path) -> bytes | None:
-    """Return what a file of ours holds; None where it is not there, not a plain file, or others may write to it."""
+def read_private_file(path: Path, limit_bytes: int) -> bytes | None:
+    """Return what a file of ours holds.
+
+    None where it is not there, not a plain file, longer than the limit, or others may write to it.
+    """
     try:
         facts = path.lstat()
-        return path.read_bytes() if stat.S_ISREG(facts.st_mode) and is_ours(facts) else None
+        if not stat.S_ISREG(facts.st_mode) or not is_ours(facts) or facts.st_size > limit_bytes:
+            return None
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
     except OSError:
         return None
+    return data if len(data) <= limit_bytes else None  # it may have grown meanwhile
+
+
+def remove_file(path: Path) -> None:
+    """Delete a file, if it is there and can be deleted."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def keep_file(target: Path, data: bytes) -> None:

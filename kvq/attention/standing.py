@@ -121,6 +121,8 @@ def _try(subject: Subject, kernel: ProvenKernel, device: torch.device, others: S
     _HELD[subject] = verdict
     if is_lasting:
         verdicts.keep(verdict)
+    else:
+        verdicts.forget(subject)  # what was found earlier is in doubt
     return verdict
 
 

@@ -9,19 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvq.attention.kept_files import keep_file, open_private_folder, read_private_file, remove_unfinished
+from kvq.attention.kept_files import (
+    keep_file,
+    open_private_folder,
+    read_private_file,
+    remove_file,
+    remove_unfinished,
+)
 from kvq.attention.kernel_contract import ProvenKernel
 from kvq.attention.processor import describe_processor, name_processor
 from kvq.attention.proof import device_class
 
 _LOG = logging.getLogger("kvq")
 _FOLDER = "verdicts"
+_LIMIT_BYTES = 1 << 20
+"""Of a file; one of ours takes less than 1,000 or so."""
 FORMAT = 2
 """Of the files; another trial than before is another format, so that nothing old counts."""
 
@@ -71,18 +80,18 @@ class Verdict(BaseModel):
         kvq: version.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     subject: Subject
     device_name: str
     fault: str | None = None
     obstacle: str | None = None
-    relative_error: float | None = None
-    checks: int = 0
+    relative_error: Annotated[float, Field(ge=0)] | None = None
+    checks: int = Field(default=0, ge=0)
     over: str | None = None
-    own_ms: float | None = None
-    other_ms: float | None = None
-    seconds: float
+    own_ms: Annotated[float, Field(gt=0)] | None = None
+    other_ms: Annotated[float, Field(gt=0)] | None = None
+    seconds: float = Field(ge=0)
     made_at: str
     kvq: str
 
@@ -129,7 +138,7 @@ def name_device(device: torch.device) -> str:
 def find_kept(subject: Subject) -> Verdict | None:
     """Return the verdict that is kept on disk, or None."""
     try:
-        data = read_private_file(open_private_folder(_FOLDER) / subject.file_name)
+        data = read_private_file(open_private_folder(_FOLDER) / subject.file_name, _LIMIT_BYTES)
     except OSError:
         return None
     if data is None:
@@ -142,14 +151,24 @@ def find_kept(subject: Subject) -> Verdict | None:
 
 
 def keep(verdict: Verdict) -> None:
-    """Keep a verdict for later processes; where there is no place to, it holds for this one, which is said once."""
-    text = json.dumps(verdict.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
+    """Keep a verdict for later processes; where that cannot be done, it holds for this one, which is said once.
+
+    What was kept of the same subject is no longer believed, in either case.
+    """
     try:
+        text = json.dumps(verdict.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
         folder = open_private_folder(_FOLDER)
         keep_file(folder / verdict.subject.file_name, text.encode())
         remove_unfinished(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        forget(verdict.subject)
         _tell_once(str(error))
+
+
+def forget(subject: Subject) -> None:
+    """Delete the verdict that is kept on disk, if there is one."""
+    with suppress(OSError):
+        remove_file(open_private_folder(_FOLDER) / subject.file_name)
 
 
 def facts_of(verdict: Verdict) -> dict[str, Any]:

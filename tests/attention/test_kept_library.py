@@ -81,12 +81,17 @@ def let_others_write(path):
     path.chmod(0o666)
 
 
+def grow_beyond_memory(path):
+    """A sparse file, which takes no room on disk."""
+    os.truncate(path, 2**42)
+
+
 def link_elsewhere(path):
     path.rename(path.with_suffix(".moved"))
     path.symlink_to(path.with_suffix(".moved"))
 
 
-DAMAGES = [cut, zero, zero_the_end, empty, replace_by_another, let_others_write, link_elsewhere]
+DAMAGES = [cut, zero, zero_the_end, empty, replace_by_another, let_others_write, grow_beyond_memory, link_elsewhere]
 
 
 @pytest.mark.case("a damaged kernel in the cache folder", "it is told before it is loaded, and built anew")

@@ -308,6 +308,13 @@ DAMAGES = {
     "of another type": lambda text: text.replace('"checks": 9,', '"checks": "9",'),
     "no number": lambda text: text.replace('"own_ms": 1000.0', '"own_ms": "NaN"'),
     "no UTF-8": lambda text: "\udcff",
+    "a time that is infinite": lambda text: text.replace('"other_ms": 2500.0', '"other_ms": 1e999'),
+    "a time that is no number": lambda text: text.replace('"own_ms": 1000.0', '"own_ms": NaN'),
+    "a time of nothing": lambda text: text.replace('"own_ms": 1000.0', '"own_ms": 0.0'),
+    "two negative times": lambda text: text.replace('_ms": ', '_ms": -'),
+    "a negative error": lambda text: text.replace('"relative_error": 0.0', '"relative_error": -1.0'),
+    "a negative count": lambda text: text.replace('"checks": 9', '"checks": -9'),
+    "too long": lambda text: text + " " * 2**20,
 }
 
 
@@ -333,6 +340,114 @@ def test_a_file_that_others_may_write_to_is_not_believed(put, trials, forget, ma
     forget()
     choose(make_request())
     assert len(trials) == 2
+
+
+@pytest.mark.case("a verdict's file of 4 TiB", "it is not read, and written anew")
+def test_a_file_longer_than_memory_is_rewritten(put, trials, forget, make_request, tmp_path):
+    put()
+    choose(make_request())
+    (file,) = kept_files(tmp_path)
+    make_sparse(file)
+    forget()
+    assert choose(make_request()).kernel.name == "probe"
+    assert (trials, file.stat().st_size < 2**12) == (["probe"] * 2, True)
+
+
+def make_sparse(file):
+    try:
+        os.truncate(file, 2**42)
+    except OSError:
+        pytest.skip("the file system takes no file of this length")
+
+
+@pytest.mark.case("a kernel that passed, and raises when it is tried again", "what was kept of it is deleted")
+@pytest.mark.parametrize("trouble", ["it raises", "it is wrong and nothing can be written"])
+def test_a_verdict_that_is_in_doubt_does_not_stay(put, forget, make_request, monkeypatch, tmp_path, trouble):
+    probe = put()
+    choose(make_request())
+    assert len(kept_files(tmp_path)) == 1
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    if trouble == "it raises":
+        probe.is_wrong = lambda request: 1 / 0
+    else:
+        probe.is_wrong = lambda request: True
+        monkeypatch.setattr(verdicts, "keep_file", fail)
+    assert examine(probe, CPU, must_try=True).reason.startswith("found wrong here")
+    assert kept_files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("8 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.case("a trial while memory is short", "nothing is found, and the kernel is tried again later")
+def test_a_lack_of_memory_says_nothing_of_a_kernel(put, trials, make_request, tmp_path, error):
+    def fail(request):
+        raise error
+
+    probe = put(fail)
+    assert choose(make_request()).passed_over["probe"].startswith("could not be tried here: not enough memory: ")
+    probe.is_wrong = lambda request: False
+    assert choose(make_request()).kernel.name == "probe"
+    (file,) = kept_files(tmp_path)
+    probe.is_wrong = fail
+    assert examine(probe, CPU, must_try=True).reason.startswith("could not be tried here")
+    assert choose(make_request()).kernel.name == "probe", "what was known before still holds"
+    assert (trials, kept_files(tmp_path)) == (["probe"] * 3, [file])
+
+
+def test_what_a_kernel_raises_is_one_line_of_limited_length(put, make_request, caplog):
+    def fail(request):
+        raise ValueError("a line\n" * 10_000)
+
+    put(fail)
+    reason = choose(make_request()).passed_over["probe"]
+    assert reason.startswith("found wrong here: it raised ValueError: a line a line")
+    (record,) = caplog.records
+    for text in (reason, record.message):
+        assert "\n" not in text
+        assert len(text) < 600
+
+
+def test_what_cannot_be_written_as_json_is_not_kept(put, trials, make_request, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise ValueError("Out of range float values are not JSON compliant")
+
+    put()
+    monkeypatch.setattr(verdicts.json, "dumps", refuse)
+    assert choose(make_request()).kernel.name == "probe"
+    assert (trials, kept_files(tmp_path)) == (["probe"], [])
+
+
+@pytest.mark.case("Ctrl-C during a trial", "the trial ends with the step in hand, too")
+def test_an_interrupt_ends_the_trial(put, make_request, monkeypatch):
+    go_on, threads, join = threading.Event(), [], threading.Thread.join
+
+    def wait(request):
+        go_on.wait(60)
+        return False
+
+    def interrupt(thread, timeout=None):
+        threads.append(thread)
+        raise KeyboardInterrupt
+
+    probe = put(wait)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(proving.threading.Thread, "join", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            choose(make_request())
+    go_on.set()
+    join(threads[0], 60)
+    assert not threads[0].is_alive()
+    assert len(probe.asked) <= 1, "the step in hand, and none behind it"
 
 
 def test_another_code_machine_or_version_is_tried_again(put, trials, make_request, monkeypatch):

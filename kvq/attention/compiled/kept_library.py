@@ -21,6 +21,8 @@ from kvq.attention.kept_files import keep_file, open_private_folder, read_privat
 _LOG = logging.getLogger("kvq")
 _FOLDER = "kernels"
 _DIGITS = 32
+_LIMIT_BYTES = 64 << 20
+"""Of a library; what is longer is not one of ours, which take some hundred kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def provide_library(source: Path) -> BuiltLibrary:
 
 def _find_kept(folder: Path, stem: str) -> BuiltLibrary | None:
     for path in sorted(folder.glob(f"{stem}-*.so")):
-        digest, data = path.stem.removeprefix(f"{stem}-"), read_private_file(path)
+        digest, data = path.stem.removeprefix(f"{stem}-"), read_private_file(path, _LIMIT_BYTES)
         if data is not None and _digest(data) == digest:
             return BuiltLibrary(path, digest, is_new=False)
         _LOG.info("%s is damaged or not ours; it is built anew", path)
