@@ -173,6 +173,10 @@ def _examine_kernels(found: Diagnosis, *, prove: bool) -> None:
         found.kernels = list_kernels([one["device"] for one in found.devices], prove=prove)
     except KVQError as error:
         found.add_error(str(error), "unset the variable that it names")
+    for one in found.kernels:
+        if one["default"] and one["fault"] is not None:
+            problem = f"KVQ_ATTENTION_KERNEL names {one['name']!r}, which was found wrong on {one['device']}"
+            found.add_warning(f"{problem}: {one['fault']}", "unset KVQ_ATTENTION_KERNEL, or name another kernel")
 
 
 def _examine_backends(found: Diagnosis) -> None:

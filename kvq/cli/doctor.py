@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvq.cli.console import print_fields, print_json, print_line, print_table
+from kvq.cli.console import print_error, print_fields, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from kvq.cli.diagnosis import Diagnosis
@@ -21,22 +21,26 @@ def doctor(
     """Look for problems: versions, devices, backends.
 
     Every backend that is ready quantizes one block and reads it back, so that its library is imported. Kernels of
-    attention are only tried with --prove, in some two seconds each; else what is known of them is shown.
+    attention are only tried with --prove, in about two seconds each; else what is known of them is shown.
 
-    Exit codes: 0 everything can be used; 1 a problem stops a backend or the package.
+    Exit codes: 0 everything can be used; 1 a problem stops a backend or the package; 2 --prove is asked for where
+    KVQ_KERNEL_TRIALS switches trials off, or says neither on nor off.
 
     Keys of --json: "kvq" ("version", "installed", "location"), "platform", "distributions" (a list with "name",
     "required", "installed", "met"), "devices" (a list with "device", "name" and, where known, "threads" or
-    "memory_bytes"), "kernels" (of attention: a list with "device", "name", "default", "reason" and "proof", null where
-    none is needed, else with "origin", "measured here", "shipped record" or "none", and where there is one "passing",
-    "relative_error", "speedup", "over", which it is faster than, and of a trial here "own_ms", "other_ms", "checks",
-    "seconds", "made_at"), "backends" (a list with "name", "state", "reason", "origin", "version", "works"),
+    "memory_bytes"), "kernels" (of attention: a list with "device", "name", "default", "reason", "fault", null or how it
+    was found wrong here, and "proof", null where none is needed, else with "origin", "measured here", "shipped record"
+    or "none", and where there is one "passing", "relative_error", "speedup", "over", which it is faster than, and of a
+    trial here "own_ms", "other_ms", "checks", "seconds", "made_at"), "backends" (a list with "name", "state", "reason",
+    "origin", "version", "works"),
     "environment" (the variables KVQ_PLUGINS, KVQ_BLOCK_PLUGINS, KVQ_ATTENTION_KERNEL, KVQ_KERNEL_TRIALS, KVQ_CC and
     KVQ_KERNEL_CFLAGS where set), "problems" (a list with "severity", "error" or "warning", "problem", "remedy") and
     "usable".
     """
     from kvq.cli.diagnosis import diagnose
 
+    if prove:
+        _check_that_trials_are_on()
     found = diagnose(prove=prove)
     if as_json:
         print_json(found.to_dict())
@@ -44,6 +48,20 @@ def doctor(
         _print_diagnosis(found)
     if not found.is_usable:
         raise typer.Exit(1)
+
+
+def _check_that_trials_are_on() -> None:
+    """Refuse to try kernels where the user forbids it; torch need not be there yet."""
+    from kvq.attention.variables import ON_OFF, TRIALS_VARIABLE, read_variable
+
+    text = read_variable(TRIALS_VARIABLE)
+    if text is None or ON_OFF.get(text.lower()):
+        return
+    if text.lower() in ON_OFF:
+        print_error(f"{TRIALS_VARIABLE} is {text!r}, which switches trials off; unset it to use --prove")
+    else:
+        print_error(f"{TRIALS_VARIABLE}: {text!r} is neither on nor off; choose one of {', '.join(map(repr, ON_OFF))}")
+    raise typer.Exit(2)
 
 
 def _print_diagnosis(found: Diagnosis) -> None:
@@ -79,6 +97,8 @@ def _device_row(one: dict[str, Any]) -> tuple[str, ...]:
 
 def _kernel_row(one: dict[str, Any]) -> tuple[str, ...]:
     proof = one["proof"] or {}
+    if one["fault"] and not one["reason"]:
+        return one["name"], one["device"], f"named by KVQ_ATTENTION_KERNEL, but found wrong here: {one['fault']}"
     if one["reason"] or not proof.get("speedup"):
         return one["name"], one["device"], one["reason"] or "ready"
     pace = f"{proof['speedup']:.1f} times as fast as {proof['over']}"

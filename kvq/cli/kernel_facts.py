@@ -20,8 +20,10 @@ def list_kernels(devices: Sequence[str], *, prove: bool = False) -> list[dict[st
     Raises:
         ConfigError: an environment variable names no kernel, or says neither yes nor no.
     """
-    from kvq.attention.kernel import available_kernels
+    from kvq.attention.kernel import available_kernels, wanted_kernel
+    from kvq.attention.standing import are_trials_on
 
+    wanted_kernel(), are_trials_on()  # what is mistyped is told before anything is tried
     return [_describe(kernel, device, prove=prove) for device in devices for kernel in available_kernels()]
 
 
@@ -39,6 +41,7 @@ def _describe(kernel: Kernel, device_name: str, *, prove: bool) -> dict[str, Any
         "name": kernel.name,
         "default": reason is None,
         "reason": reason,
+        "fault": None if standing is None or standing.verdict is None else standing.verdict.fault,
         "proof": None if standing is None else _describe_proof(standing),
     }
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvq import __version__
+from kvq.attention import kernel as kernel_module
+from kvq.attention import standing
 from kvq.attention.compiled.library import find_problem as find_kernel_problem
+from kvq.attention.eager import REFERENCE
 from kvq.cli.doctor import _kernel_row
 
 
@@ -103,5 +106,80 @@ def test_kernels_are_shown_with_what_speaks_for_them_and_tried_when_asked(run_kv
     ],
 )
 def test_a_kernel_is_one_line(proof, text):
-    assert _kernel_row(dict(name="compiled", device="cpu", reason=None, proof=proof)) == ("compiled", "cpu", text)
-    assert _kernel_row(dict(name="compiled", device="cpu", reason="wrong", proof=proof))[2] == "wrong"
+    one = dict(name="compiled", device="cpu", reason=None, fault=None, proof=proof)
+    assert _kernel_row(one) == ("compiled", "cpu", text)
+    assert _kernel_row(one | dict(reason="wrong"))[2] == "wrong"
+    assert _kernel_row(one | dict(reason="found wrong here: bad", fault="bad"))[2] == "found wrong here: bad"
+    named = _kernel_row(one | dict(fault="bad"))[2]
+    assert named == "named by KVQ_ATTENTION_KERNEL, but found wrong here: bad"
+
+
+@pytest.fixture
+def wrong_kernel(monkeypatch, tmp_path):
+    """A kernel that needs proof and is wrong, before the others; nothing is known of it."""
+
+    class WrongKernel:
+        name, device_types, needs_proof = "wrong", frozenset({"cpu"}), True
+        tried = 0
+
+        def find_problem(self):
+            return None
+
+        def find_obstacle(self, request):
+            return None
+
+        def source_digest(self):
+            return "any"
+
+        def attend(self, request):
+            self.tried += 1
+            return REFERENCE.attend(request) * 1.5
+
+    kernel = WrongKernel()
+    monkeypatch.setattr(kernel_module, "_KERNELS", {"wrong": kernel, "eager": REFERENCE})
+    monkeypatch.setattr(standing, "_HELD", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("KVQ_KERNEL_TRIALS", "on")
+    return kernel
+
+
+@pytest.mark.case("kvq doctor where KVQ_ATTENTION_KERNEL names a kernel that is wrong", "its row and a warning say so")
+def test_a_wrong_kernel_that_is_named_is_a_problem(call_kvq, wrong_kernel, monkeypatch):
+    fault = "it differs from the reference by 5.0e-01 of the largest output in bfloat16 (at most 3e-02 is accepted)"
+    for options, name in ((["--prove"], "wrong"), ([], "wrong"), ([], "auto")):
+        monkeypatch.setattr(standing, "_HELD", {})
+        found = json.loads(call_kvq("doctor", "--json", *options, KVQ_ATTENTION_KERNEL=name).stdout)
+        row, is_named = next(one for one in found["kernels"] if one["name"] == "wrong"), name == "wrong"
+        assert row["fault"] == fault
+        assert row["default"] is is_named
+        assert row["reason"] == (None if is_named else f"found wrong here: {fault}")
+        warning = f"KVQ_ATTENTION_KERNEL names 'wrong', which was found wrong on cpu: {fault}"
+        assert ({"warning": warning} in [{one["severity"]: one["problem"]} for one in found["problems"]]) is is_named
+    assert wrong_kernel.tried == 1
+    done = call_kvq("doctor", KVQ_ATTENTION_KERNEL="wrong")
+    assert done.returncode == 0
+    assert "named by KVQ_ATTENTION_KERNEL, but found wrong here: it differs" in " ".join(done.stdout.split())
+    assert "no problems found" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("off", "KVQ_KERNEL_TRIALS is 'off', which switches trials off; unset it to use --prove"),
+        ("No", "KVQ_KERNEL_TRIALS is 'No', which switches trials off; unset it to use --prove"),
+        ("perhaps", "KVQ_KERNEL_TRIALS: 'perhaps' is neither on nor off; choose one of 'on', '1'"),
+    ],
+)
+def test_nothing_is_proven_where_trials_are_off(call_kvq, wrong_kernel, tmp_path, text, message):
+    done = call_kvq("doctor", "--prove", KVQ_KERNEL_TRIALS=text)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in " ".join(done.stderr.split())
+    assert wrong_kernel.tried == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_kernel_that_nobody_has_is_told_before_another_is_tried(call_kvq, wrong_kernel):
+    done = call_kvq("doctor", "--prove", KVQ_ATTENTION_KERNEL="wrnog")
+    assert done.returncode == 1
+    assert "'wrnog' is not a kernel" in done.stdout
+    assert wrong_kernel.tried == 0
