@@ -22,7 +22,7 @@ class BatchPadding:
     """
 
     def __init__(self, told: tuple[int, ...] | None) -> None:
-        self.counts = told
+        self.counts: tuple[int, ...] | None = told
         self.is_settled = self._was_told = told is not None
         self._has_seen_mask = False
 
@@ -59,7 +59,8 @@ class BatchPadding:
 
     def forget(self) -> None:
         """Learn anew, from the next batch."""
-        self.__init__(None)  # type: ignore[misc]  # the state of a new one
+        self.counts = None
+        self.is_settled = self._was_told = self._has_seen_mask = False
 
     def forget_learnt(self) -> bool:
         """Learn anew unless it was told; return whether it was not."""
