@@ -20,9 +20,9 @@ from kvq.config import KVQCacheConfig
 from kvq.encoder_decoder import EncoderDecoderKVQ
 from kvq.errors import CacheStateError, ModelError
 from kvq.generation_watch import GenerationWatch
-from kvq.granularity import Granularity
 from kvq.layer import KVQLayer
 from kvq.padding import left_padding
+from kvq.plugin_api.granularity import Granularity
 from kvq.transformers_seams import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache
 from kvq.user_warnings import warn_user
 

@@ -13,7 +13,7 @@ from kvq.attention.handle import PackedPair
 from kvq.attention.memo import AttentionMemo
 from kvq.config import ResolvedLayer
 from kvq.errors import ConfigError, Fault, StatesError
-from kvq.quantizer import Side
+from kvq.plugin_api.quantizer import Side
 from kvq.store.codec import build_codec, common_flush_length
 from kvq.store.read_states import ReadStates, refuse_assignment
 from kvq.store.side import LayerSide

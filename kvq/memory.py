@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvq.byte_size import format_bytes, format_ratio
 from kvq.layer import KVQLayer
-from kvq.quantizer import Side
+from kvq.plugin_api.quantizer import Side
 from kvq.store.side import LayerSide
 
 

@@ -17,8 +17,6 @@ from typing import Literal
 
 import pluggy
 
-from kvq import plugin_api
-from kvq.backend_spec import BackendSpec
 from kvq.discovery import Claim, ClaimedName, find_entry_points, group_claims, join_claims
 from kvq.errors import (
     BackendConflictError,
@@ -28,6 +26,8 @@ from kvq.errors import (
     MissingRequirementError,
     UnknownBackendError,
 )
+from kvq.plugin_api import hooks
+from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.requirements import check_requirements
 from kvq.spec_validation import check_spec
 
@@ -244,8 +244,8 @@ class _PluginLoader:
     """Imports plugins and calls their hook, one at a time."""
 
     def __init__(self) -> None:
-        self._manager = pluggy.PluginManager(plugin_api.PROJECT_NAME)
-        self._manager.add_hookspecs(plugin_api)
+        self._manager = pluggy.PluginManager(hooks.PROJECT_NAME)
+        self._manager.add_hookspecs(hooks)
 
     def load(self, claim: Claim) -> BackendSpec:
         """Return what the plugin offers; a plugin that fails leaves nothing behind.

@@ -13,7 +13,7 @@ from kvq.errors import MissingRequirementError
 from kvq.installed import applies, find_version, is_met
 
 if TYPE_CHECKING:  # it imports torch, and this file should also serve where that cannot be imported
-    from kvq.backend_spec import BackendSpec
+    from kvq.plugin_api.backend_spec import BackendSpec
 
 
 def check_requirements(spec: BackendSpec) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from kvq.backend_spec import API_VERSION, BackendOptions, BackendSpec, Capabilities
 from kvq.errors import BrokenBackendError
-from kvq.granularity import Granularity
+from kvq.plugin_api.backend_spec import API_VERSION, BackendOptions, BackendSpec, Capabilities
+from kvq.plugin_api.granularity import Granularity
 
 
 def check_spec(spec: object, name: str, origin: str) -> BackendSpec:

@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from kvq.quantizer import FusedScores, Quantizer
+from kvq.plugin_api.quantizer import FusedScores, Quantizer
 from kvq.store.affine import AffineCodec
 
 _FUSED_METHODS = ("prepare_query", "scores", "mix", "finish_output")

@@ -25,8 +25,8 @@ from kvq.attention.kernel_contract import Kernel, ProvenKernel
 from kvq.attention.request import AttentionRequest
 from kvq.attention.samples import Sample
 from kvq.attention.verdicts import Subject, Verdict, name_device
-from kvq.granularity import Granularity
 from kvq.installed import find_version
+from kvq.plugin_api.granularity import Granularity
 
 _LOG = logging.getLogger("kvq")
 

@@ -14,8 +14,8 @@ import torch
 from kvq.attention.handle import PackedPair
 from kvq.attention.memo import AttentionMemo
 from kvq.attention.request import AttentionRequest
-from kvq.granularity import Granularity
-from kvq.quantizer import Quantizer, QuantSpec, Side
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Quantizer, QuantSpec, Side
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.codec import common_flush_length
 from kvq.store.rotation import HadamardRotation

@@ -14,7 +14,7 @@ from kvq.attention.comparison import TOLERANCE, relative_difference
 from kvq.attention.kernel import Choice, choose, distrust
 from kvq.attention.kernel_contract import Kernel
 from kvq.attention.request import AttentionRequest
-from kvq.quantizer import Quantizer
+from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 from kvq.store.side import SideView
 from kvq.user_warnings import warn_user

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from kvq.backend_spec import BackendSpec
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import KVQError
-from kvq.granularity import Granularity
-from kvq.quantizer import Side
+from kvq.plugin_api.backend_spec import BackendSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Side
 from kvq.store.codec import build_codec
 from kvq.store.savings import effective_bits
 

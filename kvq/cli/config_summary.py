@@ -16,7 +16,7 @@ from kvq.cli.codec_trial import measure_effective_bits, runs_here
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
 from kvq.config.faults import FaultCollector
 from kvq.errors import ConfigError
-from kvq.quantizer import Side
+from kvq.plugin_api.quantizer import Side
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from kvq.cli.progress import Progress, show_progress
 from kvq.errors import BackendError
 
 if TYPE_CHECKING:
-    from kvq.backend_spec import BackendSpec
     from kvq.evaluation.demo import DemoCase, DemoRow
     from kvq.evaluation.recall import RecallBatch
+    from kvq.plugin_api.backend_spec import BackendSpec
 
 MAX_RECORDS = 166
 MAX_SEED = 2**63 - 1

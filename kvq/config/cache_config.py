@@ -13,7 +13,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
-from kvq.backend_spec import BackendSpec
 from kvq.config.choice import BackendChoice, check_backends, check_writable, get_side_backend
 from kvq.config.faults import FaultCollector, not_accepted, shown
 from kvq.config.fields import (
@@ -40,7 +39,8 @@ from kvq.config.plain_values import find_strange_values
 from kvq.config.resolved import ResolvedLayer
 from kvq.config.selection import LayerSelector, find_selector
 from kvq.errors import ConfigError, Fault
-from kvq.granularity import Granularity
+from kvq.plugin_api.backend_spec import BackendSpec
+from kvq.plugin_api.granularity import Granularity
 from kvq.user_warnings import warn_user
 
 DEFAULT_BACKEND = "quanto"

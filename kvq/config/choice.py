@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator
 
-from kvq.backend_spec import BackendSpec
 from kvq.config.faults import FaultCollector, not_accepted
 from kvq.config.fields import SIDES, KeyValue, of_side, parse_sides, sides_schema
 from kvq.errors import BackendError, ConfigError, Fault
-from kvq.quantizer import Side
+from kvq.plugin_api.backend_spec import BackendSpec
+from kvq.plugin_api.quantizer import Side
 from kvq.registry import get_registry
 from kvq.spec_validation import check_spec
 

@@ -15,8 +15,8 @@ from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 from kvq.config.faults import FaultCollector, not_accepted
 from kvq.config.frozen import FrozenModel
-from kvq.granularity import Granularity
-from kvq.quantizer import Side
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Side
 
 FORMAT_VERSION = 1
 MAX_GROUP_SIZE = 65536

@@ -13,8 +13,8 @@ from kvq.config.fields import SIDES, Axis, Bits, Dtype, GroupSize, Rotation, Tok
 from kvq.config.frozen import FrozenModel
 from kvq.config.limits import check_granularity, check_group_size, check_nbits, resolve_axis
 from kvq.config.selection import LayerSelector, check_overlaps
-from kvq.granularity import Granularity
-from kvq.quantizer import Side
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Side
 
 NBITS_FIELDS: dict[Side, str] = {"key": "nbits_k", "value": "nbits_v"}
 AXIS_FIELDS: dict[Side, str] = {"key": "axis_key", "value": "axis_value"}

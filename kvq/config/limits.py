@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvq.backend_spec import BackendSpec
 from kvq.config.faults import shown
-from kvq.granularity import TRANSFORMERS_AXIS_NAMES, Granularity
+from kvq.plugin_api.backend_spec import BackendSpec
+from kvq.plugin_api.granularity import TRANSFORMERS_AXIS_NAMES, Granularity
 from kvq.user_warnings import warn_user
 
 CHANNEL_GROUP_MULTIPLE = 8

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kvq.backend_spec import BackendSpec
 from kvq.config.choice import find_given_spec
 from kvq.config.faults import FaultCollector, find_faults, not_accepted
 from kvq.config.frozen import FrozenDict, freeze
 from kvq.errors import ConfigError
+from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.registry import get_registry
 
 MAX_DEPTH = 16

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from kvq.backend_spec import BackendOptions, BackendSpec
 from kvq.config.choice import get_side_backend
 from kvq.config.fields import Rotation, of_side
 from kvq.config.layers import AXIS_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
-from kvq.granularity import Granularity
-from kvq.quantizer import Side
+from kvq.plugin_api.backend_spec import BackendOptions, BackendSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Side
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from transformers import DynamicCache, PreTrainedModel
 
-from kvq.backend_spec import BackendSpec
 from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError
 from kvq.evaluation.one_thread import one_thread
 from kvq.evaluation.quality.metrics import Estimate
 from kvq.evaluation.recall import RecallBatch
 from kvq.evaluation.scoring import RecallScore, score_config, score_recall
+from kvq.plugin_api.backend_spec import BackendSpec
 
 BIT_PAIRS = ((8, 8), (4, 4), (4, 2), (2, 4), (2, 2))
 """Bits of keys and values that the demo compares."""

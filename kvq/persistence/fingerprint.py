@@ -15,9 +15,9 @@ from packaging.requirements import Requirement
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kvq.backend_spec import BackendSpec
 from kvq.installed import find_version
 from kvq.persistence.header import BackendFingerprint, ModelFingerprint, WeightsSample
+from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.registry import get_registry
 
 MODEL_FACTS = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvq.backend_spec import BackendSpec
 from kvq.errors import CacheFileError
 from kvq.layer import KVQLayer
 from kvq.persistence.fingerprint import fingerprint_backends
 from kvq.persistence.header import BackendFingerprint, ModelFingerprint
+from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.store.affine import AffineCodec
 from kvq.user_warnings import warn_user
 

@@ -10,7 +10,7 @@ from kvq.errors import CacheFileError
 from kvq.layer import KVQLayer
 from kvq.persistence.container import SavedTensor, TensorSpec
 from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, name_dtypes
-from kvq.quantizer import Side
+from kvq.plugin_api.quantizer import Side
 from kvq.store.runs import find_runs
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens

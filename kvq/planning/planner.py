@@ -19,7 +19,7 @@ from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan, join_layers
 from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
 from kvq.planning.reasons import UNSUPPORTED, Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
-from kvq.quantizer import Quantizer, Side
+from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.store.savings import effective_bits
 
 MAX_CONTEXT = 1 << 24

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional
 
 from kvq.errors import QuantizerContractError
-from kvq.granularity import Granularity
-from kvq.quantizer import AffineQuantizer, Part, QuantSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
 from kvq.store.packing import join_planes, pack, plane_widths, split_planes, unpack

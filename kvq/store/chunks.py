@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvq.errors import QuantizerContractError
-from kvq.quantizer import Quantizer
+from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import name_quantizer
 from kvq.store.segments import Segment, copy_segments

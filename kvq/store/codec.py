@@ -7,11 +7,11 @@ from typing import cast
 
 import torch
 
-from kvq.backend_spec import BackendSpec
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
-from kvq.granularity import Granularity
-from kvq.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
+from kvq.plugin_api.backend_spec import BackendSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
 from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.guard import GuardedQuantizer

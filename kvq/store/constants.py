@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from kvq.errors import QuantizerContractError
-from kvq.quantizer import Quantizer
+from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 
 

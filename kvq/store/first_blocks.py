@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from kvq.errors import QuantizerContractError
-from kvq.quantizer import Quantizer, QuantSpec
+from kvq.plugin_api.quantizer import Quantizer, QuantSpec
 
 _seen: set[Hashable] = set()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvq.errors import QuantizerContractError
-from kvq.quantizer import Part, Quantizer, QuantSpec
+from kvq.plugin_api.quantizer import Part, Quantizer, QuantSpec
 from kvq.store.first_blocks import check_first_blocks, kind_of
 from kvq.store.origin import Origin, name_quantizer
 

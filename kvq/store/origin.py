@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvq.errors import BackendFailedError, KVQError
-from kvq.quantizer import QuantSpec, Side
+from kvq.plugin_api.quantizer import QuantSpec, Side
 
 
 @dataclass(frozen=True)

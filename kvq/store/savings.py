@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvq.config import ResolvedSide
 from kvq.errors import ConfigError, Fault
-from kvq.granularity import Granularity
-from kvq.quantizer import Quantizer, QuantSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Quantizer, QuantSpec
 from kvq.store.chunks import GROWTH_DIVISOR
 from kvq.user_warnings import warn_user_once
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kvq.quantizer import Quantizer
+from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.chunks import ChunkedStore, StoreView
 from kvq.store.constants import restore_constants
 from kvq.store.own_dtypes import without_autocast

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from kvq.backend_spec import BackendSpec
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.errors import CheckNotApplicableError, ContractViolationError
-from kvq.granularity import Granularity
 from kvq.layer import KVQLayer
-from kvq.quantizer import Quantizer, Side
+from kvq.plugin_api.backend_spec import BackendSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.registry import get_registry
 from kvq.store.codec import build_codec
 

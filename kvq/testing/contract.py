@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvq.backend_spec import BackendSpec
 from kvq.errors import CheckNotApplicableError, ContractViolationError
+from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.testing.accuracy import check_accuracy, check_bias, check_more_bits
 from kvq.testing.case import ContractCase, list_cases
 from kvq.testing.declaration import (

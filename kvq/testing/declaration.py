@@ -16,10 +16,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from kvq.backend_spec import API_VERSION, BackendSpec
 from kvq.config import KVQCacheConfig
 from kvq.discovery import find_entry_points, group_claims
 from kvq.errors import BrokenBackendError, CheckNotApplicableError, ConfigError, KVQError
+from kvq.plugin_api.backend_spec import API_VERSION, BackendSpec
 from kvq.registry import get_registry
 from kvq.spec_validation import check_spec as validate_spec
 from kvq.testing.case import ContractCase, require

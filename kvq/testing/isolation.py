@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kvq.quantizer import Side
+from kvq.plugin_api.quantizer import Side
 from kvq.testing.case import ContractCase, encode_blocks, feed, is_same, require
 
 THREADS = 4

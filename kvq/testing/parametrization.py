@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvq.backend_spec import BackendSpec
 from kvq.errors import CheckNotApplicableError
+from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.testing.contract import BoundCheck, list_checks
 
 if TYPE_CHECKING:

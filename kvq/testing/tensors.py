@@ -8,7 +8,7 @@ import math
 import torch
 
 from kvq.errors import CheckNotApplicableError, ConfigError
-from kvq.quantizer import Quantizer, Side
+from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.store.affine import AffineCodec
 from kvq.testing.case import ContractCase, encode_blocks, is_same, require
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvq.errors import QuantizerContractError
-from kvq.granularity import Granularity
-from kvq.quantizer import Quantizer, QuantSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Quantizer, QuantSpec
 from kvq.store.affine import AffineCodec, balanced_group_length
 
 

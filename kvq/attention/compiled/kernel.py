@@ -13,7 +13,7 @@ from kvq.attention.compiled.plan import TYPE_NUMBERS, Plan, make_plan
 from kvq.attention.compiled.structures import PackedRequest, States
 from kvq.attention.request import AttentionRequest
 from kvq.attention.source_digest import digest_files
-from kvq.quantizer import Quantizer
+from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView
 

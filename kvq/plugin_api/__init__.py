@@ -13,12 +13,11 @@ Keep that module light: it is imported when the backend is named, the vendor's l
 
 from __future__ import annotations
 
-import pluggy
-
-from kvq.backend_spec import API_VERSION, BackendOptions, BackendSpec, Capabilities
 from kvq.errors import KVQError, QuantizerContractError
-from kvq.granularity import AxisNames, Granularity
-from kvq.quantizer import AffineQuantizer, FusedScores, Part, Quantizer, QuantSpec, Side
+from kvq.plugin_api.backend_spec import API_VERSION, BackendOptions, BackendSpec, Capabilities
+from kvq.plugin_api.granularity import AxisNames, Granularity
+from kvq.plugin_api.hooks import hookimpl, hookspec
+from kvq.plugin_api.quantizer import AffineQuantizer, FusedScores, Part, Quantizer, QuantSpec, Side
 
 __all__ = [
     "API_VERSION",
@@ -38,14 +37,3 @@ __all__ = [
     "hookimpl",
     "hookspec",
 ]
-
-PROJECT_NAME = "kvq"
-"""The name under which pluggy knows hooks of this project."""
-
-hookspec = pluggy.HookspecMarker(PROJECT_NAME)
-hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
-
-
-@hookspec
-def kvq_backend() -> BackendSpec:  # type: ignore[empty-body]  # a declaration: pluggy never calls it
-    """Return the one backend that this plugin offers."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-from kvq.granularity import Granularity
+from kvq.plugin_api.granularity import Granularity
 
 Side = Literal["key", "value"]
 

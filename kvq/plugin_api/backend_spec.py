@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from kvq.granularity import TRANSFORMERS_AXIS_NAMES, AxisNames, Granularity
-from kvq.quantizer import AffineQuantizer, Quantizer, QuantSpec
+from kvq.plugin_api.granularity import TRANSFORMERS_AXIS_NAMES, AxisNames, Granularity
+from kvq.plugin_api.quantizer import AffineQuantizer, Quantizer, QuantSpec
 
 API_VERSION = 1
 """Version of the plugin contract; a backend built for another one is refused."""
