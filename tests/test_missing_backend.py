@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from kvq import KVQ
-from kvq.discovery import ENTRY_POINT_GROUP, OWN_DISTRIBUTION
 from kvq.errors import BackendConflictError, BrokenBackendError, MissingRequirementError
 from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities
 from kvq.registry import BackendRegistry
+from kvq.registry.discovery import ENTRY_POINT_GROUP, OWN_DISTRIBUTION
 
 ROOT = Path(__file__).parents[1]
 HINT = "; backends that need nothing more: "

@@ -15,7 +15,6 @@ from importlib import metadata
 import pytest
 from pydantic import ConfigDict
 
-from kvq.discovery import ENTRY_POINT_GROUP
 from kvq.errors import (
     BackendConflictError,
     BackendError,
@@ -26,6 +25,7 @@ from kvq.errors import (
 )
 from kvq.plugin_api import API_VERSION, BackendOptions, BackendSpec, Capabilities, Granularity
 from kvq.registry import BackendRegistry, available_backends, get_registry, register_backend
+from kvq.registry.discovery import ENTRY_POINT_GROUP
 
 PLUGIN = """
 from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities, hookimpl
@@ -428,7 +428,7 @@ class TestBrokenPlugins:
         source = "import kvq.registry\nkvq.registry.get_registry().get_backend('fine')\n" + PLUGIN.format(name="nested")
         site.add_backend("nested", source=source)
         registry = site.registry()
-        monkeypatch.setattr("kvq.registry._registry", registry)
+        monkeypatch.setattr("kvq.registry.registry._registry", registry)
         assert registry.get_backend("nested").name == "nested"
 
     def test_threads_load_a_backend_once(self, site):
@@ -563,7 +563,7 @@ class TestRegistering:
         assert registry.get_backend("fine").build is not make_spec().build
 
     def test_the_functions_of_the_module_use_the_registry_of_the_process(self, monkeypatch, site, spec):
-        monkeypatch.setattr("kvq.registry._registry", site.registry())
+        monkeypatch.setattr("kvq.registry.registry._registry", site.registry())
         register_backend(spec)
         assert get_registry().get_backend("coded") is spec
         assert [info.name for info in available_backends()] == ["coded"]

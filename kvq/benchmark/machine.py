@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvq.requirements import find_versions
+from kvq.registry.requirements import find_versions
 
 OPTIONAL_DISTRIBUTIONS = ("numba", "triton")
 """Which kernels may use where they are installed."""

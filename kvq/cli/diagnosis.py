@@ -181,8 +181,8 @@ def _examine_kernels(found: Diagnosis, *, prove: bool) -> None:
 
 def _examine_backends(found: Diagnosis) -> None:
     from kvq.cli.backend_facts import summarize
-    from kvq.discovery import OWN_DISTRIBUTION
     from kvq.registry import available_backends
+    from kvq.registry.discovery import OWN_DISTRIBUTION
 
     infos = available_backends(load=True)
     for info in infos:

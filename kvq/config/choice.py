@@ -15,7 +15,7 @@ from kvq.errors import BackendError, ConfigError, Fault
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.quantizer import Side
 from kvq.registry import get_registry
-from kvq.spec_validation import check_spec
+from kvq.registry.spec_validation import check_spec
 
 
 def get_side_backend(choice: Any, side: Side) -> BackendSpec:

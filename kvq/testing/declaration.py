@@ -17,11 +17,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from kvq.config import KVQCacheConfig
-from kvq.discovery import find_entry_points, group_claims
 from kvq.errors import BrokenBackendError, CheckNotApplicableError, ConfigError, KVQError
 from kvq.plugin_api.backend_spec import API_VERSION, BackendSpec
 from kvq.registry import get_registry
-from kvq.spec_validation import check_spec as validate_spec
+from kvq.registry.discovery import find_entry_points, group_claims
+from kvq.registry.spec_validation import check_spec as validate_spec
 from kvq.testing.case import ContractCase, require
 
 UNKNOWN_OPTION = "no_such_option_of_any_backend"

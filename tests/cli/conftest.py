@@ -120,7 +120,7 @@ def call_kvq(tmp_path, monkeypatch, capsys) -> Run:
                 patch.setenv(name, str(value))
             if "PYTHONPATH" in variables:
                 patch.syspath_prepend(str(variables["PYTHONPATH"]))
-            patch.setattr("kvq.registry._registry", BackendRegistry())
+            patch.setattr("kvq.registry.registry._registry", BackendRegistry())
             patch.setattr("sys.argv", ["kvq", *args])
             with pytest.raises(SystemExit) as ended:
                 main()

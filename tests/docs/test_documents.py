@@ -50,7 +50,7 @@ def blocks(*languages):
 @pytest.fixture
 def plugins_registered(monkeypatch):
     """The plugins of the tree as registered backends, installed or not."""
-    monkeypatch.setattr("kvq.registry._registry", BackendRegistry(environment={"KVQ_BLOCK_PLUGINS": ""}))
+    monkeypatch.setattr("kvq.registry.registry._registry", BackendRegistry(environment={"KVQ_BLOCK_PLUGINS": ""}))
     known = {info.name for info in get_registry().available_backends()}
     for name, folder in PLUGINS.items():
         if name.removeprefix("kvq-") not in known:

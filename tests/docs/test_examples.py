@@ -29,7 +29,9 @@ def run_here(monkeypatch, capsys):
         path = ROOT / "examples" / name
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        monkeypatch.setattr("kvq.registry._registry", BackendRegistry())  # what is registered ends with the test
+        monkeypatch.setattr(
+            "kvq.registry.registry._registry", BackendRegistry()
+        )  # what is registered ends with the test
         runpy.run_path(str(path), run_name="__main__")
         return capsys.readouterr().out
 

@@ -31,7 +31,7 @@ def kvq_backend():
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    monkeypatch.setattr("kvq.registry._registry", BackendRegistry())
+    monkeypatch.setattr("kvq.registry.registry._registry", BackendRegistry())
 
 
 def install(site, name, text):

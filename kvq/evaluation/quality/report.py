@@ -9,7 +9,7 @@ from typing import Any
 
 from kvq.evaluation.quality.record import QualityRecord
 from kvq.evaluation.quality.run import EvaluationPlan
-from kvq.requirements import find_versions
+from kvq.registry.requirements import find_versions
 
 COLUMNS = (
     "cache",

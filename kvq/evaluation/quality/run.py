@@ -31,7 +31,7 @@ from kvq.evaluation.quality.needle import NeedleTask, answer_exactly
 from kvq.evaluation.quality.processes import Processes
 from kvq.evaluation.quality.record import BatchResult, NeedleAnswer, QualityRecord, summarize
 from kvq.evaluation.quality.text import TokenText
-from kvq.requirements import find_versions
+from kvq.registry.requirements import find_versions
 
 DISTANCE_BINS = 8
 

@@ -17,7 +17,6 @@ from typing import Literal
 
 import pluggy
 
-from kvq.discovery import Claim, ClaimedName, find_entry_points, group_claims, join_claims
 from kvq.errors import (
     BackendConflictError,
     BackendError,
@@ -28,8 +27,9 @@ from kvq.errors import (
 )
 from kvq.plugin_api import hooks
 from kvq.plugin_api.backend_spec import BackendSpec
-from kvq.requirements import check_requirements
-from kvq.spec_validation import check_spec
+from kvq.registry.discovery import Claim, ClaimedName, find_entry_points, group_claims, join_claims
+from kvq.registry.requirements import check_requirements
+from kvq.registry.spec_validation import check_spec
 
 ALLOW_VARIABLE = "KVQ_PLUGINS"
 """Environment variable: the names, separated by commas, that alone may be loaded; set but empty: none may."""

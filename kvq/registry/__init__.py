@@ -1,0 +1,5 @@
+"""How backends are found by name: entry points, requirements, checks of what a plugin declares."""
+
+from kvq.registry.registry import BackendInfo, BackendRegistry, available_backends, get_registry, register_backend
+
+__all__ = ["BackendInfo", "BackendRegistry", "available_backends", "get_registry", "register_backend"]
