@@ -16,7 +16,7 @@ from kvq.attention.attend import ATTENTION_NAME, hint_at_attention, register_att
 from kvq.attention.padding_mask import expect_mask
 from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
-from kvq.config.fields import find_integer
+from kvq.config.field_types import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.kept_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
 from kvq.layer import KVQLayer, check_rows

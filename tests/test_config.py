@@ -13,7 +13,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from kvq.config import KeyValue, KVQCacheConfig, LayerConfig, limits
+from kvq.config import KeyValue, KVQCacheConfig, LayerConfig
+from kvq.config import backend_limits as limits
 from kvq.errors import BackendError, BrokenBackendError, ConfigError, KVQError, UnknownBackendError
 from kvq.plugin_api import Capabilities, Granularity
 from kvq.registry import register_backend
@@ -233,7 +234,9 @@ class TestBackends:
         def raise_broken(name):
             raise BrokenBackendError(f"{name} is broken") from reason
 
-        monkeypatch.setattr("kvq.config.choice.get_registry", lambda: type("R", (), {"get_backend": raise_broken}))
+        monkeypatch.setattr(
+            "kvq.config.backend_choice.get_registry", lambda: type("R", (), {"get_backend": raise_broken})
+        )
         with pytest.raises(BrokenBackendError) as caught:
             make_config()
         assert caught.value.__cause__ is reason

@@ -125,7 +125,7 @@ class TestToDict:
 class TestReading:
     def test_an_empty_file_holds_the_defaults(self, write, monkeypatch, testing_backend):
         registry = type("Registry", (), {"get_backend": staticmethod(lambda _name: testing_backend)})
-        monkeypatch.setattr("kvq.config.choice.get_registry", lambda: registry)
+        monkeypatch.setattr("kvq.config.backend_choice.get_registry", lambda: registry)
         for path in (write(""), write("# nothing\n"), write("", "kvq.json"), write("{}", "kvq.json")):
             assert KVQCacheConfig.from_file(path) == KVQCacheConfig()
 

@@ -13,9 +13,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
-from kvq.config.choice import BackendChoice, check_backends, check_writable, get_side_backend
+from kvq.config.backend_choice import BackendChoice, check_backends, check_writable, get_side_backend
+from kvq.config.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
+from kvq.config.backend_options import resolve_options
 from kvq.config.faults import FaultCollector, not_accepted, shown
-from kvq.config.fields import (
+from kvq.config.field_types import (
     FORMAT_VERSION,
     SIDES,
     Axis,
@@ -32,12 +34,10 @@ from kvq.config.fields import (
 )
 from kvq.config.files import load_mapping
 from kvq.config.frozen import FrozenDict, FrozenModel
-from kvq.config.layers import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
-from kvq.config.limits import check_granularity, check_group_size, check_nbits, resolve_axis
-from kvq.config.options import resolve_options
+from kvq.config.layer_config import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
+from kvq.config.layer_selector import LayerSelector, find_selector
 from kvq.config.plain_values import find_strange_values
 from kvq.config.resolved import ResolvedLayer
-from kvq.config.selection import LayerSelector, find_selector
 from kvq.errors import ConfigError, Fault
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kvq.config.choice import get_side_backend
-from kvq.config.fields import Rotation, of_side
-from kvq.config.layers import AXIS_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
+from kvq.config.backend_choice import get_side_backend
+from kvq.config.field_types import Rotation, of_side
+from kvq.config.layer_config import AXIS_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
 from kvq.plugin_api.backend_spec import BackendOptions, BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Side

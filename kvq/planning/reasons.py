@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from kvq.config import KVQCacheConfig
-from kvq.config.selection import find_selector
+from kvq.config.layer_selector import find_selector
 from kvq.layer import KVQLayer
 from kvq.model_layers import LATENT_VALUE_BITS, is_latent
 

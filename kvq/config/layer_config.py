@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import Field, StrictBool, model_validator
 
-from kvq.config.choice import BackendChoice, check_backends, get_side_backend
+from kvq.config.backend_choice import BackendChoice, check_backends, get_side_backend
+from kvq.config.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
 from kvq.config.faults import FaultCollector
-from kvq.config.fields import SIDES, Axis, Bits, Dtype, GroupSize, Rotation, Tokens, of_side
+from kvq.config.field_types import SIDES, Axis, Bits, Dtype, GroupSize, Rotation, Tokens, of_side
 from kvq.config.frozen import FrozenModel
-from kvq.config.limits import check_granularity, check_group_size, check_nbits, resolve_axis
-from kvq.config.selection import LayerSelector, check_overlaps
+from kvq.config.layer_selector import LayerSelector, check_overlaps
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Side
 

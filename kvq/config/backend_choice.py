@@ -1,6 +1,6 @@
 """The backend that a configuration chooses: a name or a `BackendSpec`, for both sides or one each.
 
-Owns how a choice is read, looked up and written out; what the chosen backend accepts is in `kvq.config.limits`.
+Owns how a choice is read, looked up and written out; what the chosen backend accepts is in `kvq.config.backend_limits`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator
 
 from kvq.config.faults import FaultCollector, not_accepted
-from kvq.config.fields import SIDES, KeyValue, of_side, parse_sides, sides_schema
+from kvq.config.field_types import SIDES, KeyValue, of_side, parse_sides, sides_schema
 from kvq.errors import BackendError, ConfigError, Fault
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.quantizer import Side

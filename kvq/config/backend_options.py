@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kvq.config.choice import find_given_spec
+from kvq.config.backend_choice import find_given_spec
 from kvq.config.faults import FaultCollector, find_faults, not_accepted
 from kvq.config.frozen import FrozenDict, freeze
 from kvq.errors import ConfigError
