@@ -11,10 +11,10 @@ from kvq.layer import KVQLayer
 from kvq.persistence.container import SavedTensor, TensorSpec
 from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, name_dtypes
 from kvq.plugin_api.quantizer import Side
-from kvq.store.runs import find_runs
+from kvq.store.cropped_groups import SurvivorLog, Survivors
+from kvq.store.saved_blocks import find_runs
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
-from kvq.store.survivors import SurvivorLog, Survivors
 
 ROWS_DTYPE = torch.int64
 

@@ -16,9 +16,9 @@ import torch
 from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.chunks import ChunkedStore, StoreView
 from kvq.store.constants import restore_constants
+from kvq.store.cropped_groups import SurvivorLog
 from kvq.store.own_dtypes import without_autocast
 from kvq.store.sinks import SinkTokens
-from kvq.store.survivors import SurvivorLog
 from kvq.store.window import TokenBuffer
 
 
