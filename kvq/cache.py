@@ -11,8 +11,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from kvq.attention.active import ActiveAttention
-from kvq.attention.attend import ATTENTION_NAME, hint_at_attention, register_attention
+from kvq.attention.active_implementation import ActiveAttention
+from kvq.attention.entry import ATTENTION_NAME, hint_at_attention, register_attention
 from kvq.attention.padding_mask import expect_mask
 from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.attention.attend import ATTENTION_NAME
+from kvq.attention.entry import ATTENTION_NAME
 from kvq.layer import KVQLayer
 from kvq.transformers_seams import CHECKPOINTS, PREPARE_CACHE, find_cache
 from kvq.user_warnings import warn_user

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
 from kvq.attention.handle import PackedPair
-from kvq.attention.memo import AttentionMemo
 from kvq.config import ResolvedLayer
 from kvq.errors import ConfigError, Fault, StatesError
 from kvq.plugin_api.quantizer import Side

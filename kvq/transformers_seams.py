@@ -60,8 +60,8 @@ SEAMS = (
         "_attn_implementation",
         "a configuration tells by it which attention its modules call, and each module reads it at every forward",
         (
-            "attention/active.py",
-            "attention/attend.py",
+            "attention/active_implementation.py",
+            "attention/entry.py",
             "attention_switch.py",
             "benchmark/setting.py",
         ),
@@ -110,7 +110,7 @@ SEAMS = (
     Seam(
         "eager_attention_forward",
         "the function of that name in a model's file is the model's own eager attention",
-        ("attention/plain.py",),
+        ("attention/full_precision.py",),
     ),
     Seam(
         "get_mask_sizes",

@@ -2,8 +2,8 @@
 
     python scripts/prove_kernel.py compiled
 
-Writes `benchmarks/results/kernel-NAME-CLASS.json`. With an entry of its figures in `kvq/attention/proven.json` the
-kernel is a default on this class of device without a trial at its first use.
+Writes `benchmarks/results/kernel-NAME-CLASS.json`. With an entry of its figures in
+`kvq/attention/proving/benchmarked.json` the kernel is a default on this class of device, with no trial at first use.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch.nn import functional
 
 import kvq
-from kvq.attention import attend  # noqa: F401  # registers the kernels
-from kvq.attention.kernel import available_kernels
-from kvq.attention.kernel_contract import Kernel
-from kvq.attention.processor import name_processor
-from kvq.attention.proof import device_class
-from kvq.attention.proving import take_seconds
-from kvq.attention.request import AttentionRequest
+from kvq.attention import entry  # noqa: F401  # registers the kernels
+from kvq.attention.dispatch.kernel import Kernel
+from kvq.attention.dispatch.kernel_registry import available_kernels
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.machine.processor import name_processor
+from kvq.attention.proving.benchmark_records import device_class
+from kvq.attention.proving.trial import take_seconds
 from kvq.config import KVQCacheConfig
 from kvq.layer import KVQLayer
 

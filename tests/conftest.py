@@ -63,7 +63,9 @@ def give_records(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def give(*names: str) -> None:
         record = {"relative_error": 1e-6, "speedup": 2.0}
-        monkeypatch.setattr("kvq.attention.standing.find_proof", lambda name, _: record if name in names else None)
+        monkeypatch.setattr(
+            "kvq.attention.dispatch.standing.find_proof", lambda name, _: record if name in names else None
+        )
 
     give("compiled")
     return give
@@ -72,7 +74,7 @@ def give_records(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernels in torch alone read a history of some hundred tokens in several pieces, as they do a long one."""
-    monkeypatch.setattr("kvq.attention.stored_pieces.PIECE_ELEMENTS", 1 << 13)
+    monkeypatch.setattr("kvq.attention.kernels.stored_pieces.PIECE_ELEMENTS", 1 << 13)
 
 
 # The models are tiny and the tests run side by side: more threads than one each only get into each other's way.

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch.utils._pytree import tree_map
 
-from kvq.attention.memo import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
 from kvq.errors import CacheStateError
 from kvq.store.side import SideView
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from transformers import DynamicCache, PretrainedConfig, QuantizedCache
 from transformers.cache_utils import Cache
 
-from kvq.attention.attend import ATTENTION_NAME
-from kvq.attention.eager import REFERENCE
+from kvq.attention.entry import ATTENTION_NAME
+from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.benchmark.baselines import PACKED_ATTENTION, build_buffer_cache
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig

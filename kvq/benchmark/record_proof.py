@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvq.attention.proof import device_class
+from kvq.attention.proving.benchmark_records import device_class
 
 SHORTEST_LENGTH = 8192
 """Tokens from which on speed counts."""

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from kvq.attention.handle import PackedStates
-from kvq.attention.variables import KERNEL_VARIABLE
+from kvq.attention.machine.variables import KERNEL_VARIABLE
 from kvq.benchmark.baselines import packed_attention_forward
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.setting import Setting

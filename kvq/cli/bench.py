@@ -226,7 +226,7 @@ def _make_plans(
     choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
 ) -> dict[str, Plan]:
     """Return what is measured of one layer, of a whole model, and of one of many layers that compute little."""
-    from kvq.attention.attend import register_attention
+    from kvq.attention.entry import register_attention
     from kvq.benchmark.baselines import register_packed_attention
     from kvq.benchmark.generation import choose_for_forwards
     from kvq.benchmark.models import ModelTrials

@@ -52,7 +52,7 @@ def doctor(
 
 def _check_that_trials_are_on() -> None:
     """Refuse to try kernels where the user forbids it; torch need not be there yet."""
-    from kvq.attention.variables import ON_OFF, TRIALS_VARIABLE, read_variable
+    from kvq.attention.machine.variables import ON_OFF, TRIALS_VARIABLE, read_variable
 
     text = read_variable(TRIALS_VARIABLE)
     if text is None or ON_OFF.get(text.lower()):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvq.attention.kernel_contract import Kernel
-    from kvq.attention.standing import Standing
+    from kvq.attention.dispatch.kernel import Kernel
+    from kvq.attention.dispatch.standing import Standing
 
 
 def list_kernels(devices: Sequence[str], *, prove: bool = False) -> list[dict[str, Any]]:
@@ -20,8 +20,8 @@ def list_kernels(devices: Sequence[str], *, prove: bool = False) -> list[dict[st
     Raises:
         ConfigError: an environment variable names no kernel, or says neither yes nor no.
     """
-    from kvq.attention.kernel import available_kernels, wanted_kernel
-    from kvq.attention.standing import are_trials_on
+    from kvq.attention.dispatch.kernel_registry import available_kernels, wanted_kernel
+    from kvq.attention.dispatch.standing import are_trials_on
 
     wanted_kernel(), are_trials_on()  # what is mistyped is told before anything is tried
     return [_describe(kernel, device, prove=prove) for device in devices for kernel in available_kernels()]
@@ -30,7 +30,7 @@ def list_kernels(devices: Sequence[str], *, prove: bool = False) -> list[dict[st
 def _describe(kernel: Kernel, device_name: str, *, prove: bool) -> dict[str, Any]:
     import torch
 
-    from kvq.attention.kernel import examine, find_reason_against, wanted_kernel
+    from kvq.attention.dispatch.kernel_registry import examine, find_reason_against, wanted_kernel
 
     device = torch.device(device_name)
     runs_here = not kernel.device_types or device.type in kernel.device_types
@@ -47,7 +47,7 @@ def _describe(kernel: Kernel, device_name: str, *, prove: bool) -> dict[str, Any
 
 
 def _describe_proof(standing: Standing) -> dict[str, Any]:
-    from kvq.attention.verdicts import facts_of
+    from kvq.attention.proving.verdicts import facts_of
 
     if standing.origin == "measured here" and standing.verdict is not None:
         return {"origin": standing.origin, **facts_of(standing.verdict)}

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kvq.attention.eager import REFERENCE
-from kvq.attention.kernel import choose
-from kvq.attention.request import AttentionRequest
+from kvq.attention.dispatch.kernel_registry import choose
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.testing.case import ContractCase, quantized_layer
 
 FLUSHES = 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvq.attention import kernels  # noqa: F401  # registers them
-from kvq.attention.kernel import available_kernels
-from kvq.attention.request import AttentionRequest
+from kvq.attention.dispatch.kernel_registry import available_kernels
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels import own_kernels  # noqa: F401  # registers them
 from kvq.config import KVQCacheConfig
 from kvq.layer import KVQLayer
 

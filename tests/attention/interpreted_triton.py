@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 
 from kvq import KVQ
-from kvq.attention.request import AttentionRequest
-from kvq.attention.triton_decode import TRITON
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton.kernel import TRITON
 
 CASES = {
     "defaults": {},

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from kvq.attention.attend import attend_packed
-from kvq.attention.compiled import compiler, library
-from kvq.attention.compiled.compiler import BuildError, Toolchain, find_toolchain
-from kvq.attention.compiled.kept_library import provide_library
-from kvq.attention.memo import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.entry import attend_packed
+from kvq.attention.kernels.compiled import compiler, library
+from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain, find_toolchain
+from kvq.attention.kernels.compiled.kept_library import provide_library
 
 CC = next((name for name in ("gcc", "cc", "clang") if compiler.shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(library.find_problem() is not None, reason="no C compiler")
@@ -97,7 +97,7 @@ def test_native_flags_are_tried_in_turn(source, monkeypatch, pretend):
 def test_the_process_keeps_its_denormal_numbers():
     """Linked with -ffast-math, a library would flush them for everybody."""
     code = (
-        "from kvq.attention.compiled.library import get_library; get_library(); "
+        "from kvq.attention.kernels.compiled.library import get_library; get_library(); "
         "import torch; assert (torch.tensor(1e-40) * 1).item() > 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, env={**os.environ})

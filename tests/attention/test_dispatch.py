@@ -12,13 +12,13 @@ import transformers
 from torch import nn
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.attention import kernel as kernel_module
-from kvq.attention import trial as trial_module
-from kvq.attention.attend import attend, attend_packed, hint_at_attention, kvq_attention_forward
-from kvq.attention.eager import REFERENCE
-from kvq.attention.kernel import available_kernels, choose
-from kvq.attention.memo import AttentionMemo
-from kvq.attention.proof import device_class, find_proof, is_passing, load_proofs
+from kvq.attention.dispatch import kernel_registry as kernel_module
+from kvq.attention.dispatch import verification
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_registry import available_kernels, choose
+from kvq.attention.entry import attend, attend_packed, hint_at_attention, kvq_attention_forward
+from kvq.attention.kernels.eager.kernel import REFERENCE
+from kvq.attention.proving.benchmark_records import device_class, find_proof, is_passing, load_proofs
 from kvq.errors import ConfigError
 from kvq.layer import KVQLayer
 
@@ -152,7 +152,7 @@ def own_kernels(monkeypatch):
     def put(*kernels):
         monkeypatch.setattr(kernel_module, "_KERNELS", {kernel.name: kernel for kernel in kernels})
         monkeypatch.setattr(kernel_module, "_DISTRUSTED", {})
-        monkeypatch.setattr(trial_module, "_PASSED", set())
+        monkeypatch.setattr(verification, "_PASSED", set())
 
     return put
 

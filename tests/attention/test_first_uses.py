@@ -5,12 +5,12 @@ import torch
 import transformers
 
 from kvq import KVQ, attach
-from kvq.attention import kernel as kernel_module
-from kvq.attention import trial as trial_module
-from kvq.attention.attend import attend_packed
-from kvq.attention.eager import REFERENCE, EagerKernel
-from kvq.attention.memo import AttentionMemo
-from kvq.attention.trial import describe, forget_trials
+from kvq.attention.dispatch import kernel_registry as kernel_module
+from kvq.attention.dispatch import verification
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.verification import describe, forget_trials
+from kvq.attention.entry import attend_packed
+from kvq.attention.kernels.eager.kernel import REFERENCE, EagerKernel
 
 
 class Probe:
@@ -40,7 +40,7 @@ def references(monkeypatch):
     asked = []
     attend = REFERENCE.attend
     monkeypatch.setattr(REFERENCE, "attend", lambda request: asked.append(request) or attend(request), raising=False)
-    monkeypatch.setattr(trial_module, "_PASSED", set())
+    monkeypatch.setattr(verification, "_PASSED", set())
     monkeypatch.setattr(kernel_module, "_DISTRUSTED", {})
     return asked
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvq.attention import kept_files
-from kvq.attention.compiled import kept_library, library
-from kvq.attention.compiled.compiler import BuildError, Toolchain
-from kvq.attention.compiled.kept_library import provide_library
-from kvq.attention.compiled.structures import IN_ORDER
+from kvq.attention.kernels.compiled import kept_library, library
+from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain
+from kvq.attention.kernels.compiled.kept_library import provide_library
+from kvq.attention.kernels.compiled.structures import IN_ORDER
+from kvq.attention.machine import kept_files
 
 pytestmark = pytest.mark.skipif(library.find_problem() is not None, reason="no C compiler")
 
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_built_anew(source, damage):
 LOAD_EACH = """
 import json, os, sys
 from pathlib import Path
-from kvq.attention.compiled import library
+from kvq.attention.kernels.compiled import library
 library.SOURCE = Path(sys.argv[1])
 path = library.provide_library(library.SOURCE).path
 whole, ends = path.read_bytes(), []

@@ -5,10 +5,10 @@ import torch
 from largest_tensor import LargestTensor
 from torch.nn import functional
 
-from kvq.attention.attend import attend_packed
-from kvq.attention.blockwise import BlockwiseKernel
-from kvq.attention.kernel import available_kernels
-from kvq.attention.memo import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_registry import available_kernels
+from kvq.attention.entry import attend_packed
+from kvq.attention.kernels.blockwise import BlockwiseKernel
 
 FP32_ERROR = 1e-5
 """Two orders of magnitude below what the issue of the kernels asks for, 1e-3."""
@@ -185,7 +185,7 @@ BLOCKWISE = {
 @pytest.mark.parametrize("name", ["blockwise", "eager"])
 def test_many_queries(make_request, reference, error_of, name, case, monkeypatch):
     # Small pieces, so that there are several.
-    monkeypatch.setattr("kvq.attention.stored_pieces.PIECE_ELEMENTS", 2 * 2 * 96 * 70)
+    monkeypatch.setattr("kvq.attention.kernels.stored_pieces.PIECE_ELEMENTS", 2 * 2 * 96 * 70)
     kernel = next(kernel for kernel in available_kernels() if kernel.name == name)
     request = make_request(queries=70, **BLOCKWISE[case])
     assert kernel.find_obstacle(request) is None
@@ -206,7 +206,7 @@ def test_quantizers_that_are_not_affine(make_request, reference, error_of, name,
     give_records(*records)
     import reference_quantizers
 
-    from kvq.attention.kernel import choose
+    from kvq.attention.dispatch.kernel_registry import choose
 
     spec = {"norm_codebook": reference_quantizers.NORM_CODEBOOK, "static_float8": reference_quantizers.STATIC_FLOAT8}[
         name
@@ -221,7 +221,7 @@ def test_quantizers_that_are_not_affine(make_request, reference, error_of, name,
 
 
 def test_a_step_allocates_nothing_of_the_size_of_the_history(kernel, make_request, monkeypatch):
-    monkeypatch.setattr("kvq.attention.stored_pieces.PIECE_ELEMENTS", 1 << 14)
+    monkeypatch.setattr("kvq.attention.kernels.stored_pieces.PIECE_ELEMENTS", 1 << 14)
     largest = []
     for tokens in (1000, 4000):
         request = make_request(tokens=tokens)

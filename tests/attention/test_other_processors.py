@@ -13,8 +13,8 @@ import pytest
 import torch
 from written_requests import read_output, write_request
 
-from kvq.attention.compiled import library
-from kvq.attention.compiled.compiler import _COMMON_FLAGS
+from kvq.attention.kernels.compiled import library
+from kvq.attention.kernels.compiled.compiler import _COMMON_FLAGS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PADDED = torch.ones(2, 1, 1, 334, dtype=torch.bool)

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from kvq.attention.attend import attend
-from kvq.attention.plain import attend_full_precision
+from kvq.attention.entry import attend
+from kvq.attention.full_precision import attend_full_precision
 from kvq.errors import KVQError
 
 SMALL = dict(
@@ -126,7 +126,7 @@ def test_sdpa_on_a_processor_is_given_neighbouring_tokens(monkeypatch):
         given.extend([keys, values])
         return query, None
 
-    monkeypatch.setattr("kvq.attention.plain.sdpa_attention_forward", note)
+    monkeypatch.setattr("kvq.attention.full_precision.sdpa_attention_forward", note)
     states = torch.randn(1, 5, 2, 16).transpose(1, 2)
     attend_full_precision(nn.Module(), states, states, states, None)
     assert not states.is_contiguous()

@@ -17,14 +17,16 @@ import torch
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvq.attention import kernel as kernel_module
-from kvq.attention import proving, standing, verdicts
-from kvq.attention.attend import attend_packed
-from kvq.attention.compiled import library
-from kvq.attention.eager import REFERENCE, EagerKernel
-from kvq.attention.kernel import choose, examine, find_reason_against
-from kvq.attention.memo import AttentionMemo
-from kvq.attention.samples import Sample
+from kvq.attention.dispatch import kernel_registry as kernel_module
+from kvq.attention.dispatch import standing
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_registry import choose, examine, find_reason_against
+from kvq.attention.entry import attend_packed
+from kvq.attention.kernels.compiled import library
+from kvq.attention.kernels.eager.kernel import REFERENCE, EagerKernel
+from kvq.attention.proving import trial as proving
+from kvq.attention.proving import verdicts
+from kvq.attention.proving.samples import Sample
 from kvq.errors import ConfigError
 from kvq.memory import report_memory
 

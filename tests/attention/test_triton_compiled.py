@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kvq import KVQ
-from kvq.attention.request import AttentionRequest
-from kvq.attention.triton_decode import LEAST_TRITON, TRITON, _find_missing_triton, _Launch
-from kvq.attention.triton_plan import get_plan
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton.chunk_table import get_plan
+from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton, _Launch
 
 pytestmark = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
 
@@ -74,7 +74,7 @@ def resources(compiled, architecture, tmp_path):
 
 
 def compile_parts(launch, architecture):
-    from kvq.attention import triton_programs as programs
+    from kvq.attention.kernels.triton import programs
 
     state = NAMES[launch.request.query.dtype]
     query = state if launch.key.codec.rotation is None else "fp32"
@@ -112,7 +112,7 @@ def test_a_program_keeps_to_its_registers_and_reads_in_wide_loads(
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_the_merge_compiles(architecture, tmp_path):
-    from kvq.attention import triton_programs as programs
+    from kvq.attention.kernels.triton import programs
 
     pointers = dict.fromkeys(("peaks", "totals", "outputs", "sink_logits", "stored_output"), "fp32")
     constants = {"VALUE_DIM": 128, "VALUE_PADDED": 128, "QUERIES": 1, "HAS_LOGITS": True, "APART": False}

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from kvq import KVQ
-from kvq.attention.kernel import choose, find_reason_against
-from kvq.attention.request import AttentionRequest
-from kvq.attention.triton_decode import LEAST_TRITON, TRITON, _find_missing_triton
-from kvq.attention.triton_plan import get_plan
+from kvq.attention.dispatch.kernel_registry import choose, find_reason_against
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton.chunk_table import get_plan
+from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
 
 SCRIPT = Path(__file__).with_name("interpreted_triton.py")
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_what_it_cannot_serve_is_left_to_the_reference(asked, obstacle):
 
 
 def test_it_is_no_default_without_a_record_and_never_runs_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("kvq.attention.standing.device_class", lambda device: "cuda-sm90")
+    monkeypatch.setattr("kvq.attention.dispatch.standing.device_class", lambda device: "cuda-sm90")
     cuda = torch.device("cuda", 0)
     assert "KVQ_ATTENTION_KERNEL=triton" in (find_reason_against(TRITON, cuda) or "")
     assert find_reason_against(TRITON, cuda, is_wanted=True) is None
@@ -84,7 +84,7 @@ def test_it_is_no_default_without_a_record_and_never_runs_on_a_cpu(monkeypatch):
 
 
 def test_nothing_is_uploaded_between_flushes(monkeypatch):
-    import kvq.attention.triton_plan as module
+    import kvq.attention.kernels.triton.chunk_table as module
 
     uploads, original = [], module._upload
     monkeypatch.setattr(module, "_upload", lambda table, device: uploads.append(1) or original(table, device))

@@ -7,9 +7,9 @@ import struct
 
 import torch
 
-from kvq.attention.compiled import kernel as kernel_module
-from kvq.attention.compiled.kernel import CompiledKernel
-from kvq.attention.compiled.structures import PackedRequest, PackedSegment
+from kvq.attention.kernels.compiled import kernel as kernel_module
+from kvq.attention.kernels.compiled.kernel import CompiledKernel
+from kvq.attention.kernels.compiled.structures import PackedRequest, PackedSegment
 
 GAP = 64
 """Bytes between what lies apart in memory, and to which each is aligned."""

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from kvq.attention.attend import register_attention
-from kvq.attention.variables import KERNEL_VARIABLE
+from kvq.attention.entry import register_attention
+from kvq.attention.machine.variables import KERNEL_VARIABLE
 from kvq.benchmark import generation
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import DYNAMIC, backend_configs, list_baselines, list_own

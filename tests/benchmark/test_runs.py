@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from kvq.attention.attend import register_attention
+from kvq.attention.entry import register_attention
 from kvq.benchmark import run as run_module
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import BUFFER, ContenderChoice, backend_configs, list_baselines, list_own, list_peers

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import DynamicCache, QuantizedCache
 
 from kvq import KVQ
-from kvq.attention.attend import register_attention
+from kvq.attention.entry import register_attention
 from kvq.benchmark.baselines import BufferLayer, packed_attention_forward, register_packed_attention
 from kvq.benchmark.clock import peak_above_end, time_call, transient_bytes
 from kvq.benchmark.contenders import BUFFER, DYNAMIC, backend_configs, list_baselines, list_own, list_peers

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kvq import __version__
-from kvq.attention import kernel as kernel_module
-from kvq.attention import standing
-from kvq.attention.compiled.library import find_problem as find_kernel_problem
-from kvq.attention.eager import REFERENCE
+from kvq.attention.dispatch import kernel_registry as kernel_module
+from kvq.attention.dispatch import standing
+from kvq.attention.kernels.compiled.library import find_problem as find_kernel_problem
+from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.cli.doctor import _kernel_row
 
 

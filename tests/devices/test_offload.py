@@ -13,9 +13,9 @@ from reference_quantizers import STATIC_FLOAT8
 import kvq.layer
 import kvq.store.segments
 from kvq import KVQ
-from kvq.attention.compiled.kernel import CompiledKernel
+from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.handle import PackedPair
-from kvq.attention.request import AttentionRequest
+from kvq.attention.kernels.compiled.kernel import CompiledKernel
 from kvq.errors import ConfigError
 from kvq.layer import KVQLayer
 from kvq.registry import register_backend

@@ -6,7 +6,7 @@ import transformers
 from transformers import DynamicCache
 
 from kvq import KVQ, attach
-from kvq.attention import attend as attend_module
+from kvq.attention import entry
 from kvq.errors import CacheStateError, ConfigError, ModelError
 from kvq.transformers_seams import pass_cache
 
@@ -32,8 +32,8 @@ def test_every_generate_gets_a_fresh_cache(llama, prompts):
 
 def test_the_kvq_attention_reads_handles(llama, prompts, monkeypatch):
     seen = []
-    original = attend_module.attend
-    monkeypatch.setattr(attend_module, "attend", lambda *a, **k: seen.append(a[2]) or original(*a, **k))
+    original = entry.attend
+    monkeypatch.setattr(entry, "attend", lambda *a, **k: seen.append(a[2]) or original(*a, **k))
     with attach(llama):
         llama.generate(prompts, **GREEDY)
     assert len(seen) == 12 * 2
@@ -128,7 +128,7 @@ def test_eager_arguments_are_not_dropped(llama, prompts):
     module = transformers.models.llama.modeling_llama
     original, module.eager_attention_forward = module.eager_attention_forward, eager
     try:
-        attend_module.kvq_attention_forward(attention, query, keys, values, None, scaling=0.1, softcap=30.0)
+        entry.kvq_attention_forward(attention, query, keys, values, None, scaling=0.1, softcap=30.0)
     finally:
         module.eager_attention_forward = original
     assert seen["softcap"] == 30.0

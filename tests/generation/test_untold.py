@@ -13,7 +13,7 @@ from largest_tensor import LargestTensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.attention import active
+from kvq.attention import active_implementation
 from kvq.attention.handle import PackedStates
 from kvq.encoder_decoder import EncoderDecoderKVQ
 
@@ -160,18 +160,18 @@ def test_nothing_is_kept_alive_and_tensors_stay_plain():
     del cache, keys, values
     gc.collect()
     assert [one() for one in held] == [None, None, None]
-    active.tell_model(torch.zeros(1), transformers.LlamaConfig())
+    active_implementation.tell_model(torch.zeros(1), transformers.LlamaConfig())
 
 
 def test_keys_of_another_cache_or_thread_teach_nothing(ours):
     first, second = KVQ(**SMALL), KVQ(**SMALL)
     keys, _ = first.update(*torch.randn(2, 1, 2, 9, 64), 0)
-    seen = threading.Thread(target=active.tell_model, args=(keys, ours.config))
+    seen = threading.Thread(target=active_implementation.tell_model, args=(keys, ours.config))
     seen.start()
     seen.join()
     assert first._attention.name is None
     second.update(*torch.randn(2, 1, 2, 9, 64), 0)
-    active.tell_model(keys, ours.config)
+    active_implementation.tell_model(keys, ours.config)
     assert (first._attention.name, second._attention.name) == (None, None)
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.attention.attend import without_hint
+from kvq.attention.entry import without_hint
 from kvq.cache import KVQ
 from kvq.evaluation.quality.candidates import (
     Candidate,

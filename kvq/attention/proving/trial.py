@@ -19,12 +19,12 @@ from functools import partial
 
 import torch
 
-from kvq.attention.comparison import TOLERANCE, relative_difference
-from kvq.attention.eager import REFERENCE
-from kvq.attention.kernel_contract import Kernel, ProvenKernel
-from kvq.attention.request import AttentionRequest
-from kvq.attention.samples import Sample
-from kvq.attention.verdicts import Subject, Verdict, name_device
+from kvq.attention.dispatch.kernel import Kernel, ProvenKernel
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.eager.kernel import REFERENCE
+from kvq.attention.proving.comparison import TOLERANCE, relative_difference
+from kvq.attention.proving.samples import Sample
+from kvq.attention.proving.verdicts import Subject, Verdict, name_device
 from kvq.installed import find_version
 from kvq.plugin_api.granularity import Granularity
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from kvq.attention.request import AttentionRequest
+from kvq.attention.dispatch.request import AttentionRequest
 
 
 class Kernel(Protocol):

@@ -11,9 +11,9 @@ from typing import cast
 
 import torch
 
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.handle import PackedPair
-from kvq.attention.memo import AttentionMemo
-from kvq.attention.request import AttentionRequest
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Quantizer, QuantSpec, Side
 from kvq.store.affine import AffineCodec, balanced_group_length

@@ -10,10 +10,10 @@ from collections.abc import Hashable
 
 import torch
 
-from kvq.attention.comparison import TOLERANCE, relative_difference
-from kvq.attention.kernel import Choice, choose, distrust
-from kvq.attention.kernel_contract import Kernel
-from kvq.attention.request import AttentionRequest
+from kvq.attention.dispatch.kernel import Kernel
+from kvq.attention.dispatch.kernel_registry import Choice, choose, distrust
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.proving.comparison import TOLERANCE, relative_difference
 from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 from kvq.store.side import SideView

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from kvq.attention.compiled.compiler import BuildError
-from kvq.attention.compiled.kept_library import BuiltLibrary, provide_library
-from kvq.attention.compiled.structures import IN_ORDER
+from kvq.attention.kernels.compiled.compiler import BuildError
+from kvq.attention.kernels.compiled.kept_library import BuiltLibrary, provide_library
+from kvq.attention.kernels.compiled.structures import IN_ORDER
 
 _LOG = logging.getLogger("kvq")
 SOURCE = Path(__file__).with_name("attend.c")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from kvq.attention.request import AttentionRequest
-from kvq.attention.source_digest import digest_files
-from kvq.attention.triton_plan import LayerPlan, get_plan
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton.chunk_table import LayerPlan, get_plan
+from kvq.attention.machine.source_digest import digest_files
 from kvq.installed import find_version
 from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView
@@ -41,7 +41,7 @@ SMALLEST_DOT = 16
 WARPS = {64 * 64: 4, 64 * 128: 8, 128 * 128: 16}
 """Warps of a program by the most elements of a tile: few enough for registers to suffice (`ptxas` on sm_80, sm_90)."""
 EXACT_TILE = 64
-"""As in `triton_programs.py`."""
+"""As in `programs.py`."""
 
 
 class TritonKernel:
@@ -57,7 +57,7 @@ class TritonKernel:
 
     def source_digest(self) -> str:
         """Return the digest of the programs, of what launches them, and of the version of triton."""
-        return digest_files(Path(__file__).parent, "triton_*.py", extra=find_version("triton") or "")
+        return digest_files(Path(__file__).parent, "*.py", extra=find_version("triton") or "")
 
     def find_obstacle(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve requests of this kind, or None where it can."""
@@ -77,7 +77,7 @@ class SideLayout:
 
     Attributes:
         head_dim: D.
-        mode: number of the way in which scales lie, as in `triton_programs.py`.
+        mode: number of the way in which scales lie, as in `programs.py`.
         codec: of the side.
     """
 
@@ -139,7 +139,7 @@ class _Launch:
         return self._combine(peaks, totals, outputs)
 
     def _attend_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        from kvq.attention.triton_programs import attend_parts
+        from kvq.attention.kernels.triton.programs import attend_parts
 
         request, pair, plan = self.request, self.pair, self.plan
         pairs, value_dim = self.batch * self.heads, self.value.head_dim
@@ -213,7 +213,7 @@ class _Launch:
         }
 
     def _combine(self, peaks: torch.Tensor, totals: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        from kvq.attention.triton_programs import combine
+        from kvq.attention.kernels.triton.programs import combine
 
         request, rotation, value_dim = self.request, self.value.codec.rotation, self.value.head_dim
         shape = (self.batch, self.queries, self.query_heads, value_dim)

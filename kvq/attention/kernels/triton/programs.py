@@ -3,7 +3,7 @@
 A program takes the queries of one key-value head to one run of tokens and leaves what an online softmax needs of it;
 `combine` merges the runs. Codes are read byte by byte and unpacked in registers; scales are folded into the small
 operand where a scale belongs to one channel or one token, and applied to the codes in registers otherwise. Sums are in
-fp32. Nothing here knows torch: addresses come in tables, see `triton_plan.py`.
+fp32. Nothing here knows torch: addresses come in tables, see `chunk_table.py`.
 
 Only imported where a kernel is built or run, since triton is optional.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvq.attention.request import AttentionRequest
+from kvq.attention.dispatch.request import AttentionRequest
 
 
 class RowMask:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from kvq.attention import verdicts
-from kvq.attention.kernel_contract import Kernel, ProvenKernel
-from kvq.attention.proof import device_class, find_proof
-from kvq.attention.proving import prove
-from kvq.attention.variables import KERNEL_VARIABLE, ON_OFF, TRIALS_VARIABLE, read_variable
-from kvq.attention.verdicts import Subject, Verdict
+from kvq.attention.dispatch.kernel import Kernel, ProvenKernel
+from kvq.attention.machine.variables import KERNEL_VARIABLE, ON_OFF, TRIALS_VARIABLE, read_variable
+from kvq.attention.proving import verdicts
+from kvq.attention.proving.benchmark_records import device_class, find_proof
+from kvq.attention.proving.trial import prove
+from kvq.attention.proving.verdicts import Subject, Verdict
 from kvq.errors import ConfigError, Fault
 
 Origin = Literal["measured here", "shipped record", "none"]

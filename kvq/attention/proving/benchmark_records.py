@@ -1,7 +1,7 @@
-"""Which kernels are proven on which class of device, as the table `proven.json` beside this file says.
+"""Which kernels are proven on which class of device, as the table `benchmarked.json` beside this file says.
 
 An entry stands for a record in `benchmarks/results/`, made on a device of that class by the benchmark; a test compares
-the two. Without an entry a kernel is tried on the spot, see `kvq/attention/proving.py`: one that is right and fast on
+the two. Without an entry a kernel is tried on the spot, see `trial.py`: one that is right and fast on
 one processor may be neither on another.
 """
 
@@ -55,7 +55,7 @@ def is_passing(entry: Mapping[str, Any]) -> bool:
 @cache
 def load_proofs() -> tuple[Mapping[str, Any], ...]:
     """Return the whole table."""
-    text = resources.files("kvq.attention").joinpath("proven.json").read_text(encoding="utf-8")
+    text = resources.files("kvq.attention.proving").joinpath("benchmarked.json").read_text(encoding="utf-8")
     return tuple(json.loads(text)["proven"])
 
 

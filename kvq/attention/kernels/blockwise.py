@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from kvq.attention.request import AttentionRequest
-from kvq.attention.stored_pieces import piece_length
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.stored_pieces import piece_length
 from kvq.store.side import SideView
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

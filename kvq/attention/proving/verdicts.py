@@ -16,16 +16,16 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvq.attention.kept_files import (
+from kvq.attention.dispatch.kernel import ProvenKernel
+from kvq.attention.machine.kept_files import (
     keep_file,
     open_private_folder,
     read_private_file,
     remove_file,
     remove_unfinished,
 )
-from kvq.attention.kernel_contract import ProvenKernel
-from kvq.attention.processor import describe_processor, name_processor
-from kvq.attention.proof import device_class
+from kvq.attention.machine.processor import describe_processor, name_processor
+from kvq.attention.proving.benchmark_records import device_class
 
 _LOG = logging.getLogger("kvq")
 _FOLDER = "verdicts"

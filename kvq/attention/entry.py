@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kvq.attention import kernels as _kernels  # noqa: F401  # registers them
-from kvq.attention.active import tell_model
-from kvq.attention.eager import REFERENCE
+from kvq.attention.active_implementation import tell_model
+from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_registry import Choice, choose, is_distrusted
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.dispatch.verification import attend_on_trial
+from kvq.attention.full_precision import SDPA_OPTIONS, attend_full_precision, find_option_beyond, is_causal
 from kvq.attention.handle import PackedPair, PackedStates
-from kvq.attention.kernel import Choice, choose, is_distrusted
-from kvq.attention.memo import AttentionMemo
+from kvq.attention.kernels import own_kernels as _kernels  # noqa: F401  # registers them
+from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.padding_mask import kvq_mask
-from kvq.attention.plain import SDPA_OPTIONS, attend_full_precision, find_option_beyond, is_causal
-from kvq.attention.request import AttentionRequest
-from kvq.attention.trial import attend_on_trial
 
 _LOG = logging.getLogger("kvq")
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvq.attention.processor import describe_processor
-from kvq.attention.variables import COMPILER_VARIABLES, FLAGS_VARIABLE, read_variable
+from kvq.attention.machine.processor import describe_processor
+from kvq.attention.machine.variables import COMPILER_VARIABLES, FLAGS_VARIABLE, read_variable
 
 _COMPILERS = ("cc", "gcc", "clang")
 _COMMON_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")

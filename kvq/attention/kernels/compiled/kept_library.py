@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvq.attention.compiled.compiler import BuildError, Toolchain, find_toolchain
-from kvq.attention.kept_files import keep_file, open_private_folder, read_private_file, remove_unfinished
+from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain, find_toolchain
+from kvq.attention.machine.kept_files import keep_file, open_private_folder, read_private_file, remove_unfinished
 
 _LOG = logging.getLogger("kvq")
 _FOLDER = "kernels"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from kvq.attention.folded import find_fused
-from kvq.attention.masking import RowMask
-from kvq.attention.online_softmax import OnlineSoftmax
-from kvq.attention.request import AttentionRequest
-from kvq.attention.stored_pieces import StoredPiece, iterate_pieces
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.eager.folded import find_fused
+from kvq.attention.kernels.eager.masking import RowMask
+from kvq.attention.kernels.eager.online_softmax import OnlineSoftmax
+from kvq.attention.kernels.stored_pieces import StoredPiece, iterate_pieces
 from kvq.store.sinks import SinkTokens
 
 

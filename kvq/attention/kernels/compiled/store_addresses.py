@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from kvq.attention.compiled.structures import PackedRequest, PackedSegment, PackedSide
 from kvq.attention.handle import PackedPair
+from kvq.attention.kernels.compiled.structures import PackedRequest, PackedSegment, PackedSide
 from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView
 from kvq.store.packing import plane_widths

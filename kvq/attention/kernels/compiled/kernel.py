@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from kvq.attention.compiled.library import Library, find_problem, get_library
-from kvq.attention.compiled.plan import TYPE_NUMBERS, Plan, make_plan
-from kvq.attention.compiled.structures import PackedRequest, States
-from kvq.attention.request import AttentionRequest
-from kvq.attention.source_digest import digest_files
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.compiled.library import Library, find_problem, get_library
+from kvq.attention.kernels.compiled.store_addresses import TYPE_NUMBERS, Plan, make_plan
+from kvq.attention.kernels.compiled.structures import PackedRequest, States
+from kvq.attention.machine.source_digest import digest_files
 from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView

@@ -1,7 +1,7 @@
 """Which kernels there are, and how one is chosen.
 
 A kernel is one implementation of attention over a quantized layer: the eager reference, a compiled one for a class of
-device. Another kernel is one more file, and one line in `kvq/attention/kernels.py`.
+device. Another kernel is one more file, and one line in `kvq/attention/kernels/own_kernels.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 
-from kvq.attention.kernel_contract import Kernel, ProvenKernel
-from kvq.attention.request import AttentionRequest
-from kvq.attention.standing import Standing, find_standing, try_again
-from kvq.attention.variables import KERNEL_VARIABLE, read_variable
+from kvq.attention.dispatch.kernel import Kernel, ProvenKernel
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.dispatch.standing import Standing, find_standing, try_again
+from kvq.attention.machine.variables import KERNEL_VARIABLE, read_variable
 from kvq.errors import ConfigError, Fault
 
 

@@ -1,0 +1,1 @@
+"""The reference: any request, any device, one piece of the history after another."""
