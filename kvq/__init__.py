@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvq.config import KVQCacheConfig, LayerConfig
     from kvq.encoder_decoder import EncoderDecoderKVQ
     from kvq.errors import KVQError
-    from kvq.memory import MemoryReport
+    from kvq.layers.memory_report import MemoryReport
     from kvq.registry import available_backends, register_backend
 
 __all__ = [
@@ -43,7 +43,7 @@ _HOMES = {
     "KVQCacheConfig": "kvq.config",
     "KVQError": "kvq.errors",
     "LayerConfig": "kvq.config",
-    "MemoryReport": "kvq.memory",
+    "MemoryReport": "kvq.layers.memory_report",
     "attach": "kvq.attachment",
     "available_backends": "kvq.registry",
     "register_backend": "kvq.registry",

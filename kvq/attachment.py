@@ -14,13 +14,13 @@ from transformers.cache_utils import Cache
 
 from kvq.attachable import find_generating_model
 from kvq.attention_switch import AttentionSwitch
-from kvq.biased_keys import explain_biased_keys, find_biased_keys
 from kvq.cache import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.encoder_decoder import EncoderDecoderKVQ
 from kvq.errors import CacheStateError, ModelError
 from kvq.generation_watch import GenerationWatch
-from kvq.layer import KVQLayer
+from kvq.layers.biased_keys import explain_biased_keys, find_biased_keys
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.padding import left_padding
 from kvq.plugin_api.granularity import Granularity
 from kvq.transformers_seams import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache

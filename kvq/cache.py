@@ -18,13 +18,13 @@ from kvq.carried_states import CarriedStates
 from kvq.config import KVQCacheConfig
 from kvq.config.field_types import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
-from kvq.kept_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
-from kvq.layer import KVQLayer, check_rows
-from kvq.memory import MemoryReport, report_memory
-from kvq.model_layers import DecoderConfig, build_layers
+from kvq.layers.devices import move_layers, reading_ahead
+from kvq.layers.memory_report import MemoryReport, report_memory
+from kvq.layers.model_layers import DecoderConfig, build_layers
+from kvq.layers.quantized_layer import KVQLayer, check_rows
+from kvq.layers.transformers_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
 from kvq.padding import BatchPadding
 from kvq.persistence import CacheFile, ModelReference, write_layers
-from kvq.relocation import move_layers, reading_ahead
 from kvq.thread_guard import ThreadGuard
 from kvq.token_history import TokenHistory
 

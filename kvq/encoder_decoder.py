@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 from kvq.cache import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.errors import ModelError
-from kvq.kept_layers import fork_layer, reset_layer
-from kvq.memory import MemoryReport, report_memory
-from kvq.model_layers import DecoderConfig
+from kvq.layers.memory_report import MemoryReport, report_memory
+from kvq.layers.model_layers import DecoderConfig
+from kvq.layers.transformers_layers import fork_layer, reset_layer
 
 
 class EncoderDecoderKVQ(EncoderDecoderCache):

@@ -80,17 +80,17 @@ SEAMS = (
     Seam(
         "record_past",
         "layers keep what a later crop may bring back while it is set; assisted decoding clears it at its end",
-        ("cache.py", "kept_layers.py", "layer.py"),
+        ("cache.py", "layers/transformers_layers.py", "layers/quantized_layer.py"),
     ),
     Seam(
         "is_recurrent_states_initialized",
         "a mapping by which a layer of linear attention tells whether it holds a state",
-        ("kept_layers.py",),
+        ("layers/transformers_layers.py",),
     ),
     Seam(
         "recurrent_states",
         "a mapping of the states of a layer of linear attention, [B, ...]; `conv_states` likewise",
-        ("kept_layers.py",),
+        ("layers/transformers_layers.py",),
     ),
     Seam(
         "cumulative_length",

@@ -27,7 +27,7 @@ from kvq.attention.machine.processor import name_processor
 from kvq.attention.proving.benchmark_records import device_class
 from kvq.attention.proving.trial import take_seconds
 from kvq.config import KVQCacheConfig
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
 LENGTHS = (8192, 32768)

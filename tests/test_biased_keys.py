@@ -10,7 +10,7 @@ import transformers
 from transformers import DynamicCache
 
 from kvq import KVQ, KVQCacheConfig, attach
-from kvq.biased_keys import KeyBias, explain_biased_keys, find_biased_keys
+from kvq.layers.biased_keys import KeyBias, explain_biased_keys, find_biased_keys
 from kvq.planning import plan
 
 SMALL = dict(vocab_size=99, initializer_range=0.2, pad_token_id=0)
@@ -111,7 +111,7 @@ def test_the_growth_is_that_of_the_range_of_a_token():
 
 @pytest.mark.case(
     "Qwen2: a key bias that is large against the spread, keys quantized per token",
-    "told by `kvq.biased_keys` with the layers; per channel the error is that of unbiased keys",
+    "told by `kvq.layers.biased_keys` with the layers; per channel the error is that of unbiased keys",
     report="ggml-org/llama.cpp#21385",
 )
 def test_what_it_costs_and_what_is_told():

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kvq import KVQ, KVQCacheConfig
 from kvq.errors import CacheStateError, ConfigError, ModelError, StatesError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api import Capabilities
 
 SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)

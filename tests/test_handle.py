@@ -9,7 +9,7 @@ import torch
 from kvq.attention.handle import PackedStates
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 
 def make_layer(padding=None, **fields):
@@ -142,7 +142,7 @@ def test_dtypes_of_computing_and_metadata_are_obeyed(field, other):
 
 
 def test_where_the_store_lives():
-    from kvq.layer import _store_device
+    from kvq.layers.quantized_layer import _store_device
 
     here = torch.device("cpu")
     assert _store_device(None, here) == here

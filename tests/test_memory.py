@@ -121,7 +121,7 @@ def test_the_parts_add_up_after_a_reorder():
 
 
 def test_storages_of_two_layers_count_once():
-    from kvq.memory import report_memory
+    from kvq.layers.memory_report import report_memory
 
     cache = feed(KVQ(), 900)
     memory = report_memory([cache.layers[0], cache.fork().layers[0]])

@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kvq.config import KVQCacheConfig
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 MIB = 2**20
 

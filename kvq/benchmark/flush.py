@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 
 def steps_before_flush(cache: Cache) -> int | None:

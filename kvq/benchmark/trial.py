@@ -16,7 +16,7 @@ from kvq.attention.machine.variables import KERNEL_VARIABLE
 from kvq.benchmark.baselines import packed_attention_forward
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.setting import Setting
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.transformers_seams import pass_cache
 
 

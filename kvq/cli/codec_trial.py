@@ -9,11 +9,11 @@ import torch
 
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import KVQError
+from kvq.layers.quantizer_factory import build_codec
+from kvq.layers.savings import effective_bits
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Side
-from kvq.store.codec import build_codec
-from kvq.store.savings import effective_bits
 
 HEAD_DIM = 128
 GROUP_SIZE = 64

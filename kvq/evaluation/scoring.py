@@ -20,7 +20,7 @@ from kvq.attention.entry import without_hint
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch
-from kvq.memory import MemoryReport, report_memory
+from kvq.layers.memory_report import MemoryReport, report_memory
 from kvq.transformers_seams import pass_cache
 
 NAME_POSITION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvq.errors import CacheFileError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.fingerprint import fingerprint_backends
 from kvq.persistence.header import BackendFingerprint, ModelFingerprint
 from kvq.plugin_api.backend_spec import BackendSpec

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kvq.errors import CacheFileError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.container import SavedTensor, TensorSpec
 from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, name_dtypes
 from kvq.plugin_api.quantizer import Side

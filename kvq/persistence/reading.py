@@ -20,14 +20,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheFileError
-from kvq.layer import KVQLayer
+from kvq.layers.devices import usable_device
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.atomic import find_other_kind
 from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
 from kvq.persistence.fingerprint import find_layer_devices, fingerprint_model
 from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader
 from kvq.persistence.layer_format import format_of
 from kvq.persistence.matching import check_backends_match, check_model_matches
-from kvq.relocation import usable_device
 from kvq.user_warnings import warn_user
 
 

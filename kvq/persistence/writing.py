@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheFileError, CacheStateError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.atomic import written_atomically
 from kvq.persistence.container import SavedTensor, is_storable, write_container
 from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model

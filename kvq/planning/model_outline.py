@@ -17,8 +17,8 @@ import transformers
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from kvq.biased_keys import KeyBias, find_biased_keys
 from kvq.errors import ModelError
+from kvq.layers.biased_keys import KeyBias, find_biased_keys
 from kvq.transformers_seams import pass_cache
 
 FALLBACK_DTYPE = torch.float32

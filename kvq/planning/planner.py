@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from kvq.biased_keys import explain_biased_keys
 from kvq.byte_size import format_bytes, format_ratio
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
 from kvq.errors import ConfigError, Fault, ModelError
-from kvq.layer import STATES_DTYPES, KVQLayer
+from kvq.layers.biased_keys import explain_biased_keys
+from kvq.layers.quantized_layer import STATES_DTYPES, KVQLayer
+from kvq.layers.savings import effective_bits
 from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan, join_layers
 from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
 from kvq.planning.reasons import UNSUPPORTED, Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
 from kvq.plugin_api.quantizer import Quantizer, Side
-from kvq.store.savings import effective_bits
 
 MAX_CONTEXT = 1 << 24
 """Tokens of the longest prompt that is planned for."""

@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 
 from kvq.config import KVQCacheConfig
 from kvq.config.layer_selector import find_selector
-from kvq.layer import KVQLayer
-from kvq.model_layers import LATENT_VALUE_BITS, is_latent
+from kvq.layers.model_layers import LATENT_VALUE_BITS, is_latent
+from kvq.layers.quantized_layer import KVQLayer
 
 _KEPT = {
     "DynamicLayer": "kept by transformers",

@@ -15,8 +15,8 @@ import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.errors import ModelError
-from kvq.layer import KVQLayer
-from kvq.memory import LayerMemory, report_memory
+from kvq.layers.memory_report import LayerMemory, report_memory
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.store.chunks import ChunkedStore
 from kvq.store.sinks import SinkTokens
 from kvq.store.window import TokenBuffer

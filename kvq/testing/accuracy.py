@@ -13,9 +13,9 @@ import math
 import torch
 
 from kvq.errors import CheckNotApplicableError
+from kvq.layers.savings import effective_bits
 from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.affine import AffineCodec
-from kvq.store.savings import effective_bits
 from kvq.testing.case import ContractCase, encode_blocks, require
 from kvq.testing.tensors import SIDES
 

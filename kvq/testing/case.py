@@ -15,12 +15,12 @@ import torch
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.errors import CheckNotApplicableError, ContractViolationError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.quantizer_factory import build_codec
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.registry import get_registry
-from kvq.store.codec import build_codec
 
 GROUP_SIZE = 64
 HEAD_DIM = 64

@@ -7,7 +7,7 @@ import math
 import torch
 
 from kvq.cache import KVQ
-from kvq.store.savings import effective_bits
+from kvq.layers.savings import effective_bits
 from kvq.testing.case import RESIDUAL_LENGTH, ContractCase, feed, quantized_layer, require
 from kvq.testing.census import Census, begin_census
 from kvq.testing.tensors import SIDES

@@ -14,7 +14,7 @@ from kvq.errors import CheckNotApplicableError
 from kvq.evaluation.embedded_model import load_embedded_model
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch, sample_recall_batch
 from kvq.evaluation.scoring import RecallScore, score_config, score_recall
-from kvq.store.savings import effective_bits
+from kvq.layers.savings import effective_bits
 from kvq.testing.attention import measure_attention
 from kvq.testing.case import HEAD_DIM, ContractCase, encode_blocks, quantized_layer, require
 from kvq.transformers_seams import pass_cache

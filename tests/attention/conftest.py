@@ -9,7 +9,7 @@ from kvq.attention.dispatch.kernel_registry import available_kernels
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels import own_kernels  # noqa: F401  # registers them
 from kvq.config import KVQCacheConfig
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 KERNELS = {
     kernel.name: kernel for kernel in available_kernels() if not kernel.device_types or "cpu" in kernel.device_types

@@ -20,7 +20,7 @@ from kvq.attention.entry import attend, attend_packed, hint_at_attention, kvq_at
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.proving.benchmark_records import device_class, find_proof, is_passing, load_proofs
 from kvq.errors import ConfigError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

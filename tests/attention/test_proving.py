@@ -28,7 +28,7 @@ from kvq.attention.proving import trial as proving
 from kvq.attention.proving import verdicts
 from kvq.attention.proving.samples import Sample
 from kvq.errors import ConfigError
-from kvq.memory import report_memory
+from kvq.layers.memory_report import report_memory
 
 CPU = torch.device("cpu")
 

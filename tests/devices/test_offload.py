@@ -10,14 +10,14 @@ import pytest
 import torch
 from reference_quantizers import STATIC_FLOAT8
 
-import kvq.layer
+import kvq.layers.quantized_layer
 import kvq.store.segments
 from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.handle import PackedPair
 from kvq.attention.kernels.compiled.kernel import CompiledKernel
 from kvq.errors import ConfigError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.registry import register_backend
 
 ELSEWHERE = torch.device("cpu:0")
@@ -50,7 +50,7 @@ def copied(monkeypatch):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    monkeypatch.setattr(kvq.layer, "_store_device", lambda wanted, states: ELSEWHERE)
+    monkeypatch.setattr(kvq.layers.quantized_layer, "_store_device", lambda wanted, states: ELSEWHERE)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def events(monkeypatch):
 def test_an_offloaded_store_gives_the_same_states(copied, monkeypatch):
     plain, offloaded = KVQ(), KVQ()
     expected = [forward(plain, length, seed) for seed, length in enumerate((300, 1, 70, 1))]
-    monkeypatch.setattr(kvq.layer, "_store_device", lambda wanted, states: ELSEWHERE)
+    monkeypatch.setattr(kvq.layers.quantized_layer, "_store_device", lambda wanted, states: ELSEWHERE)
     found = [forward(offloaded, length, seed) for seed, length in enumerate((300, 1, 70, 1))]
     assert all(layer.is_offloaded for layer in offloaded.layers)
     assert not any(layer.is_offloaded for layer in plain.layers)
@@ -174,7 +174,7 @@ def test_a_device_that_holds_nothing_is_refused(device):
 
 
 def test_the_compiled_kernel_reads_no_store_that_is_elsewhere(monkeypatch):
-    monkeypatch.setattr(kvq.layer, "_store_device", lambda wanted, states: torch.device("meta"))
+    monkeypatch.setattr(kvq.layers.quantized_layer, "_store_device", lambda wanted, states: torch.device("meta"))
     layer = KVQLayer(0, KVQ(backend="native").config.for_layer(0))
     layer.update(draw(300, 0), draw(300, 1))
     pair = PackedPair(*(side.view() for _, side in layer.sides()), owner=layer)

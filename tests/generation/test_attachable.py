@@ -8,7 +8,7 @@ from torch import nn
 
 from kvq import KVQ, EncoderDecoderKVQ, attach
 from kvq.errors import CacheStateError, ModelError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 EXACT = dict(residual_length=2048)

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from kvq import KVQ, attach
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 GREEDY = dict(max_new_tokens=24, do_sample=False)
 EXACT = dict(residual_length=2048)

@@ -14,7 +14,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from kvq import KVQ, attach
 from kvq.errors import ModelError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 EXACT = dict(residual_length=2048)
 QUANTIZED = dict(nbits_k=4, nbits_v=4, residual_length=32, q_group_size=32)

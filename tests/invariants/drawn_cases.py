@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from reference_quantizers import NORM_CODEBOOK, STATIC_FLOAT8
 
 from kvq.config import KVQCacheConfig
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api import BackendSpec, Granularity
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvq import KVQ
 from kvq.errors import StatesError
-from kvq.layer import DEFERRED_LENGTH
+from kvq.layers.quantized_layer import DEFERRED_LENGTH
 
 MAX_ROWS = 8
 STEP_COUNT = 25

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvq.config import KVQCacheConfig
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 
 def assert_same_layers(one, other, rows=slice(None)):

@@ -4,7 +4,7 @@ import torch
 from drawn_cases import COVERING, QUANTIZATIONS
 
 from kvq.config import KVQCacheConfig
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 
 def facts_of(quantization, side):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvq.config import KVQCacheConfig
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 HEADS, DIM, RESIDUAL, FLUSH = 2, 8, 64, 32
 MAX_CHUNK_TOKENS = 2048

@@ -16,7 +16,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from kvq import KVQ, EncoderDecoderKVQ, attach
 from kvq.errors import CacheStateError, ModelError, StatesError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.planning.reasons import Reasons
 
 NEW_TOKENS = 12

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from kvq import KVQ
 from kvq.errors import CacheFileError, CacheStateError, ConfigError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 CONFIGS = {
     "default": {},

@@ -17,7 +17,7 @@ from kvq.attention.handle import PackedPair
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Quantizer, QuantSpec, Side
 from kvq.store.affine import AffineCodec, balanced_group_length
-from kvq.store.codec import common_flush_length
+from kvq.store.flush_length import common_flush_length
 from kvq.store.rotation import HadamardRotation
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens

@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers.cache_utils import CacheLayerMixin
 
 from kvq.byte_size import format_bytes, format_ratio
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.quantizer import Side
 from kvq.store.side import LayerSide
 

@@ -13,8 +13,9 @@ from kvq.attention.dispatch.kernel_cache import AttentionMemo
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import ConfigError, Fault, StatesError
+from kvq.layers.quantizer_factory import build_codec
 from kvq.plugin_api.quantizer import Side
-from kvq.store.codec import build_codec, common_flush_length
+from kvq.store.flush_length import common_flush_length
 from kvq.store.read_states import ReadStates, refuse_assignment
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens

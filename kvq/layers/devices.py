@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvq.errors import ConfigError, Fault
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 
 def move_layers(layers: Sequence[Any], device: str | torch.device) -> list[Any]:

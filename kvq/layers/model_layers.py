@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import ModelError
-from kvq.layer import KVQLayer
+from kvq.layers.quantized_layer import KVQLayer
 
 LATENT_VALUE_BITS = 8
 """Fewest bits for the values of latent attention, which are the part of the keys that the position rotates."""

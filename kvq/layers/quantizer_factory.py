@@ -9,6 +9,8 @@ import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
+from kvq.layers.quantizer_kind import find_kind
+from kvq.layers.savings import check_savings
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
@@ -16,9 +18,7 @@ from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import Origin
-from kvq.store.quantizer_kind import find_kind
 from kvq.store.rotation import HadamardRotation
-from kvq.store.savings import check_savings
 
 HALF_METADATA_MAX_BITS = 4
 """Widest codes whose error a float16 mid raises by less than a tenth at |mean| / std = 100; at 5 bits by up to 1.2.
@@ -26,10 +26,6 @@ HALF_METADATA_MAX_BITS = 4
 That holds where a group has two elements for each code value or more. The range of a shorter group, and with it the
 step, is smaller: 4 bits in groups of 16 raise the error by 1.11, in groups of 8 by 1.26.
 """
-MAX_FLUSH_FACTOR = 4
-"""Most blocks of the longer side that are flushed together where the block lengths of keys and values differ."""
-MIN_FLUSH_LENGTH = 32
-"""Fewest tokens that are quantized at once, so that a flush does not happen at every step."""
 
 
 def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: torch.Tensor) -> Quantizer:
@@ -55,23 +51,6 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
     codec = _wrap(quantizer, chosen, spec, settings.compute_dtype or torch.float32)
     check_savings(codec, chosen, spec, settings.residual_length)
     return codec
-
-
-def common_flush_length(key: Quantizer, value: Quantizer) -> int:
-    """Return how many tokens are quantized at once: whole blocks of both sides.
-
-    Raises:
-        ConfigError: the block lengths have so little in common that the window would have to wait for many blocks.
-    """
-    blocks = key.block_length, value.block_length
-    common = math.lcm(*blocks)
-    if common > MAX_FLUSH_FACTOR * max(*blocks, MIN_FLUSH_LENGTH):
-        problem = (
-            f"blocks of {blocks[0]} tokens for the keys and {blocks[1]} for the values fit together only every "
-            f"{common} tokens, which would all wait in full precision; choose sizes of which one divides the other"
-        )
-        raise ConfigError([Fault(("q_group_size",), problem)])
-    return common * math.ceil(MIN_FLUSH_LENGTH / common)
 
 
 def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.Tensor) -> QuantSpec:
