@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from kvq.errors import ModelError
-from kvq.transformers_seams import PREPARE_CACHE
+from kvq.transformers_seams.private_names import PREPARE_CACHE
 
 
 def find_generating_model(model: Any) -> PreTrainedModel:

@@ -23,7 +23,7 @@ from kvq.layers.biased_keys import explain_biased_keys, find_biased_keys
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.padding import left_padding
 from kvq.plugin_api.granularity import Granularity
-from kvq.transformers_seams import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache
+from kvq.transformers_seams.private_names import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache
 from kvq.user_warnings import warn_user
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvq.attention.entry import ATTENTION_NAME, register_attention
-from kvq.transformers_seams import restore_attention
+from kvq.transformers_seams.private_names import restore_attention
 from kvq.user_warnings import warn_user
 
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from kvq.attention.entry import ATTENTION_NAME
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.transformers_seams import CHECKPOINTS, PREPARE_CACHE, find_cache
+from kvq.transformers_seams.private_names import CHECKPOINTS, PREPARE_CACHE, find_cache
 from kvq.user_warnings import warn_user
 
 NOT_ASKED = (

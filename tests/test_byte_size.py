@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvq.byte_size import format_bytes, format_ratio, parse_bytes
+from kvq.units import format_bytes, format_ratio, parse_bytes
 
 
 @pytest.mark.parametrize(

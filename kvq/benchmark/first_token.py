@@ -25,7 +25,7 @@ from kvq.benchmark.setting import Setting, Shape, find_dtype
 from kvq.benchmark.statistics import Spread, ratio
 from kvq.errors import KVQError
 from kvq.evaluation.model_loading import load_model
-from kvq.transformers_seams import pass_cache
+from kvq.transformers_seams.private_names import pass_cache
 
 SPARE_TOKENS = 2
 """Tokens that follow the prompt, for which a buffer needs room."""

@@ -13,7 +13,7 @@ from kvq.benchmark.contenders import BUFFER, DYNAMIC
 from kvq.benchmark.machine import describe_machine
 from kvq.benchmark.record_proof import summarize_proof
 from kvq.benchmark.run import SettingResult
-from kvq.byte_size import format_bytes
+from kvq.units import format_bytes
 
 FIRST_TOKEN_COLUMNS = ("cache", "first token cold s", "second ms", "first token warm s", "second ms")
 FORMAT = 1

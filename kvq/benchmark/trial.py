@@ -17,7 +17,7 @@ from kvq.benchmark.baselines import packed_attention_forward
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.setting import Setting
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.transformers_seams import pass_cache
+from kvq.transformers_seams.private_names import pass_cache
 
 
 class Trial(ABC):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvq.byte_size import parse_bytes
 from kvq.cli.console import print_error, print_json, print_line, print_table, print_warning
 from kvq.errors import BackendError, ConfigError, ModelError
+from kvq.units import parse_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

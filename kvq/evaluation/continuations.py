@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.transformers_seams import pass_cache
+from kvq.transformers_seams.private_names import pass_cache
 
 BuildCache = Callable[[Sequence[int]], Cache]
 """Makes an empty cache, given the tokens of left padding in each row."""

@@ -21,7 +21,7 @@ from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch
 from kvq.layers.memory_report import MemoryReport, report_memory
-from kvq.transformers_seams import pass_cache
+from kvq.transformers_seams.private_names import pass_cache
 
 NAME_POSITION = 1
 """Place of the name in a question: after it the model answers."""

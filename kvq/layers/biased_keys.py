@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvq.config import ResolvedLayer
-from kvq.persistence.fingerprint import find_key_projections
 from kvq.plugin_api.granularity import Granularity
+from kvq.transformers_seams.key_projections import find_key_projections
 
 HALF_RANGE = 3
 """Standard deviations from the middle to the end of a group of some 64 normal numbers, roughly."""

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import CacheLayerMixin
 
-from kvq.byte_size import format_bytes, format_ratio
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.quantizer import Side
 from kvq.store.side import LayerSide
+from kvq.units import format_bytes, format_ratio
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from kvq.layers.devices import usable_device
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.atomic import find_other_kind
 from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
-from kvq.persistence.fingerprint import find_layer_devices, fingerprint_model
+from kvq.persistence.fingerprint import fingerprint_model
 from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader
 from kvq.persistence.layer_format import format_of
 from kvq.persistence.matching import check_backends_match, check_model_matches
+from kvq.transformers_seams.key_projections import find_layer_devices
 from kvq.user_warnings import warn_user
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvq.byte_size import format_bytes, format_ratio
+from kvq.units import format_bytes, format_ratio
 
 COLUMNS = ("layers", "keys", "values", "heads x dim", "why", "held", "full precision")
 

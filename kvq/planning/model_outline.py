@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from kvq.errors import ModelError
 from kvq.layers.biased_keys import KeyBias, find_biased_keys
-from kvq.transformers_seams import pass_cache
+from kvq.transformers_seams.private_names import pass_cache
 
 FALLBACK_DTYPE = torch.float32
 """What transformers loads a model in whose configuration names no dtype, unless its checkpoint does."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from kvq.byte_size import format_bytes, format_ratio
 from kvq.cache import KVQ
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
 from kvq.errors import ConfigError, Fault, ModelError
@@ -21,6 +20,7 @@ from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
 from kvq.planning.reasons import UNSUPPORTED, Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
 from kvq.plugin_api.quantizer import Quantizer, Side
+from kvq.units import format_bytes, format_ratio
 
 MAX_CONTEXT = 1 << 24
 """Tokens of the longest prompt that is planned for."""

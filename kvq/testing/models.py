@@ -17,7 +17,7 @@ from kvq.evaluation.scoring import RecallScore, score_config, score_recall
 from kvq.layers.savings import effective_bits
 from kvq.testing.attention import measure_attention
 from kvq.testing.case import HEAD_DIM, ContractCase, encode_blocks, quantized_layer, require
-from kvq.transformers_seams import pass_cache
+from kvq.transformers_seams.private_names import pass_cache
 
 CONTEXTS, RECORDS, QUESTIONS = 2, 60, 4
 LEAST_AGREEMENT = ((4.0, 0.95), (3.0, 0.85), (2.0, 0.6))

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from kvq import KVQ, attach
 from kvq.attention import entry
 from kvq.errors import CacheStateError, ConfigError, ModelError
-from kvq.transformers_seams import pass_cache
+from kvq.transformers_seams.private_names import pass_cache
 
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 

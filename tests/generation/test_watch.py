@@ -13,7 +13,7 @@ from transformers.generation import utils as generation
 from kvq import KVQ, attach
 from kvq.errors import ModelError
 from kvq.generation_watch import GenerationWatch
-from kvq.transformers_seams import PREPARE_CACHE, find_cache, pass_cache
+from kvq.transformers_seams.private_names import PREPARE_CACHE, find_cache, pass_cache
 
 GREEDY = dict(max_new_tokens=4, do_sample=False)
 SMALL = dict(residual_length=32, q_group_size=32)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from kvq.persistence.fingerprint import find_key_projections, find_layer_devices, fingerprint_model
+from kvq.persistence.fingerprint import fingerprint_model
+from kvq.transformers_seams.key_projections import find_key_projections, find_layer_devices
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 FAMILIES = {

@@ -49,12 +49,12 @@ SEAMS = (
         PREPARE_CACHE,
         "`generate` calls it on the model as (generation_config, model_kwargs, ...) before the first forward that "
         "reads a cache; it puts a new one into `model_kwargs`, and none where `use_cache` is False",
-        ("transformers_seams.py",),
+        ("transformers_seams/private_names.py",),
     ),
     Seam(
         START_BATCHING,
         "`generate_batch` and the managers of continuous batching call it on the model",
-        ("transformers_seams.py",),
+        ("transformers_seams/private_names.py",),
     ),
     Seam(
         "_attn_implementation",
@@ -66,7 +66,7 @@ SEAMS = (
             "benchmark/setting.py",
         ),
     ),
-    Seam(ATTENTION, "where `_attn_implementation` is stored", ("transformers_seams.py",)),
+    Seam(ATTENTION, "where `_attn_implementation` is stored", ("transformers_seams/private_names.py",)),
     Seam(
         "_supports_default_dynamic_cache",
         "tells whether a class takes a `DynamicCache`, and so another `Cache` in its place",
@@ -105,7 +105,7 @@ SEAMS = (
     Seam(
         "_hf_hook",
         "accelerate keeps by it on which device a module computes and where its weights are",
-        ("persistence/fingerprint.py",),
+        ("persistence/fingerprint.py", "transformers_seams/key_projections.py"),
     ),
     Seam(
         "eager_attention_forward",
@@ -121,7 +121,7 @@ SEAMS = (
     Seam(
         CHECKPOINTS,
         "modules where it is set take no cache in training mode, before 5.24 also without gradients",
-        ("transformers_seams.py",),
+        ("transformers_seams/private_names.py",),
     ),
 )
 """All seams. The outermost layers of the wall come first: what `attach` holds on to."""
