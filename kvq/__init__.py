@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvq.attachment import Attachment, attach
     from kvq.cache import KVQ
+    from kvq.cache.encoder_decoder import EncoderDecoderKVQ
     from kvq.config import KVQCacheConfig, LayerConfig
-    from kvq.encoder_decoder import EncoderDecoderKVQ
     from kvq.errors import KVQError
     from kvq.layers.memory_report import MemoryReport
     from kvq.registry import available_backends, register_backend
@@ -39,7 +39,7 @@ __version__ = "1.0.0.dev0"
 _HOMES = {
     "KVQ": "kvq.cache",
     "Attachment": "kvq.attachment",
-    "EncoderDecoderKVQ": "kvq.encoder_decoder",
+    "EncoderDecoderKVQ": "kvq.cache.encoder_decoder",
     "KVQCacheConfig": "kvq.config",
     "KVQError": "kvq.errors",
     "LayerConfig": "kvq.config",

@@ -14,14 +14,14 @@ from transformers.cache_utils import Cache
 
 from kvq.attachable import find_generating_model
 from kvq.attention_switch import AttentionSwitch
-from kvq.cache import KVQ, resolve_config
+from kvq.cache.encoder_decoder import EncoderDecoderKVQ
+from kvq.cache.kvq import KVQ, resolve_config
+from kvq.cache.padding import left_padding
 from kvq.config import KVQCacheConfig
-from kvq.encoder_decoder import EncoderDecoderKVQ
 from kvq.errors import CacheStateError, ModelError
 from kvq.generation_watch import GenerationWatch
 from kvq.layers.biased_keys import explain_biased_keys, find_biased_keys
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.padding import left_padding
 from kvq.plugin_api.granularity import Granularity
 from kvq.transformers_seams.private_names import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache
 from kvq.user_warnings import warn_user

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvq import KVQ
-from kvq.encoder_decoder import EncoderDecoderKVQ
+from kvq.cache.encoder_decoder import EncoderDecoderKVQ
 from kvq.errors import CacheStateError
 
 SIZES = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2)

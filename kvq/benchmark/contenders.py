@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from kvq.attention.entry import ATTENTION_NAME
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.benchmark.baselines import PACKED_ATTENTION, build_buffer_cache
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.quality.candidates import PEERS
 

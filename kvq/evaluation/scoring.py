@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvq.attention.entry import without_hint
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch
 from kvq.layers.memory_report import MemoryReport, report_memory

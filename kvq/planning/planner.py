@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
 from kvq.errors import ConfigError, Fault, ModelError
 from kvq.layers.biased_keys import explain_biased_keys

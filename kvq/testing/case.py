@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.errors import CheckNotApplicableError, ContractViolationError
 from kvq.layers.quantized_layer import KVQLayer

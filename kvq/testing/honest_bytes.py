@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.layers.savings import effective_bits
 from kvq.testing.case import RESIDUAL_LENGTH, ContractCase, feed, quantized_layer, require
 from kvq.testing.census import Census, begin_census

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvq.attachment import attach
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.errors import CheckNotApplicableError
 from kvq.evaluation.embedded_model import load_embedded_model
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch, sample_recall_batch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.errors import CheckNotApplicableError
 from kvq.testing.case import ContractCase, feed, is_same, require
 

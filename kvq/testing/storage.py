@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.testing.case import RESIDUAL_LENGTH, ContractCase, feed, is_same, quantized_layer, require
 
 FLUSHES = 4

@@ -80,7 +80,7 @@ SEAMS = (
     Seam(
         "record_past",
         "layers keep what a later crop may bring back while it is set; assisted decoding clears it at its end",
-        ("cache.py", "layers/transformers_layers.py", "layers/quantized_layer.py"),
+        ("cache/kvq.py", "layers/transformers_layers.py", "layers/quantized_layer.py"),
     ),
     Seam(
         "is_recurrent_states_initialized",
@@ -100,7 +100,7 @@ SEAMS = (
     Seam(
         "_sliding_window_tensor",
         "iterating over a `DynamicCache` yields it behind the keys and values of a layer; None where nothing slides",
-        ("cache.py",),
+        ("cache/kvq.py",),
     ),
     Seam(
         "_hf_hook",
@@ -116,7 +116,7 @@ SEAMS = (
         "get_mask_sizes",
         "before the layers run, the cache is asked for the size of a mask, and then the mask function is called, with "
         "the padding mask [B, T]",
-        ("cache.py",),
+        ("cache/kvq.py",),
     ),
     Seam(
         CHECKPOINTS,

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from kvq import KVQ, EncoderDecoderKVQ
-from kvq.padding import left_padding, looks_padded
+from kvq.cache.padding import left_padding, looks_padded
 from kvq.transformers_seams.private_names import pass_cache
 
 SMALL = dict(nbits_k=4, nbits_v=2, residual_length=32, q_group_size=32, sink_length=4)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from kvq import KVQ, KVQCacheConfig
 from kvq.attention import active_implementation
 from kvq.attention.handle import PackedStates
-from kvq.encoder_decoder import EncoderDecoderKVQ
+from kvq.cache.encoder_decoder import EncoderDecoderKVQ
 
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 SMALL = dict(nbits_k=8, nbits_v=8, residual_length=32)

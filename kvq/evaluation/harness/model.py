@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache
 
 from kvq.attachment import attach
-from kvq.cache import KVQ, resolve_config
+from kvq.cache.kvq import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError, Fault, ModelError
 from kvq.evaluation.continuations import ContinuationScore, Reading, plan_readings, score_readings

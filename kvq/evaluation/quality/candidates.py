@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.layers.memory_report import report_memory
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvq.attention.entry import without_hint
-from kvq.cache import KVQ
+from kvq.cache.kvq import KVQ
 from kvq.evaluation.quality.candidates import (
     Candidate,
     count_full_precision_bytes,

@@ -14,7 +14,10 @@ from transformers.cache_utils import DynamicLayer
 from kvq.attention.active_implementation import ActiveAttention
 from kvq.attention.entry import ATTENTION_NAME, hint_at_attention, register_attention
 from kvq.attention.padding_mask import expect_mask
-from kvq.carried_states import CarriedStates
+from kvq.cache.linear_states import CarriedStates
+from kvq.cache.padding import BatchPadding
+from kvq.cache.thread_guard import ThreadGuard
+from kvq.cache.token_history import TokenHistory
 from kvq.config import KVQCacheConfig
 from kvq.config.field_types import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
@@ -23,10 +26,7 @@ from kvq.layers.memory_report import MemoryReport, report_memory
 from kvq.layers.model_layers import DecoderConfig, build_layers
 from kvq.layers.quantized_layer import KVQLayer, check_rows
 from kvq.layers.transformers_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
-from kvq.padding import BatchPadding
 from kvq.persistence import CacheFile, ModelReference, write_layers
-from kvq.thread_guard import ThreadGuard
-from kvq.token_history import TokenHistory
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
 

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.cache import KVQ, resolve_config
+from kvq.cache.kvq import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.errors import ModelError
 from kvq.layers.memory_report import MemoryReport, report_memory
