@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvq.attachment import Attachment, attach
+    from kvq.attaching.attachment import Attachment, attach
     from kvq.cache import KVQ
     from kvq.cache.encoder_decoder import EncoderDecoderKVQ
     from kvq.config import KVQCacheConfig, LayerConfig
@@ -38,13 +38,13 @@ __version__ = "1.0.0.dev0"
 # Resolved at first use: transformers imports hqq where it is installed, which `import kvq` and `kvq --help` must not.
 _HOMES = {
     "KVQ": "kvq.cache",
-    "Attachment": "kvq.attachment",
+    "Attachment": "kvq.attaching.attachment",
     "EncoderDecoderKVQ": "kvq.cache.encoder_decoder",
     "KVQCacheConfig": "kvq.config",
     "KVQError": "kvq.errors",
     "LayerConfig": "kvq.config",
     "MemoryReport": "kvq.layers.memory_report",
-    "attach": "kvq.attachment",
+    "attach": "kvq.attaching.attachment",
     "available_backends": "kvq.registry",
     "register_backend": "kvq.registry",
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvq.attachment import attach
+from kvq.attaching.attachment import attach
 from kvq.cache.kvq import KVQ
 from kvq.errors import CheckNotApplicableError
 from kvq.evaluation.embedded_model import load_embedded_model

@@ -62,7 +62,7 @@ SEAMS = (
         (
             "attention/active_implementation.py",
             "attention/entry.py",
-            "attention_switch.py",
+            "attaching/attention_switch.py",
             "benchmark/setting.py",
         ),
     ),
@@ -70,12 +70,12 @@ SEAMS = (
     Seam(
         "_supports_default_dynamic_cache",
         "tells whether a class takes a `DynamicCache`, and so another `Cache` in its place",
-        ("attachable.py",),
+        ("attaching/unwrap.py",),
     ),
     Seam(
         "sub_configs",
         "names the attributes of a configuration that hold further ones",
-        ("attention_switch.py",),
+        ("attaching/attention_switch.py",),
     ),
     Seam(
         "record_past",

@@ -11,8 +11,8 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.generation import utils as generation
 
 from kvq import KVQ, attach
+from kvq.attaching.generation_watch import GenerationWatch
 from kvq.errors import ModelError
-from kvq.generation_watch import GenerationWatch
 from kvq.transformers_seams.private_names import PREPARE_CACHE, find_cache, pass_cache
 
 GREEDY = dict(max_new_tokens=4, do_sample=False)

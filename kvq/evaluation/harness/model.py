@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers.cache_utils import Cache
 
-from kvq.attachment import attach
+from kvq.attaching.attachment import attach
 from kvq.cache.kvq import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError, Fault, ModelError

@@ -12,14 +12,14 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.attachable import find_generating_model
-from kvq.attention_switch import AttentionSwitch
+from kvq.attaching.attention_switch import AttentionSwitch
+from kvq.attaching.generation_watch import GenerationWatch
+from kvq.attaching.unwrap import find_generating_model
 from kvq.cache.encoder_decoder import EncoderDecoderKVQ
 from kvq.cache.kvq import KVQ, resolve_config
 from kvq.cache.padding import left_padding
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError, ModelError
-from kvq.generation_watch import GenerationWatch
 from kvq.layers.biased_keys import explain_biased_keys, find_biased_keys
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.granularity import Granularity
