@@ -1,4 +1,4 @@
-"""A file of kvq imports only from lower levels, and knows no backend.
+"""A file of kvq imports only from its own place and lower ones, and knows no backend.
 
 Imports inside functions and under TYPE_CHECKING count like any other: they too say what a file knows of.
 """
@@ -21,32 +21,9 @@ else:
 
 ROOT = Path(__file__).parents[1]
 
-LEVELS = (
-    ("errors", "granularity", "user_warnings", "byte_size", "installed", "padding", "transformers_seams"),
-    ("quantizer", "backend_spec"),
-    ("plugin_api",),
-    ("discovery", "requirements", "spec_validation", "registry"),
-    ("config",),
-    ("store",),
-    ("attention", "layer"),
-    (
-        "memory",
-        "relocation",
-        "persistence",
-        "thread_guard",
-        "kept_layers",
-        "carried_states",
-        "model_layers",
-        "token_history",
-        "cache",
-    ),
-    ("biased_keys", "encoder_decoder", "planning", "attention_switch", "generation_watch", "attachable", "attachment"),
-    ("evaluation", "benchmark", "testing"),
-    ("__init__", "cli", "__main__"),
-)
-"""Every file and folder of kvq/, lowest first. Within a level, the later ones may import the earlier ones."""
-
-PLACES = {name: position for position, name in enumerate(name for level in LEVELS for name in level)}
+MAP = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Map of the tree")[2].partition("\n## ")[0]
+PLACES = {name: position for position, name in enumerate(re.findall(r"^\| `(\w+)` \|", MAP, re.MULTILINE))}
+"""Every file and folder of kvq/, lowest first, as CONTRIBUTING.md maps them."""
 
 
 def module_name(path: Path) -> str:
@@ -115,13 +92,12 @@ def test_imports_are_found_wherever_they_stand(source, expected):
     assert set(find_imports(source, "kvq", {"kvq", "kvq.cache"})) == expected
 
 
-def test_the_table_names_every_file_and_folder():
+def test_the_map_names_every_file_and_folder():
     assert len(KVQ) > 20
-    assert {place_of(name) for name in KVQ} - set(PLACES) == set()
-    assert len(PLACES) == sum(map(len, LEVELS))
+    assert {place_of(name) for name in KVQ} == set(PLACES)
 
 
-def test_a_file_imports_from_lower_levels_only():
+def test_a_file_imports_from_lower_places_only():
     upward = [
         (name, imported)
         for name, path in KVQ.items()
@@ -145,9 +121,9 @@ def test_kvq_imports_no_backend_no_plugin_and_no_library_of_one():
 
 def test_only_the_registry_touches_the_manager_of_pluggy():
     users = {name for name, path in KVQ.items() if "pluggy" in imports_of(name, path)}
-    assert users == {"kvq.plugin_api", "kvq.registry"}
+    assert users == {"kvq.plugin_api.hooks", "kvq.registry.registry"}
     managers = {name for name, path in KVQ.items() if "PluginManager" in path.read_text(encoding="utf-8")}
-    assert managers == {"kvq.registry"}
+    assert managers == {"kvq.registry.registry"}
 
 
 def own_backend_names() -> set[str]:
