@@ -72,7 +72,7 @@ test-classes: venv ## repeat the tests of the CPU kernels as on other classes of
 eval-harness: .venv-eval/installed ## test the model type of lm-evaluation-harness
 	OMP_NUM_THREADS=1 .venv-eval/bin/pytest $(PYTEST_ARGS) tests/evaluation/test_harness.py
 
-mutants: venv ## break the code line by line and show that the tests turn red (minutes)
+mutants: venv ## break the code piece by piece and show that the tests turn red (minutes)
 	$(BIN)/python tests/mutants/run.py -n $(WORKERS)
 
 soak: venv ## run the state machines with six times the examples

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutations import Mutation
+from mutations import MisfitError, Mutation
 
 HERE = Path(__file__).parent
 COPIED = ("kvq", "kvq_backends", "plugins", "tests", "docs", "examples", "pyproject.toml", "README.md")
@@ -60,16 +60,16 @@ class JudgedTree:
 
     def judge(self, mutation: Mutation) -> Outcome:
         """Apply a mutation, run its test and restore the copy."""
-        count = mutation.count_in(self.root)
-        if count != 1:
-            return Outcome(f"its old line occurs {count} times")
-        path = self.root / mutation.file
-        original, mutated = path.read_text(encoding="utf-8"), mutation.mutated(self.root)
-        path.write_text(mutated, encoding="utf-8")
         try:
-            return self.run([mutation.test], must_import=path)
+            place = mutation.find_place(self.root)
+        except MisfitError as misfit:
+            return Outcome(str(misfit))
+        original, mutated = place.path.read_text(encoding="utf-8"), place.replaced(mutation.new)
+        place.path.write_text(mutated, encoding="utf-8")
+        try:
+            return self.run([mutation.test], must_import=place.path)
         finally:
-            path.write_text(original, encoding="utf-8")
+            place.path.write_text(original, encoding="utf-8")
 
     def run(self, tests: list[str], must_import: Path | None = None) -> Outcome:
         """Run tests until one fails; the copy's code comes before what is installed.

@@ -94,7 +94,7 @@ def make_table(mutations: list[Mutation], outcomes: list[Outcome]) -> Table:
         table.add_column(column, overflow="fold", justify="right" if column == "s" else "left")
     for mutation, outcome in zip(mutations, outcomes, strict=True):
         test = outcome.test.removeprefix("tests/").replace(".py::", ": ")
-        cells = (str(mutation.breaks), mutation.name, mutation.file, describe(outcome), test, outcome.error)
+        cells = (str(mutation.breaks), mutation.name, mutation.where, describe(outcome), test, outcome.error)
         table.add_row(*map(escape, cells), f"{outcome.seconds:.1f}")
     return table
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mutations import load_mutations
+from mutations import MisfitError, load_mutations
 
 ROOT = Path(__file__).parents[2]
 MUTATIONS = load_mutations()
@@ -22,16 +22,17 @@ def names_in(path):
 
 def find_misfit(mutation):
     """Return why a mutation does not fit the code, or None."""
-    if (count := mutation.count_in(ROOT)) != 1:
-        return f"its old line occurs {count} times in {mutation.file}"
-    before, after = (ROOT / mutation.file).read_text(encoding="utf-8"), mutation.mutated(ROOT)
-    changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
-    if len(changed) != 1:
-        return f"{len(changed)} lines change"
     try:
-        ast.parse(after)
+        place = mutation.find_place(ROOT)
+        before, after = (
+            ast.dump(ast.parse(text)) for text in (place.path.read_text(encoding="utf-8"), place.replaced(mutation.new))
+        )
+    except MisfitError as misfit:
+        return str(misfit)
     except SyntaxError as error:
-        return f"the new line is no Python: {error}"
+        return f"the new code is no Python: {error}"
+    if before == after:
+        return "the code stays the same"
     path, _, name = mutation.test.partition("::")
     if not name.lower().startswith("test") or not (ROOT / path).is_file() or name not in names_in(ROOT / path):
         return f"there is no {mutation.test}"
@@ -47,6 +48,9 @@ def test_each_fits_the_code_and_its_test_exists():
     ("change", "why"),
     [
         ({"old": "nowhere"}, "occurs 0 times"),
+        ({"where": "ChunkedStore.nowhere"}, "occurs 0 times"),
+        ({"old": "self"}, "times in"),
+        ({"new": MUTATIONS[0].old}, "stays the same"),
         ({"new": "self._copied(("}, "no Python"),
         ({"test": "tests/test_cache.py::test_nothing"}, "there is no"),
         ({"test": "tests/test_nowhere.py::test_nothing"}, "there is no"),
@@ -58,7 +62,7 @@ def test_one_that_does_not_fit_is_told(change, why):
 
 
 def test_every_invariant_has_some_of_unlike_kinds():
-    lines = {invariant: {(m.file, m.old) for m in MUTATIONS if m.breaks == invariant} for invariant in INVARIANTS}
-    assert {invariant: len(found) for invariant, found in lines.items() if len(found) < 3} == {}
+    pieces = {invariant: {(m.where, m.old) for m in MUTATIONS if m.breaks == invariant} for invariant in INVARIANTS}
+    assert {invariant: len(found) for invariant, found in pieces.items() if len(found) < 3} == {}
     assert all(isinstance(m.breaks, str) or m.breaks in INVARIANTS for m in MUTATIONS)
     assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
