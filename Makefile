@@ -96,7 +96,7 @@ plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel i
 	set -e; for folder in plugins/kvq-*; do $(BIN)/python -m build --wheel --outdir build/plugin $$folder; done
 	$(PYTHON) -m venv --clear .venv-plugin
 	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt torch
-	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt build/kvq/*.whl build/plugin/*.whl pytest pytest-xdist
+	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt "$$(echo build/kvq/*.whl)[cli]" build/plugin/*.whl pytest pytest-xdist
 	set -e; for folder in plugins/kvq-*; do \
 		(cd $$folder && KVQ_KERNEL_TRIALS=off OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest" -q -n $(WORKERS)); done
 	set -e; $(FRESH_CACHE); for name in template turboquant fp8; do \
@@ -107,7 +107,7 @@ plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel i
 wheel: venv build/kvq ## the wheel at the newest versions in a clean environment: doctor, demo and README.md outside the checkout
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python $(PIP_INSTALL) "$(NEWEST_TORCH)"
-	.venv-newest/bin/python $(PIP_INSTALL) build/kvq/*.whl
+	.venv-newest/bin/python $(PIP_INSTALL) "$$(echo build/kvq/*.whl)[cli]"
 	set -e; $(FRESH_CACHE); \
 	cd "$$(mktemp -d)"; "$(CURDIR)/.venv-newest/bin/kvq" doctor; \
 	cd "$$(mktemp -d)"; "$(CURDIR)/.venv-newest/bin/kvq" demo --contexts 4 --questions 4; \

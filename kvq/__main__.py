@@ -1,6 +1,25 @@
-"""`python -m kvq`, the same as the command `kvq`."""
+"""The command `kvq`, also as `python -m kvq`.
 
-from kvq.cli import main
+It must not import rich or typer before it has looked for them: `pip install kvq` alone does not bring them.
+"""
+
+import sys
+
+NEEDED = ("rich", "typer")
+"""What the extra `cli` brings."""
+
+
+def main() -> None:
+    """Run the command line, or say in one line what it needs and exit with code 2."""
+    try:
+        from kvq.cli import main as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in NEEDED:
+            raise
+        sys.stderr.write("error: the command line needs rich and typer: pip install 'kvq[cli]'\n")
+        sys.exit(2)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -29,9 +29,9 @@ def is_accepted(version: str, specifier: SpecifierSet) -> bool:
         return not specifier
 
 
-def applies(requirement: Requirement) -> bool:
-    """Return whether a requirement holds here: for this Python and platform, and for no extra."""
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+def applies(requirement: Requirement, extra: str = "") -> bool:
+    """Return whether a requirement holds here: for this Python and platform, with that extra or with none."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
 def is_met(requirement: Requirement) -> bool:

@@ -25,7 +25,8 @@ TORCH_SUFFIX = re.compile(r"\+.*")
 
 def read_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return {one.name: one for one in map(Requirement, project["dependencies"])}
+    texts = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
+    return {one.name: one for one in map(Requirement, texts)}
 
 
 def read_pins(name):

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvq.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGE_LINES, shorten
+from kvq.text_table import fit_widths
 
 NO_TERMINAL_WIDTH = 10_000
 """Columns for output that goes to a file or a program: wider than any line."""
@@ -102,14 +103,6 @@ def print_warning(message: str) -> None:
 def one_line(text: str) -> str:
     """Return a text with every run of white space as one blank."""
     return " ".join(text.split())
-
-
-def fit_widths(widths: Sequence[int], available: int) -> list[int]:
-    """Return widths that have room together: the widest give way first, and none vanishes."""
-    fitted = list(widths)
-    while sum(fitted) > available and max(fitted) > 1:
-        fitted[fitted.index(max(fitted))] -= 1
-    return fitted
 
 
 def make_printable(text: str, stream: TextIO) -> str:

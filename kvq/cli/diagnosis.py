@@ -138,7 +138,7 @@ def _list_distributions(*, is_installed: bool) -> Iterator[dict[str, Any]]:
     met = is_accepted(version, SpecifierSet(wanted))
     yield {"name": "python", "required": wanted, "installed": version, "met": met}
     requirements = (metadata.requires("kvq") or ()) if is_installed else LISTED_WITHOUT_METADATA
-    yield from describe_requirements(tuple(requirements))
+    yield from describe_requirements(tuple(requirements), extra="cli")
 
 
 def _can_import(module: str, found: Diagnosis) -> bool:

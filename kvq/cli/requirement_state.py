@@ -10,9 +10,14 @@ from packaging.requirements import Requirement
 from kvq.installed import applies, find_version, is_met
 
 
-def describe_requirements(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the requirements that hold here as `name`, `required`, `installed` (a version or None) and `met`."""
-    requirements = [one for one in map(Requirement, texts) if applies(one)]
+def describe_requirements(texts: Sequence[str], extra: str = "") -> list[dict[str, Any]]:
+    """Return the requirements that hold here as `name`, `required`, `installed` (a version or None) and `met`.
+
+    Args:
+        texts: requirements as in metadata.
+        extra: the extra whose requirements are listed too.
+    """
+    requirements = [one for one in map(Requirement, texts) if applies(one, extra)]
     return [
         {
             "name": one.name,

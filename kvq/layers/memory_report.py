@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from io import StringIO
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers.cache_utils import CacheLayerMixin
 
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.quantizer import Side
 from kvq.store.side import LayerSide
+from kvq.text_table import TextTable
 from kvq.units import format_bytes, format_ratio
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TEXT_WIDTH = 120
+"""Characters of a line in `str` of a report."""
 
 
 @dataclass(frozen=True)
@@ -166,22 +171,27 @@ class MemoryReport:
         return self._effective_bits("value")
 
     def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=120, color_system=None).print(self.to_table())
-        return text.getvalue().rstrip()
+        return self._table().draw(TEXT_WIDTH)
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
 
     def to_table(self) -> Table:
-        """Return the report as a table of rich, layers with equal figures in one row."""
+        """Return the report as a table of rich, which comes with the extra `cli`.
+
+        Raises:
+            MissingExtraError: rich is not installed.
+        """
+        return self._table().to_rich()
+
+    def _table(self) -> TextTable:
+        """Lay out the report, layers with equal figures in one row."""
         title = (
             f"{format_bytes(self.total_bytes)} held, {format_bytes(self.full_precision_bytes)} in full precision: "
             f"{format_ratio(self.compression)}"
         )
-        table = Table(title=title)
-        for column in ("layers", "keys", "values", "tokens", "packed", "window", "sinks", "slack", "total"):
-            table.add_column(column, justify="left" if column in ("layers", "keys", "values") else "right")
+        numbers = ("tokens", "packed", "window", "sinks", "slack", "total")
+        rows = []
         for first, last, layer in _runs(self.layers):
             name = str(first) if first == last else f"{first}-{last}"
             parts = [
@@ -191,10 +201,10 @@ class MemoryReport:
             if layer.key is None:
                 parts = ["-"] * 4
             sides = [_side_text(side, layer.kind) for side in (layer.key, layer.value)]
-            table.add_row(name, *sides, str(layer.tokens), *parts, format_bytes(layer.total_bytes))
+            rows.append((name, *sides, str(layer.tokens), *parts, format_bytes(layer.total_bytes)))
         if self.shared_bytes:
-            table.add_row("shared", "", "", "", "", "", "", "", f"-{format_bytes(self.shared_bytes)}")
-        return table
+            rows.append(("shared", "", "", "", "", "", "", "", f"-{format_bytes(self.shared_bytes)}"))
+        return TextTable(title, ("layers", "keys", "values", *numbers), tuple(rows), right=frozenset(numbers))
 
     def _sum(self, name: str) -> int:
         return sum(getattr(side, name) for layer in self.layers for side in (layer.key, layer.value) if side)

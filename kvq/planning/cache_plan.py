@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from kvq.text_table import TextTable
 from kvq.units import format_bytes, format_ratio
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 COLUMNS = ("layers", "keys", "values", "heads x dim", "why", "held", "full precision")
+TEXT_WIDTH = 160
+"""Characters of a line of the table in `str` of a plan."""
 
 
 @dataclass(frozen=True)
@@ -158,21 +160,15 @@ class CachePlan:
         return self.weights_bytes + self.peak_bytes <= self.gpu_memory_bytes
 
     def __str__(self) -> str:
-        text = StringIO()
-        console = Console(file=text, width=160, color_system=None, markup=False, highlight=False)
-        console.print(self.to_table())
-        for line in self.lines():
-            console.print(line, soft_wrap=True)
-        return text.getvalue().rstrip()
+        return "\n".join([self._table().draw(TEXT_WIDTH), *self.lines()])
 
     def to_table(self) -> Table:
-        """Return the layers as a table of rich, equal layers in one row."""
-        table = Table(title=self.headline())
-        for column in COLUMNS:
-            table.add_column(column, justify="right" if column in ("held", "full precision") else "left")
-        for row in self.rows():
-            table.add_row(*row)
-        return table
+        """Return the layers as a table of rich, equal layers in one row; rich comes with the extra `cli`.
+
+        Raises:
+            MissingExtraError: rich is not installed.
+        """
+        return self._table().to_rich()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -199,6 +195,9 @@ class CachePlan:
         lines += [f"warning: {text}" for text in self.warnings]
         lines += [f"note: {text}" for text in self.notes]
         return [*lines, f"left out: {'; '.join(self.left_out)}"] if self.left_out else lines
+
+    def _table(self) -> TextTable:
+        return TextTable(self.headline(), COLUMNS, tuple(self.rows()), right=frozenset({"held", "full precision"}))
 
     def _memory_lines(self) -> list[str]:
         if self.gpu_memory_bytes is None or self.largest_context is None:

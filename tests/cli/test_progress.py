@@ -13,8 +13,9 @@ import sys
 import pytest
 
 from kvq.cli import progress
-from kvq.cli.console import GrowingTable, fit_widths
+from kvq.cli.console import GrowingTable
 from kvq.cli.progress import LINE_INTERVAL_S, ProgressLines, format_duration, tell_until
+from kvq.text_table import fit_widths
 
 
 class Clock:
