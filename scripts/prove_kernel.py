@@ -19,9 +19,8 @@ import torch
 from torch.nn import functional
 
 import kvq
-from kvq.attention import entry  # noqa: F401  # registers the kernels
 from kvq.attention.dispatch.kernel import Kernel
-from kvq.attention.dispatch.kernel_registry import available_kernels
+from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.machine.processor import name_processor
 from kvq.attention.proving.benchmark_records import device_class
@@ -38,14 +37,14 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", choices=[kernel.name for kernel in available_kernels()])
+    parser.add_argument("kernel", choices=[kernel.name for kernel in get_kernel_registry().kernels])
     parser.add_argument("--device", default="cpu", help="device of torch (cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (2)")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
     device = torch.device(chosen.device)
-    kernel = next(kernel for kernel in available_kernels() if kernel.name == chosen.kernel)
+    kernel = next(kernel for kernel in get_kernel_registry().kernels if kernel.name == chosen.kernel)
     record = measure(kernel, device)
     path = RESULTS / f"kernel-{kernel.name}-{record['device_class']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

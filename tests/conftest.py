@@ -64,7 +64,7 @@ def give_records(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def give(*names: str) -> None:
         record = {"relative_error": 1e-6, "speedup": 2.0}
         monkeypatch.setattr(
-            "kvq.attention.dispatch.standing.find_proof", lambda name, _: record if name in names else None
+            "kvq.attention.dispatch.standing.find_benchmark_record", lambda name, _: record if name in names else None
         )
 
     give("compiled")

@@ -14,12 +14,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvq.attention.active_implementation import tell_model
 from kvq.attention.dispatch.kernel_cache import AttentionMemo
-from kvq.attention.dispatch.kernel_registry import Choice, choose, is_distrusted
+from kvq.attention.dispatch.kernel_registry import Choice, get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
-from kvq.attention.dispatch.verification import attend_on_trial
+from kvq.attention.dispatch.verification import attend_verified
 from kvq.attention.full_precision import SDPA_OPTIONS, attend_full_precision, find_option_beyond, is_causal
 from kvq.attention.handle import PackedPair, PackedStates
-from kvq.attention.kernels import own_kernels as _kernels  # noqa: F401  # registers them
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.padding_mask import kvq_mask
 
@@ -84,12 +83,14 @@ def attend_packed(request: AttentionRequest, memo: AttentionMemo) -> torch.Tenso
             return attend_packed(request, memo)
     kind = request.kind()
     choice: Choice | None = memo.choices.get(kind)
-    if choice is not None and not is_distrusted(choice.kernel, request.query.device):
+    registry = get_kernel_registry()
+    if choice is not None and not registry.is_distrusted(choice.kernel, request.query.device):
         memo.last_reader, memo.passed_over = choice.kernel.name, choice.passed_over
         return choice.kernel.attend(request)
     if len(memo.choices) >= MAX_REMEMBERED_KINDS:
         memo.choices.clear()
-    choice, output = attend_on_trial(choose(request), REFERENCE, request)
+    choice = registry.choose(request, wanted=memo.wanted)
+    choice, output = attend_verified(choice, REFERENCE, request, registry, wanted=memo.wanted)
     memo.choices[kind] = choice
     memo.last_reader, memo.passed_over = choice.kernel.name, choice.passed_over
     return output

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from kvq.attention.handle import PackedStates
-from kvq.attention.machine.variables import KERNEL_VARIABLE
 from kvq.benchmark.baselines import packed_attention_forward
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.setting import Setting
@@ -35,6 +31,8 @@ class Trial(ABC):
         self.setting = setting
         self.spare = spare
         self.cache = contender.build(self.config, setting.length + spare)
+        for layer in self._quantized_layers():
+            layer.attention.wanted = contender.kernel
 
     @property
     def config(self) -> PretrainedConfig:
@@ -64,8 +62,11 @@ class Trial(ABC):
     @property
     def kernel(self) -> str:
         """What read the first quantized layer the last time; empty where nothing read it packed."""
-        layers = [layer for layer in self.cache.layers if isinstance(layer, KVQLayer)]
+        layers = self._quantized_layers()
         return layers[0].attention.last_reader if layers else ""
+
+    def _quantized_layers(self) -> list[KVQLayer]:
+        return [layer for layer in self.cache.layers if isinstance(layer, KVQLayer)]
 
     def find_error(self) -> float | None:
         """Return the distance of a step from dequantize-then-attend; None where that is what the step does."""
@@ -89,17 +90,14 @@ class LayerTrial(Trial):
 
     def step(self) -> torch.Tensor:
         """Return the attention output `[B, 1, Hq, D]`."""
-        keys, values = self.cache.update(self.key, self.value, 0)
-        with forced_kernel(self.contender.kernel):
-            return self._attend(keys, values)
+        return self._attend(*self.cache.update(self.key, self.value, 0))
 
     def find_error(self) -> float | None:
         """Return the largest difference from attention in float32 over the dequantized states, relative to that."""
         keys, values = self.cache.update(self.key, self.value, 0)
         if not isinstance(keys, PackedStates) or not isinstance(values, PackedStates):
             return None
-        with forced_kernel(self.contender.kernel):
-            output = self._attend(keys, values).float()
+        output = self._attend(keys, values).float()
         full_keys, full_values = keys.materialize().float(), values.materialize().float()
         query, scaling = self.query.float(), self.setting.shape.head_dim**-0.5
         expected = packed_attention_forward(self.module, query, full_keys, full_values, None, scaling=scaling)[0]
@@ -159,26 +157,11 @@ class ModelTrial(Trial):
 
     def step(self) -> torch.Tensor:
         """Return the logits `[B, 1, vocabulary]`."""
-        with forced_kernel(self.contender.kernel):
-            output = self.model(self.tokens, use_cache=True, logits_to_keep=1, **pass_cache(self.model, self.cache))
+        output = self.model(self.tokens, use_cache=True, logits_to_keep=1, **pass_cache(self.model, self.cache))
         logits: torch.Tensor = output.logits
         if self.rejected:
             self.cache.crop(-self.rejected)
         return logits
-
-
-@contextmanager
-def forced_kernel(name: str | None) -> Iterator[None]:
-    """Let attention choose the kernel of that name within the block, or as it does by default."""
-    before = os.environ.get(KERNEL_VARIABLE)
-    if name is not None:
-        os.environ[KERNEL_VARIABLE] = name
-    try:
-        yield
-    finally:
-        if name is not None:
-            os.environ.pop(KERNEL_VARIABLE)
-            os.environ.update({} if before is None else {KERNEL_VARIABLE: before})
 
 
 class _AttentionModule(nn.Module):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvq.attention.dispatch.kernel import Kernel
+    from kvq.attention.dispatch.kernel_registry import KernelRegistry
     from kvq.attention.dispatch.standing import Standing
 
 
@@ -15,27 +16,27 @@ def list_kernels(devices: Sequence[str], *, prove: bool = False) -> list[dict[st
 
     Args:
         devices: as torch names them.
-        prove: try the kernels that need proof and can run, whatever is known of them, and keep what is found.
+        prove: try the kernels that need a benchmark and can run, whatever is known of them, and keep the verdicts.
 
     Raises:
         ConfigError: an environment variable names no kernel, or says neither yes nor no.
     """
-    from kvq.attention.dispatch.kernel_registry import available_kernels, wanted_kernel
+    from kvq.attention.dispatch.kernel_registry import get_kernel_registry
     from kvq.attention.dispatch.standing import are_trials_on
 
-    wanted_kernel(), are_trials_on()  # what is mistyped is told before anything is tried
-    return [_describe(kernel, device, prove=prove) for device in devices for kernel in available_kernels()]
+    registry = get_kernel_registry()
+    registry.find_wanted(), are_trials_on()  # a mistyped variable is refused before anything is tried
+    return [_describe(registry, kernel, device, prove=prove) for device in devices for kernel in registry.kernels]
 
 
-def _describe(kernel: Kernel, device_name: str, *, prove: bool) -> dict[str, Any]:
+def _describe(registry: KernelRegistry, kernel: Kernel, device_name: str, *, prove: bool) -> dict[str, Any]:
     import torch
-
-    from kvq.attention.dispatch.kernel_registry import examine, find_reason_against, wanted_kernel
 
     device = torch.device(device_name)
     runs_here = not kernel.device_types or device.type in kernel.device_types
-    standing = examine(kernel, device, must_try=prove) if runs_here else None
-    reason = find_reason_against(kernel, device, is_wanted=kernel.name == wanted_kernel()) or kernel.find_problem()
+    standing = registry.examine(kernel, device, must_try=prove) if runs_here else None
+    is_wanted = kernel.name == registry.find_wanted()
+    reason = registry.why_not_default(kernel, device, is_wanted=is_wanted) or kernel.why_unavailable()
     return {
         "device": device_name,
         "name": kernel.name,

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
-from kvq.attention.dispatch.kernel_registry import available_kernels
+from kvq.attention.dispatch.kernel_registry import KernelRegistry, use_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
-from kvq.attention.kernels import own_kernels  # noqa: F401  # registers them
+from kvq.attention.kernels.own_kernels import OWN_KERNELS
 from kvq.config import KVQCacheConfig
 from kvq.layers.quantized_layer import KVQLayer
 
-KERNELS = {
-    kernel.name: kernel for kernel in available_kernels() if not kernel.device_types or "cpu" in kernel.device_types
-}
+KERNELS = {kernel.name: kernel for kernel in OWN_KERNELS if not kernel.device_types or "cpu" in kernel.device_types}
 
 
 @pytest.fixture(params=["compiled", "eager"])
 def kernel(request):
     """Each kernel that serves a single query on the CPU."""
     chosen = KERNELS[request.param]
-    if (problem := chosen.find_problem()) is not None:
+    if (problem := chosen.why_unavailable()) is not None:
         pytest.skip(problem)
     return chosen
+
+
+@pytest.fixture
+def put_kernels():
+    """Let attention choose, for one test, from the kernels given, the preferred first, of which nothing is known."""
+    with ExitStack() as stack:
+
+        def put(*kernels):
+            registry = KernelRegistry(kernels)
+            stack.enter_context(use_kernel_registry(registry))
+            return registry
+
+        yield put
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def attend_exactly(request):
 
 def measure(fields):
     request = build_request(**fields)
-    obstacle = TRITON.find_obstacle(request)
+    obstacle = TRITON.why_unsupported(request)
     if obstacle is not None:
         return obstacle
     output, expected = TRITON.attend(request), attend_exactly(request)

@@ -15,7 +15,7 @@ from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain, find_
 from kvq.attention.kernels.compiled.kept_library import provide_library
 
 CC = next((name for name in ("gcc", "cc", "clang") if compiler.shutil.which(name)), None)
-needs_compiler = pytest.mark.skipif(library.find_problem() is not None, reason="no C compiler")
+needs_compiler = pytest.mark.skipif(library.why_unavailable() is not None, reason="no C compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,11 @@ def test_a_compiler_that_fails_is_quoted(source):
 def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     with caplog.at_level("WARNING", logger="kvq"):
-        assert library.find_problem() == library.find_problem() == "there is no C compiler (cc, gcc, clang) on the PATH"
+        assert (
+            library.why_unavailable()
+            == library.why_unavailable()
+            == "there is no C compiler (cc, gcc, clang) on the PATH"
+        )
     assert len(caplog.records) == 1
     with pytest.raises(BuildError):
         library.get_library()
@@ -155,7 +159,7 @@ def test_what_is_no_compiler_is_a_reason_and_no_crash(
     assert memo.last_reader == "eager"
     with pytest.raises(BuildError, match=USELESS[command]):
         library.get_library()
-    assert memo.passed_over["compiled"] == library.find_problem()
+    assert memo.passed_over["compiled"] == library.why_unavailable()
     assert not list((tmp_path / "kvq" / "kernels").glob("*")), "nothing of it is kept"
 
 

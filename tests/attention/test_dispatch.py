@@ -12,13 +12,17 @@ import transformers
 from torch import nn
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.attention.dispatch import kernel_registry as kernel_module
-from kvq.attention.dispatch import verification
 from kvq.attention.dispatch.kernel_cache import AttentionMemo
-from kvq.attention.dispatch.kernel_registry import available_kernels, choose
+from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.entry import attend, attend_packed, hint_at_attention, kvq_attention_forward
 from kvq.attention.kernels.eager.kernel import REFERENCE
-from kvq.attention.proving.benchmark_records import device_class, find_proof, is_passing, load_proofs
+from kvq.attention.kernels.own_kernels import OWN_KERNELS
+from kvq.attention.proving.benchmark_records import (
+    device_class,
+    find_benchmark_record,
+    is_passing,
+    load_benchmark_records,
+)
 from kvq.errors import ConfigError
 from kvq.layers.quantized_layer import KVQLayer
 
@@ -129,15 +133,15 @@ class WrongKernel:
 
     name = "wrong"
     device_types = frozenset()
-    needs_proof = False
+    needs_benchmark = False
 
     def __init__(self):
         self.calls = 0
 
-    def find_problem(self):
+    def why_unavailable(self):
         return None
 
-    def find_obstacle(self, request):
+    def why_unsupported(self, request):
         return None
 
     def attend(self, request):
@@ -145,47 +149,36 @@ class WrongKernel:
         return REFERENCE.attend(request) * 1.01
 
 
-@pytest.fixture
-def own_kernels(monkeypatch):
-    """Change what kernels there are, for one test."""
-
-    def put(*kernels):
-        monkeypatch.setattr(kernel_module, "_KERNELS", {kernel.name: kernel for kernel in kernels})
-        monkeypatch.setattr(kernel_module, "_DISTRUSTED", {})
-        monkeypatch.setattr(verification, "_PASSED", set())
-
-    return put
-
-
-def test_a_kernel_that_disagrees_is_not_used_again(own_kernels, request_, reference, error_of):
+def test_a_kernel_that_disagrees_is_not_used_again(put_kernels, request_, reference, error_of):
     wrong = WrongKernel()
-    own_kernels(wrong, REFERENCE)
+    registry = put_kernels(wrong, REFERENCE)
     memo = AttentionMemo()
     with pytest.warns(UserWarning, match=r"'wrong' on cpu differs from the reference by 1\.0e-02"):
         output = attend_packed(request_, memo)
     assert error_of(output, reference(request_)) < 1e-5
     assert attend_packed(request_, memo).equal(output)
     assert (wrong.calls, memo.last_reader) == (1, "eager")
-    assert "differed from the reference" in choose(request_).passed_over["wrong"]
+    assert "differed from the reference" in registry.choose(request_).passed_over["wrong"]
 
 
-def test_a_kernel_without_a_record_is_no_default(own_kernels, request_, monkeypatch):
+def test_a_kernel_without_a_record_is_no_default(put_kernels, request_, monkeypatch):
     unproven = WrongKernel()
-    unproven.needs_proof = True
-    own_kernels(unproven, REFERENCE)
-    choice = choose(request_)
+    unproven.needs_benchmark = True
+    registry = put_kernels(unproven, REFERENCE)
+    choice = registry.choose(request_)
     assert choice.kernel is REFERENCE
     assert choice.passed_over["wrong"].startswith(f"no record proves it on {device_class(torch.device('cpu'))}")
     monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "wrong")
-    assert choose(request_).kernel is unproven
+    assert registry.choose(request_).kernel is unproven
     monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "eager")
-    assert choose(request_).kernel is REFERENCE
+    assert registry.choose(request_).kernel is REFERENCE
+    assert registry.choose(request_, wanted="wrong").kernel is unproven
 
 
 def test_a_kernel_that_does_not_exist_is_refused(request_, monkeypatch):
     monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "fastest")
     with pytest.raises(ConfigError, match=r"'fastest' is not a kernel; choose one of 'auto', 'compiled'"):
-        choose(request_)
+        get_kernel_registry().choose(request_)
 
 
 def test_every_kind_of_request_is_chosen_for(make_request):
@@ -194,21 +187,21 @@ def test_every_kind_of_request_is_chosen_for(make_request):
     assert len({kind[:-2] for kind in kinds}) == 5
 
 
-def test_proofs_say_what_their_records_say():
-    assert load_proofs()
-    for entry in load_proofs():
+def test_the_table_says_what_the_records_say():
+    assert load_benchmark_records()
+    for entry in load_benchmark_records():
         assert is_passing(entry)
-        assert find_proof(entry["kernel"], entry["device_class"]) is entry
+        assert find_benchmark_record(entry["kernel"], entry["device_class"]) is entry
         record = json.loads((RESULTS / entry["record"]).read_text(encoding="utf-8"))
         measured = record.get("proof", record)
         assert {key: measured[key] for key in entry if key != "record"} == {
             k: v for k, v in entry.items() if k != "record"
         }
-    assert find_proof("compiled", "cpu-z80") is None
+    assert find_benchmark_record("compiled", "cpu-z80") is None
 
 
 def test_a_record_that_does_not_pass_proves_nothing():
-    entry = dict(load_proofs()[0])
+    entry = dict(load_benchmark_records()[0])
     assert not is_passing({**entry, "speedup": 0.99})
     assert not is_passing({**entry, "relative_error": 2e-3})
 
@@ -226,8 +219,8 @@ def test_copies_of_a_layer_start_without_addresses(request_):
 
 def test_a_plan_follows_the_store(make_request, error_of, reference):
     """Across flushes, crops and reordering the compiled kernel reads the chunks of the moment."""
-    kernel = next(kernel for kernel in available_kernels() if kernel.name == "compiled")
-    if (problem := kernel.find_problem()) is not None:
+    kernel = next(kernel for kernel in OWN_KERNELS if kernel.name == "compiled")
+    if (problem := kernel.why_unavailable()) is not None:
         pytest.skip(problem)
     request = make_request(sink_length=3)
     layer = request.pair.owner

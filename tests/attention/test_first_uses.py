@@ -5,10 +5,8 @@ import torch
 import transformers
 
 from kvq import KVQ, attach
-from kvq.attention.dispatch import kernel_registry as kernel_module
-from kvq.attention.dispatch import verification
 from kvq.attention.dispatch.kernel_cache import AttentionMemo
-from kvq.attention.dispatch.verification import describe, forget_trials
+from kvq.attention.dispatch.verification import describe
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.eager.kernel import REFERENCE, EagerKernel
 
@@ -18,15 +16,15 @@ class Probe:
 
     name = "probe"
     device_types = frozenset()
-    needs_proof = False
+    needs_benchmark = False
 
     def __init__(self, is_wrong):
         self.is_wrong = is_wrong
 
-    def find_problem(self):
+    def why_unavailable(self):
         return None
 
-    def find_obstacle(self, request):
+    def why_unsupported(self, request):
         return None
 
     def attend(self, request):
@@ -36,24 +34,17 @@ class Probe:
 
 @pytest.fixture
 def references(monkeypatch):
-    """The requests that the reference was asked; nothing has been tried yet."""
+    """The requests that the reference was asked."""
     asked = []
     attend = REFERENCE.attend
     monkeypatch.setattr(REFERENCE, "attend", lambda request: asked.append(request) or attend(request), raising=False)
-    monkeypatch.setattr(verification, "_PASSED", set())
-    monkeypatch.setattr(kernel_module, "_DISTRUSTED", {})
     return asked
 
 
 @pytest.fixture
-def put(monkeypatch, references):
-    """Make a kernel that is wrong where `is_wrong` says so the preferred one."""
-
-    def build(is_wrong=lambda request: False):
-        kernels = {"probe": Probe(is_wrong), "eager": REFERENCE}
-        monkeypatch.setattr(kernel_module, "_KERNELS", kernels)
-
-    return build
+def put(put_kernels, references):
+    """Make a kernel that is wrong where `is_wrong` says so the preferred one; nothing has been verified yet."""
+    return lambda is_wrong=lambda request: False: put_kernels(Probe(is_wrong), REFERENCE)
 
 
 def serve(request):
@@ -69,7 +60,7 @@ def test_a_second_cache_does_without_the_reference(put, references, make_request
         assert reader == "probe"
         assert error_of(output, reference(request)) < 1e-5
     assert len(references) == 1
-    forget_trials()
+    put()
     serve(make_request())
     assert len(references) == 2
 
@@ -137,8 +128,7 @@ def test_a_kernel_that_is_wrong_for_one_kind_is_found_at_its_first_use(put, refe
     assert reader == "eager"
     tolerance = 1e-2 if special.query.dtype == torch.bfloat16 else 1e-6
     assert error_of(output, EagerKernel().attend(special).double()) < tolerance
-    forget_trials()
-    assert serve(make_request(**PLAIN))[1] == "eager", "what is distrusted stays so"
+    assert serve(make_request(**PLAIN))[1] == "eager", "a kernel that was wrong once is used for no other kind"
 
 
 def test_a_layer_notices_a_kind_that_comes_later(put, make_request):

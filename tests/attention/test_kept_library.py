@@ -19,7 +19,7 @@ from kvq.attention.kernels.compiled.kept_library import provide_library
 from kvq.attention.kernels.compiled.structures import IN_ORDER
 from kvq.attention.machine import kept_files
 
-pytestmark = pytest.mark.skipif(library.find_problem() is not None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason="no C compiler")
 
 STAND_IN = (
     "long kvq_sizes(long which) {{ long sizes[] = {{{}}}; return sizes[which]; }}\n"

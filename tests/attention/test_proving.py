@@ -17,10 +17,9 @@ import torch
 from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvq.attention.dispatch import kernel_registry as kernel_module
 from kvq.attention.dispatch import standing
 from kvq.attention.dispatch.kernel_cache import AttentionMemo
-from kvq.attention.dispatch.kernel_registry import choose, examine, find_reason_against
+from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.compiled import library
 from kvq.attention.kernels.eager.kernel import REFERENCE, EagerKernel
@@ -38,17 +37,17 @@ class Probe:
 
     name = "probe"
     device_types = frozenset({"cpu", "cuda"})
-    needs_proof = True
+    needs_benchmark = True
     source = "first"
 
     def __init__(self, is_wrong=lambda request: False):
         self.is_wrong = is_wrong
         self.asked = []
 
-    def find_problem(self):
+    def why_unavailable(self):
         return None
 
-    def find_obstacle(self, request):
+    def why_unsupported(self, request):
         return None
 
     def source_digest(self):
@@ -66,8 +65,6 @@ def trials(monkeypatch, tmp_path, give_records):
     give_records()
     monkeypatch.setenv("KVQ_KERNEL_TRIALS", "on")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(standing, "_HELD", {})
-    monkeypatch.setattr(kernel_module, "_DISTRUSTED", {})
     verdicts._tell_once.cache_clear()
     tried, prove = [], standing.prove
 
@@ -90,21 +87,29 @@ def pace(monkeypatch):
 
 
 @pytest.fixture
-def put(monkeypatch, trials, pace):
+def put(put_kernels, trials, pace):
     """Make a probe the preferred kernel."""
 
     def build(*args):
         probe = Probe(*args)
-        monkeypatch.setattr(kernel_module, "_KERNELS", {"probe": probe, "eager": REFERENCE})
+        put_kernels(probe, REFERENCE)
         return probe
 
     return build
 
 
 @pytest.fixture
-def forget(monkeypatch):
-    """Begin a new process, as far as verdicts are concerned."""
-    return lambda: monkeypatch.setattr(standing, "_HELD", {})
+def forget(put_kernels):
+    """Begin a new process, as far as it concerns kernels."""
+    return lambda: put_kernels(*get_kernel_registry().kernels)
+
+
+def choose(request):
+    return get_kernel_registry().choose(request)
+
+
+def examine(kernel, device, **options):
+    return get_kernel_registry().examine(kernel, device, **options)
 
 
 def kept_files(tmp_path):
@@ -268,12 +273,13 @@ def test_a_kernel_that_is_named_or_not_reached_is_not_tried(put, trials, make_re
         monkeypatch.setenv("KVQ_ATTENTION_KERNEL", name)
         assert choose(make_request()).kernel.name == name
     monkeypatch.delenv("KVQ_ATTENTION_KERNEL")
-    monkeypatch.setattr(Probe, "find_obstacle", lambda self, request: "no such request")
+    monkeypatch.setattr(Probe, "why_unsupported", lambda self, request: "no such request")
     assert choose(make_request()).passed_over == {"probe": "no such request"}
-    monkeypatch.setattr(Probe, "find_obstacle", lambda self, request: None)
-    monkeypatch.setattr(Probe, "find_problem", lambda self: "no compiler")
+    monkeypatch.setattr(Probe, "why_unsupported", lambda self, request: None)
+    monkeypatch.setattr(Probe, "why_unavailable", lambda self: "no compiler")
     assert choose(make_request()).passed_over == {"probe": "no compiler"}
-    assert find_reason_against(kernel_module._KERNELS["probe"], torch.device("meta")) == "runs on cpu, cuda only"
+    registry = get_kernel_registry()
+    assert registry.why_not_default(registry.kernels[0], torch.device("meta")) == "runs on cpu, cuda only"
     assert trials == []
 
 
@@ -661,14 +667,14 @@ class FakeCuda:
         return torch.no_grad()
 
 
-def test_a_kernel_for_a_gpu_takes_the_same_road(monkeypatch, trials, tmp_path):
+def test_a_kernel_for_a_gpu_takes_the_same_road(put_kernels, monkeypatch, trials, tmp_path):
     """No GPU: the device is a fake, and the requests of the trial lie on the processor."""
     cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
     probe = Probe()
-    monkeypatch.setattr(kernel_module, "_KERNELS", {"probe": probe, "eager": REFERENCE})
+    put_kernels(probe, REFERENCE)
     attend = Probe.attend
     monkeypatch.setattr(Probe, "attend", lambda self, request: cuda.calls.append("step") or attend(self, request))
-    find_reason_against(probe, device, may_try=True)
+    get_kernel_registry().why_not_default(probe, device, may_try=True)
     assert trials == ["probe"]
     assert cuda.calls[0] == "cuda:0"
     timed = cuda.calls[1 + cuda.calls.index("wait") - 1 :]
@@ -681,7 +687,7 @@ def test_a_kernel_for_a_gpu_takes_the_same_road(monkeypatch, trials, tmp_path):
 
 def test_nothing_is_tried_while_a_graph_is_recorded(monkeypatch, trials):
     FakeCuda(monkeypatch, is_capturing=True)
-    reason = find_reason_against(Probe(), torch.device("cuda", 0), may_try=True)
+    reason = get_kernel_registry().why_not_default(Probe(), torch.device("cuda", 0), may_try=True)
     assert reason.startswith("not tried on this machine yet")
     assert trials == []
 
@@ -702,7 +708,7 @@ with attach(model, nbits_k=4, nbits_v=4) as handle:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(library.find_problem() is not None, reason="no C compiler")
+@pytest.mark.skipif(library.why_unavailable() is not None, reason="no C compiler")
 def test_attach_tries_the_compiled_kernel_by_itself(tmp_path):
     """Which kernel wins is the machine's affair; that what it says is obeyed is ours."""
     kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq" / "kernels"

@@ -28,7 +28,7 @@ def make_launch(dtype, head_dim, **fields):
     cache.update(states, states, 0)
     pair = cache.layers[0].update(states[:, :, :1], states[:, :, :1], packed=True)[0].pair
     request = AttentionRequest(torch.randn(1, 4, 1, head_dim, dtype=dtype), pair, None, scaling=1.0)
-    assert TRITON.find_obstacle(request) is None
+    assert TRITON.why_unsupported(request) is None
     return _Launch(request, get_plan(pair, torch.device("cpu")))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvq import KVQ
-from kvq.attention.dispatch.kernel_registry import choose, find_reason_against
+from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import get_plan
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
@@ -70,17 +70,17 @@ def make_request(dtype=torch.float32, head_dim=64, queries=1, groups=4, tokens=4
     ],
 )
 def test_what_it_cannot_serve_is_left_to_the_reference(asked, obstacle):
-    found = TRITON.find_obstacle(make_request(**asked))
+    found = TRITON.why_unsupported(make_request(**asked))
     assert found is None if obstacle is None else obstacle in (found or "")
 
 
 def test_it_is_no_default_without_a_record_and_never_runs_on_a_cpu(monkeypatch):
     monkeypatch.setattr("kvq.attention.dispatch.standing.device_class", lambda device: "cuda-sm90")
-    cuda = torch.device("cuda", 0)
-    assert "KVQ_ATTENTION_KERNEL=triton" in (find_reason_against(TRITON, cuda) or "")
-    assert find_reason_against(TRITON, cuda, is_wanted=True) is None
+    cuda, registry = torch.device("cuda", 0), get_kernel_registry()
+    assert "KVQ_ATTENTION_KERNEL=triton" in (registry.why_not_default(TRITON, cuda) or "")
+    assert registry.why_not_default(TRITON, cuda, is_wanted=True) is None
     monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "triton")
-    assert choose(make_request()).passed_over["triton"] == "runs on cuda only"
+    assert registry.choose(make_request()).passed_over["triton"] == "runs on cuda only"
 
 
 def test_nothing_is_uploaded_between_flushes(monkeypatch):

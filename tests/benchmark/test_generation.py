@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from kvq.attention.entry import register_attention
-from kvq.attention.machine.variables import KERNEL_VARIABLE
 from kvq.benchmark import generation
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import DYNAMIC, backend_configs, list_baselines, list_own
@@ -25,7 +22,7 @@ from kvq.benchmark.generation import (
 from kvq.benchmark.models import ModelTrials
 from kvq.benchmark.run import Plan, run
 from kvq.benchmark.setting import Setting, Shape
-from kvq.benchmark.trial import LayerTrial, forced_kernel
+from kvq.benchmark.trial import LayerTrial
 
 CPU = torch.device("cpu")
 SHAPE = Shape(layers=2, query_heads=4, heads=2, head_dim=64, hidden_size=64, intermediate_size=64, vocabulary=128)
@@ -134,8 +131,7 @@ def test_memory_of_a_model_is_that_of_the_attention_of_the_contender():
     assert history_of_a_layer > eager
 
 
-def test_the_reference_is_forced_for_its_contender_only(monkeypatch):
-    monkeypatch.setenv(KERNEL_VARIABLE, "auto")
+def test_the_reference_is_forced_for_its_contender_only():
     read_by = {}
     for contender in list_own(backend_configs(["native"], 4)):
         trial = LayerTrial(contender, SETTING, 10)
@@ -145,10 +141,3 @@ def test_the_reference_is_forced_for_its_contender_only(monkeypatch):
         read_by[contender.label.rpartition(", ")[2]] = trial.kernel
     assert read_by["eager"] == "eager"
     assert read_by["materialized"] == ""
-    with forced_kernel("eager"):
-        assert os.environ[KERNEL_VARIABLE] == "eager"
-    assert os.environ[KERNEL_VARIABLE] == "auto"
-    monkeypatch.delenv(KERNEL_VARIABLE)
-    with forced_kernel("eager"):
-        pass
-    assert KERNEL_VARIABLE not in os.environ

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvq import __version__
-from kvq.attention.dispatch import kernel_registry as kernel_module
-from kvq.attention.dispatch import standing
-from kvq.attention.kernels.compiled.library import find_problem as find_kernel_problem
+from kvq.attention.dispatch.kernel_registry import KernelRegistry, use_kernel_registry
+from kvq.attention.kernels.compiled.library import why_unavailable as why_kernel_unavailable
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.cli.doctor import _kernel_row
 
@@ -68,7 +67,7 @@ def test_the_dead_package_and_a_torch_that_cannot_be_imported(run_kvq, make_dist
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_kernel_problem() is not None, reason="no C compiler")
+@pytest.mark.skipif(why_kernel_unavailable() is not None, reason="no C compiler")
 def test_kernels_are_shown_with_what_speaks_for_them_and_tried_when_asked(run_kvq, tmp_path):
     built = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq" / "kernels"
     shutil.copytree(built, tmp_path / "kvq" / "kernels")
@@ -119,13 +118,13 @@ def wrong_kernel(monkeypatch, tmp_path):
     """A kernel that needs proof and is wrong, before the others; nothing is known of it."""
 
     class WrongKernel:
-        name, device_types, needs_proof = "wrong", frozenset({"cpu"}), True
+        name, device_types, needs_benchmark = "wrong", frozenset({"cpu"}), True
         tried = 0
 
-        def find_problem(self):
+        def why_unavailable(self):
             return None
 
-        def find_obstacle(self, request):
+        def why_unsupported(self, request):
             return None
 
         def source_digest(self):
@@ -136,19 +135,18 @@ def wrong_kernel(monkeypatch, tmp_path):
             return REFERENCE.attend(request) * 1.5
 
     kernel = WrongKernel()
-    monkeypatch.setattr(kernel_module, "_KERNELS", {"wrong": kernel, "eager": REFERENCE})
-    monkeypatch.setattr(standing, "_HELD", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("KVQ_KERNEL_TRIALS", "on")
-    return kernel
+    with use_kernel_registry(KernelRegistry([kernel, REFERENCE])):
+        yield kernel
 
 
 @pytest.mark.case("kvq doctor where KVQ_ATTENTION_KERNEL names a kernel that is wrong", "its row and a warning say so")
 def test_a_wrong_kernel_that_is_named_is_a_problem(call_kvq, wrong_kernel, monkeypatch):
     fault = "it differs from the reference by 5.0e-01 of the largest output in bfloat16 (at most 3e-02 is accepted)"
     for options, name in ((["--prove"], "wrong"), ([], "wrong"), ([], "auto")):
-        monkeypatch.setattr(standing, "_HELD", {})
-        found = json.loads(call_kvq("doctor", "--json", *options, KVQ_ATTENTION_KERNEL=name).stdout)
+        with use_kernel_registry(KernelRegistry([wrong_kernel, REFERENCE])):  # as in a new process
+            found = json.loads(call_kvq("doctor", "--json", *options, KVQ_ATTENTION_KERNEL=name).stdout)
         row, is_named = next(one for one in found["kernels"] if one["name"] == "wrong"), name == "wrong"
         assert row["fault"] == fault
         assert row["default"] is is_named

@@ -179,7 +179,7 @@ def test_the_compiled_kernel_reads_no_store_that_is_elsewhere(monkeypatch):
     layer.update(draw(300, 0), draw(300, 1))
     pair = PackedPair(*(side.view() for _, side in layer.sides()), owner=layer)
     request = AttentionRequest(draw(1, 2), pair, None, 1.0)
-    assert "another device" in CompiledKernel().find_obstacle(request)
+    assert "another device" in CompiledKernel().why_unsupported(request)
 
 
 def test_what_kernels_keep_of_brought_layers_is_never_more_than_one_layer(elsewhere, copied):

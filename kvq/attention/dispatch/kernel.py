@@ -14,19 +14,20 @@ class Kernel(Protocol):
 
     Attributes:
         name: what the report, `kvq doctor` and `KVQ_ATTENTION_KERNEL` call it.
-        device_types: types of device that it runs on; empty: any.
-        needs_proof: whether it is a default only where it is proven right and fast. The reference needs no proof.
+        device_types: the types of device that it runs on; empty: any.
+        needs_benchmark: whether it is a default only where a benchmark has found it right and fast. The reference,
+            with which the others are compared, needs none.
     """
 
     name: str
     device_types: frozenset[str]
-    needs_proof: bool
+    needs_benchmark: bool
 
-    def find_problem(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Return what keeps the kernel from running on this machine (a compiler or a library is missing), or None."""
         ...
 
-    def find_obstacle(self, request: AttentionRequest) -> str | None:
+    def why_unsupported(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve requests of this kind, in a few words, or None where it can.
 
         Asked once for each layer and `request.kind()`.
@@ -38,12 +39,12 @@ class Kernel(Protocol):
         ...
 
 
-class ProvenKernel(Kernel, Protocol):
-    """A kernel that needs proof."""
+class BenchmarkedKernel(Kernel, Protocol):
+    """A kernel that needs a benchmark."""
 
     def source_digest(self) -> str:
         """Return what tells this code from any other: a verdict on one says nothing of another.
 
-        Asked where there is no problem.
+        Asked only where the kernel is available.
         """
         ...

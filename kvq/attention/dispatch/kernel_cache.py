@@ -17,6 +17,7 @@ class AttentionMemo:
         plans: what kernels keep, under keys of their own; must hold no tensor but those of the layer itself.
         last_reader: how the layer was read the last time, for the report; empty before that.
         passed_over: the kernels that would have come before that one, each with the reason against it.
+        wanted: name of the kernel to use if it can serve a request, in place of what `KVQ_ATTENTION_KERNEL` says.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class AttentionMemo:
         self.plans: dict[Hashable, Any] = {}
         self.last_reader = ""
         self.passed_over: Mapping[str, str] = {}
+        self.wanted: str | None = None
 
     def clear(self) -> None:
         """Forget everything."""

@@ -1,4 +1,4 @@
-"""What speaks for a kernel that needs proof on a device: a trial on this machine, a shipped record, or nothing yet.
+"""What is known of a kernel that needs a benchmark: a trial on this machine, a shipped record, or nothing yet.
 
 A trial made here counts more than a record made elsewhere. It must not know which kernels there are.
 """
@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-from kvq.attention.dispatch.kernel import Kernel, ProvenKernel
+from kvq.attention.dispatch.kernel import BenchmarkedKernel, Kernel
 from kvq.attention.machine.variables import KERNEL_VARIABLE, ON_OFF, TRIALS_VARIABLE, read_variable
 from kvq.attention.proving import verdicts
-from kvq.attention.proving.benchmark_records import device_class, find_proof
+from kvq.attention.proving.benchmark_records import device_class, find_benchmark_record
 from kvq.attention.proving.trial import prove
 from kvq.attention.proving.verdicts import Subject, Verdict
 from kvq.errors import ConfigError, Fault
@@ -41,10 +41,8 @@ class Standing:
     record: Mapping[str, Any] | None = None
 
 
-_HELD: dict[Subject, Verdict] = {}
-"""The verdicts that this process knows: made by it, or read from disk."""
 _LOCK = threading.Lock()
-"""One trial at a time: two would get into each other's way."""
+"""One trial at a time in a process, whichever registry wants it: two would slow each other down."""
 
 
 def _renew_lock() -> None:
@@ -72,66 +70,74 @@ def are_trials_on() -> bool:
     return ON_OFF[text.lower()]
 
 
-def find_standing(
-    kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel] = (), *, may_try: bool = False
-) -> Standing:
-    """Return what is known of a kernel on a device, by a trial now where nothing is.
+class Standings:
+    """The standing of kernels, with the verdicts that are known so far: made here, or read from disk."""
 
-    Args:
-        kernel: one that needs proof.
-        device: on which.
-        others: what runs in its place, the preferred first; asked only for a trial.
-        may_try: whether it may be tried now, which takes about two seconds once.
+    def __init__(self) -> None:
+        self._verdicts: dict[Subject, Verdict] = {}
 
-    Raises:
-        ConfigError: `KVQ_KERNEL_TRIALS` says neither yes nor no.
-    """
-    record, is_on = find_proof(kernel.name, device_class(device)), are_trials_on()
-    if is_on:
-        problem = kernel.find_problem()
-        if problem is not None:
-            return Standing("none", problem)
-        verdict = _find_verdict(kernel, device)
-        if verdict is None and record is None and may_try and not _is_bad_moment(device):
-            verdict = _try_once(kernel, device, others)
-        if verdict is not None:
-            return Standing("measured here", None if verdict.is_passing else verdict.describe(), verdict, record)
-    if record is not None:
-        return Standing("shipped record", None, record=record)
-    return Standing("none", _describe_lack(kernel, device, is_on=is_on))
+    def find(
+        self, kernel: BenchmarkedKernel, device: torch.device, others: Sequence[Kernel] = (), *, may_try: bool = False
+    ) -> Standing:
+        """Return what is known of a kernel on a device, by a trial now where nothing is.
 
+        Args:
+            kernel: one that needs a benchmark.
+            device: where it would run.
+            others: the kernels that run otherwise, the preferred first; asked only for a trial.
+            may_try: whether it may be tried now, which takes about two seconds once.
 
-def try_again(kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel]) -> Standing:
-    """Try a kernel without a problem, whatever is known of it, and keep what is found now."""
-    with _LOCK:
-        verdict = _try(verdicts.make_subject(kernel, device), kernel, device, others)
-    return Standing("measured here", None if verdict.is_passing else verdict.describe(), verdict)
+        Raises:
+            ConfigError: `KVQ_KERNEL_TRIALS` says neither yes nor no.
+        """
+        record, is_on = find_benchmark_record(kernel.name, device_class(device)), are_trials_on()
+        if is_on:
+            problem = kernel.why_unavailable()
+            if problem is not None:
+                return Standing("none", problem)
+            verdict = self._find_verdict(kernel, device)
+            if verdict is None and record is None and may_try and not _is_bad_moment(device):
+                verdict = self._try_once(kernel, device, others)
+            if verdict is not None:
+                return _judge(verdict, record)
+        if record is not None:
+            return Standing("shipped record", None, record=record)
+        return Standing("none", _describe_lack(kernel, device, is_on=is_on))
 
+    def try_again(self, kernel: BenchmarkedKernel, device: torch.device, others: Sequence[Kernel]) -> Standing:
+        """Try a kernel that is available, whatever is known of it, and keep what is found now."""
+        with _LOCK:
+            return _judge(self._try(verdicts.make_subject(kernel, device), kernel, device, others))
 
-def _try_once(kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel]) -> Verdict:
-    with _LOCK:
-        # Another thread may have tried it while this one waited.
-        return _find_verdict(kernel, device) or _try(verdicts.make_subject(kernel, device), kernel, device, others)
+    def _try_once(self, kernel: BenchmarkedKernel, device: torch.device, others: Sequence[Kernel]) -> Verdict:
+        with _LOCK:
+            # Another thread may have tried it while this one waited.
+            known = self._find_verdict(kernel, device)
+            return known or self._try(verdicts.make_subject(kernel, device), kernel, device, others)
 
-
-def _try(subject: Subject, kernel: ProvenKernel, device: torch.device, others: Sequence[Kernel]) -> Verdict:
-    verdict, is_lasting = prove(kernel, others, subject, device)
-    if verdict.obstacle is not None:  # of the moment: nothing was found
+    def _try(
+        self, subject: Subject, kernel: BenchmarkedKernel, device: torch.device, others: Sequence[Kernel]
+    ) -> Verdict:
+        verdict, is_lasting = prove(kernel, others, subject, device)
+        if verdict.obstacle is not None:  # of the moment: nothing was found
+            return verdict
+        self._verdicts[subject] = verdict
+        if is_lasting:
+            verdicts.keep(verdict)
+        else:
+            verdicts.forget(subject)  # what was found earlier is in doubt
         return verdict
-    _HELD[subject] = verdict
-    if is_lasting:
-        verdicts.keep(verdict)
-    else:
-        verdicts.forget(subject)  # what was found earlier is in doubt
-    return verdict
+
+    def _find_verdict(self, kernel: BenchmarkedKernel, device: torch.device) -> Verdict | None:
+        subject = verdicts.make_subject(kernel, device)
+        verdict = self._verdicts.get(subject) or verdicts.find_kept(subject)
+        if verdict is not None:
+            self._verdicts[subject] = verdict
+        return verdict
 
 
-def _find_verdict(kernel: ProvenKernel, device: torch.device) -> Verdict | None:
-    subject = verdicts.make_subject(kernel, device)
-    verdict = _HELD.get(subject) or verdicts.find_kept(subject)
-    if verdict is not None:
-        _HELD[subject] = verdict
-    return verdict
+def _judge(verdict: Verdict, record: Mapping[str, Any] | None = None) -> Standing:
+    return Standing("measured here", None if verdict.is_passing else verdict.describe(), verdict, record)
 
 
 def _is_bad_moment(device: torch.device) -> bool:
@@ -141,7 +147,7 @@ def _is_bad_moment(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _describe_lack(kernel: ProvenKernel, device: torch.device, *, is_on: bool) -> str:
+def _describe_lack(kernel: BenchmarkedKernel, device: torch.device, *, is_on: bool) -> str:
     if is_on:
         return "not tried on this machine yet; its first use tries it, in about 2 s, and so does `kvq doctor --prove`"
     return (

@@ -1,7 +1,7 @@
 """The first use of a kernel on a device: one step of each kind is computed by the reference as well.
 
-What has agreed once is not tried again in this process, by any layer of any cache: the reference is slow where the
-context is long, and would run again in every layer at every `generate`.
+A kind that has agreed once is not compared again, in any layer of any cache: the reference is slow where the context is
+long, and would run again in every layer at every `generate`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Hashable
 import torch
 
 from kvq.attention.dispatch.kernel import Kernel
-from kvq.attention.dispatch.kernel_registry import Choice, choose, distrust
+from kvq.attention.dispatch.kernel_registry import Choice, KernelRegistry
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.proving.comparison import TOLERANCE, relative_difference
 from kvq.plugin_api.quantizer import Quantizer
@@ -19,36 +19,38 @@ from kvq.store.affine import AffineCodec
 from kvq.store.side import SideView
 from kvq.user_warnings import warn_user
 
-_PASSED: set[Hashable] = set()
 
+def attend_verified(
+    choice: Choice, reference: Kernel, request: AttentionRequest, registry: KernelRegistry, *, wanted: str | None = None
+) -> tuple[Choice, torch.Tensor]:
+    """Serve a request by a kernel that is new to a layer; by the reference too, unless the two have agreed on its like.
 
-def forget_trials() -> None:
-    """Try every kernel again at its next use of each kind; what is distrusted stays so."""
-    _PASSED.clear()
-
-
-def attend_on_trial(choice: Choice, reference: Kernel, request: AttentionRequest) -> tuple[Choice, torch.Tensor]:
-    """Serve a request by a kernel that is new to a layer, and by the reference unless the two have agreed on its like.
+    Args:
+        choice: what the registry chose for the request.
+        reference: the kernel to compare with.
+        request: what is asked.
+        registry: notes what agrees, and disables what does not.
+        wanted: as for `choose`.
 
     Returns:
         The choice to keep and the output: those given, or others where the two disagree, with a warning.
     """
-    trial = choice.kernel.name, describe(request)
-    if choice.kernel is reference or trial in _PASSED:
-        return choice, choice.kernel.attend(request)
-    expected, output = reference.attend(request), choice.kernel.attend(request)
-    difference = relative_difference(output, expected)
-    if difference <= TOLERANCE[request.query.dtype]:
-        _PASSED.add(trial)
+    kernel, kind = choice.kernel, describe(request)
+    if kernel is reference or registry.is_verified(kernel, kind):
+        return choice, kernel.attend(request)
+    expected, output = reference.attend(request), kernel.attend(request)
+    difference, tolerance = relative_difference(output, expected), TOLERANCE[request.query.dtype]
+    if difference <= tolerance:
+        registry.note_verified(kernel, kind)
         return choice, output
     device = request.query.device
-    distrust(choice.kernel, device, f"differed from the reference by {difference:.1e} of the largest output")
+    registry.distrust(kernel, device, f"differed from the reference by {difference:.1e} of the largest output")
     warn_user(
-        f"attention kernel {choice.kernel.name!r} on {device} differs from the reference by {difference:.1e} of the "
-        f"largest output (at most {TOLERANCE[request.query.dtype]:.0e} is accepted); it is not used on this device "
+        f"attention kernel {kernel.name!r} on {device} differs from the reference by {difference:.1e} of the "
+        f"largest output (at most {tolerance:.0e} is accepted); it is not used on this device "
         "again, and the reference takes its place; please report this with the output of `kvq doctor --json`"
     )
-    return choose(request), expected
+    return registry.choose(request, wanted=wanted), expected
 
 
 def describe(request: AttentionRequest) -> Hashable:

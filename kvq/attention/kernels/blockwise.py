@@ -23,13 +23,13 @@ class BlockwiseKernel:
 
     name = "blockwise"
     device_types = frozenset({"cpu"})
-    needs_proof = False
+    needs_benchmark = False
 
-    def find_problem(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Return None: torch is all that it needs."""
         return None
 
-    def find_obstacle(self, request: AttentionRequest) -> str | None:
+    def why_unsupported(self, request: AttentionRequest) -> str | None:
         """Return what of the request it does not serve."""
         pair, query = request.pair, request.query
         if query.shape[2] == 1:

@@ -35,13 +35,13 @@ def device_class(device: torch.device) -> str:
     return device.type
 
 
-def find_proof(kernel: str, of_class: str) -> Mapping[str, Any] | None:
+def find_benchmark_record(kernel: str, of_class: str) -> Mapping[str, Any] | None:
     """Return the entry of the table for a kernel on a class of device, or None.
 
     An entry has "kernel", "device_class", "record" (path below `benchmarks/results/`), "relative_error" (the largest,
     against dequantize-then-attend in fp32) and "speedup" (the least, against a preallocated full-precision buffer).
     """
-    for entry in load_proofs():
+    for entry in load_benchmark_records():
         if (entry["kernel"], entry["device_class"]) == (kernel, of_class) and is_passing(entry):
             return entry
     return None
@@ -53,7 +53,7 @@ def is_passing(entry: Mapping[str, Any]) -> bool:
 
 
 @cache
-def load_proofs() -> tuple[Mapping[str, Any], ...]:
+def load_benchmark_records() -> tuple[Mapping[str, Any], ...]:
     """Return the whole table."""
     text = resources.files("kvq.attention.proving").joinpath("benchmarked.json").read_text(encoding="utf-8")
     return tuple(json.loads(text)["proven"])

@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from kvq.attention.dispatch.kernel import Kernel, ProvenKernel
+from kvq.attention.dispatch.kernel import BenchmarkedKernel, Kernel
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.proving.comparison import TOLERANCE, relative_difference
@@ -88,7 +88,7 @@ class Finding:
 
 
 def prove(
-    kernel: ProvenKernel,
+    kernel: BenchmarkedKernel,
     others: Sequence[Kernel],
     subject: Subject,
     device: torch.device,
@@ -183,7 +183,7 @@ class _Trial:
 
     def _compare(self, request: AttentionRequest) -> tuple[float, float] | None:
         """Compare the kernel with the reference on one request, if it serves it; return the seconds of both steps."""
-        if self.kernel.find_obstacle(request) is not None:
+        if self.kernel.why_unsupported(request) is not None:
             return None
         begun, dtype, finding = self.clock(), request.query.dtype, self.finding
         own, output = _time_step(self.kernel, request, self.device)
@@ -204,7 +204,7 @@ class _Trial:
 
     def _race(self, request: AttentionRequest, first: tuple[float, float]) -> None:
         """Take times of the kernel and of the one that would run otherwise, in turns."""
-        usable = (one for one in self.others if one.find_obstacle(request) is None and one.find_problem() is None)
+        usable = (one for one in self.others if one.why_unsupported(request) is None and one.why_unavailable() is None)
         other, cost = next(usable, None), sum(first)
         if other is None:
             return

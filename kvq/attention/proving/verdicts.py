@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvq.attention.dispatch.kernel import ProvenKernel
+from kvq.attention.dispatch.kernel import BenchmarkedKernel
 from kvq.attention.machine.kept_files import (
     keep_file,
     open_private_folder,
@@ -119,7 +119,7 @@ class Verdict(BaseModel):
         return f"{pace}, right within {self.relative_error or 0:.0e}"
 
 
-def make_subject(kernel: ProvenKernel, device: torch.device) -> Subject:
+def make_subject(kernel: BenchmarkedKernel, device: torch.device) -> Subject:
     """Return what a verdict on a kernel is about, on a device of this machine."""
     return Subject(
         kernel=kernel.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kvq.attention.dispatch.request import AttentionRequest
-from kvq.attention.kernels.compiled.library import Library, find_problem, get_library
+from kvq.attention.kernels.compiled.library import Library, get_library, why_unavailable
 from kvq.attention.kernels.compiled.store_addresses import TYPE_NUMBERS, Plan, make_plan
 from kvq.attention.kernels.compiled.structures import PackedRequest, States
 from kvq.attention.machine.source_digest import digest_files
@@ -37,17 +37,17 @@ class CompiledKernel:
 
     name = "compiled"
     device_types = frozenset({"cpu"})
-    needs_proof = True
+    needs_benchmark = True
 
-    def find_problem(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Return why it could not be built, or None; builds it if need be."""
-        return find_problem()
+        return why_unavailable()
 
     def source_digest(self) -> str:
         """Return the digest of the library and of the files that call it."""
         return digest_files(Path(__file__).parent, "*.py", extra=get_library().digest)
 
-    def find_obstacle(self, request: AttentionRequest) -> str | None:
+    def why_unsupported(self, request: AttentionRequest) -> str | None:
         """Return what of the request it does not serve."""
         pair, query = request.pair, request.query
         if request.row_count > MAX_ROWS:
@@ -59,7 +59,7 @@ class CompiledKernel:
             return "reads no store on another device than the query"
         if request.mask is not None and request.mask.dtype not in TYPE_NUMBERS:
             return f"does not read masks of {request.mask.dtype}"
-        return _find_obstacle_of_side(pair.key.store.quantizer) or _find_obstacle_of_side(pair.value.store.quantizer)
+        return _why_unsupported_side(pair.key.store.quantizer) or _why_unsupported_side(pair.value.store.quantizer)
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""
@@ -80,7 +80,7 @@ def _parts(*stores: StoreView) -> Iterator[torch.Tensor]:
     return (part for store in stores for segment in store.segments for part in segment.parts.values())
 
 
-def _find_obstacle_of_side(quantizer: Quantizer) -> str | None:
+def _why_unsupported_side(quantizer: Quantizer) -> str | None:
     if not isinstance(quantizer, AffineCodec):
         return f"serves affine quantizers, not {type(quantizer).__name__}"
     for dtype in (quantizer.scale_dtype, quantizer.spec.metadata_dtype):

@@ -39,7 +39,7 @@ def get_library() -> Library:
     """Return the library, built if need be.
 
     Raises:
-        BuildError: it cannot be had; `find_problem` says why.
+        BuildError: it cannot be had; `why_unavailable` says why.
     """
     found = _load_once()
     if isinstance(found, BuildError):
@@ -47,7 +47,7 @@ def get_library() -> Library:
     return found
 
 
-def find_problem() -> str | None:
+def why_unavailable() -> str | None:
     """Return in one line why the library cannot be had, or None; builds it if need be."""
     found = _load_once()
     return str(found) if isinstance(found, BuildError) else None

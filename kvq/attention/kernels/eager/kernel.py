@@ -21,13 +21,13 @@ class EagerKernel:
 
     name = "eager"
     device_types: frozenset[str] = frozenset()
-    needs_proof = False
+    needs_benchmark = False
 
-    def find_problem(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Return None: torch is all that it needs."""
         return None
 
-    def find_obstacle(self, request: AttentionRequest) -> str | None:
+    def why_unsupported(self, request: AttentionRequest) -> str | None:
         """Return None: there is none."""
         del request
         return None

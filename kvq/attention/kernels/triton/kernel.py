@@ -49,9 +49,9 @@ class TritonKernel:
 
     name = "triton"
     device_types = frozenset({"cuda"})
-    needs_proof = True
+    needs_benchmark = True
 
-    def find_problem(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         """Return what is missing on this machine, or None."""
         return _find_missing_triton()
 
@@ -59,9 +59,9 @@ class TritonKernel:
         """Return the digest of the programs, of what launches them, and of the version of triton."""
         return digest_files(Path(__file__).parent, "*.py", extra=find_version("triton") or "")
 
-    def find_obstacle(self, request: AttentionRequest) -> str | None:
+    def why_unsupported(self, request: AttentionRequest) -> str | None:
         """Return why the kernel cannot serve requests of this kind, or None where it can."""
-        return _find_device_obstacle(request) or _find_shape_obstacle(request) or _find_store_obstacle(request)
+        return _why_unsupported_device(request) or _why_unsupported_shape(request) or _why_unsupported_store(request)
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query."""
@@ -258,7 +258,7 @@ def _find_missing_triton() -> str | None:
     return None if Version(version) >= LEAST_TRITON else f"triton {version} is older than {LEAST_TRITON}"
 
 
-def _find_device_obstacle(request: AttentionRequest) -> str | None:
+def _why_unsupported_device(request: AttentionRequest) -> str | None:
     device = request.query.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return "needs compute capability 8.0"
@@ -268,7 +268,7 @@ def _find_device_obstacle(request: AttentionRequest) -> str | None:
     return None
 
 
-def _find_shape_obstacle(request: AttentionRequest) -> str | None:
+def _why_unsupported_shape(request: AttentionRequest) -> str | None:
     mask, pair, queries = request.mask, request.pair, request.query.shape[2]
     if max(request.query.shape[3], pair.value.like.shape[3]) > MAX_HEAD_DIM:
         return f"head dims above {MAX_HEAD_DIM}"
@@ -283,7 +283,7 @@ def _find_shape_obstacle(request: AttentionRequest) -> str | None:
     return None
 
 
-def _find_store_obstacle(request: AttentionRequest) -> str | None:
+def _why_unsupported_store(request: AttentionRequest) -> str | None:
     stores = request.pair.key.store, request.pair.value.store
     codecs = [store.quantizer for store in stores if isinstance(store.quantizer, AffineCodec)]
     if len(codecs) < len(stores):
