@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from kvq.attention.active_implementation import ActiveAttention
 from kvq.attention.entry import ATTENTION_NAME, hint_at_attention, register_attention
@@ -27,6 +26,7 @@ from kvq.layers.model_layers import DecoderConfig, build_layers
 from kvq.layers.quantized_layer import KVQLayer, check_rows
 from kvq.layers.transformers_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
 from kvq.persistence import CacheFile, ModelReference, write_layers
+from kvq.transformers_seams.layer_kinds import new_layer
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
 
@@ -423,7 +423,7 @@ class KVQ(CarriedStates):
             settings = self.config.for_layer(len(self.layers))
             own = KVQLayer(len(self.layers), settings, self._padding.counts)
             own.record_past = self._records_past
-            self.layers.append(DynamicLayer() if settings.full_precision else own)
+            self.layers.append(new_layer() if settings.full_precision else own)
 
     def _select_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Change the batch of every layer that holds something; `choose` takes the numbers of its rows."""

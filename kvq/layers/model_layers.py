@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import ModelError
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.transformers_seams.layer_kinds import Replaced, kind_of
 
 LATENT_VALUE_BITS = 8
 """Fewest bits for the values of latent attention, which are the part of the keys that the position rotates."""
@@ -72,10 +72,9 @@ def build_layers(
         ModelError: nothing in this model would be quantized.
     """
     layers: list[Any] = DynamicCache(config=model_config).layers
-    replaced = {index for index, layer in enumerate(layers) if type(layer) is DynamicLayer}
-    sliding = {index for index, layer in enumerate(layers) if type(layer) is DynamicSlidingWindowLayer}
+    replaced = _find_replaced(layers, Replaced.ALWAYS)
     if config.sliding == "quantize" or not replaced:
-        replaced |= sliding
+        replaced |= _find_replaced(layers, Replaced.ON_REQUEST)
     settings = {index: config.for_layer(index, len(layers)) for index in replaced}
     quantized = {index for index in replaced if not settings[index].full_precision}
     if not quantized:
@@ -89,6 +88,10 @@ def build_layers(
     return [
         KVQLayer(index, settings[index], padding) if index in quantized else layer for index, layer in enumerate(layers)
     ]
+
+
+def _find_replaced(layers: list[Any], when: Replaced) -> set[int]:
+    return {index for index, layer in enumerate(layers) if kind_of(layer).replaced is when}
 
 
 def is_latent(model_config: PretrainedConfig) -> bool:

@@ -1,4 +1,4 @@
-"""What a cache does with the layers that stay those of transformers, where their own methods fall short.
+"""Operations on transformers' own layers that they lack or get wrong.
 
 Their states of linear attention know `reorder_cache` but neither repetition nor selection, and layers with both kinds
 of state do either to one of them only; before 5.18 a reset turns tokens into zeros instead of forgetting them.
@@ -7,18 +7,17 @@ of state do either to one of them only; before 5.18 a reset turns tokens into ze
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-_NEVER_WRITTEN = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers whose tensors are replaced and never written to, once `reset_layer` is what resets them."""
+from kvq.transformers_seams.layer_kinds import kind_of
 
 
 def fork_layer(layer: Any) -> Any:
     """Return an independent layer; keys and values are shared where nothing writes to them."""
-    return copy.copy(layer) if type(layer) in _NEVER_WRITTEN else copy.deepcopy(layer)
+    return copy.copy(layer) if kind_of(layer).is_never_written else copy.deepcopy(layer)
 
 
 def select_rows(layer: Any, rows: torch.Tensor) -> None:
@@ -29,22 +28,19 @@ def select_rows(layer: Any, rows: torch.Tensor) -> None:
 
 def count_rows(layer: Any) -> int | None:
     """Return the rows of the batch that a layer holds, or None where it holds nothing."""
-    states = [getattr(layer, "keys", None)]
-    for name in ("conv_states", "recurrent_states"):
-        states += getattr(layer, name, {}).values()
-    return next((one.shape[0] for one in states if one is not None and one.numel()), None)
+    return next((one.shape[0] for one in _states(layer) if one is not None and one.numel()), None)
 
 
 def has_forgotten(layer: Any) -> bool:
     """Return whether a sliding layer is past its window and has not recorded what a crop would bring back."""
-    if not isinstance(layer, DynamicSlidingWindowLayer):
+    if not kind_of(layer).slides:
         return False
     return layer.get_seq_length() >= layer.sliding_window and not getattr(layer, "record_past", True)
 
 
 def reset_layer(layer: Any) -> None:
     """Forget everything that a layer holds."""
-    if isinstance(layer, DynamicLayer):
+    if kind_of(layer).holds_tokens:
         layer.keys = layer.values = None
         layer.is_initialized = False
     layer.reset()
@@ -52,4 +48,10 @@ def reset_layer(layer: Any) -> None:
 
 def carries_sum(layer: Any) -> bool:
     """Return whether a layer holds a state that no crop can put back; transformers crops the rest and leaves that."""
-    return any(getattr(layer, "is_recurrent_states_initialized", {}).values())
+    return kind_of(layer).holds_sums and any(layer.is_recurrent_states_initialized.values())
+
+
+def _states(layer: Any) -> Iterator[torch.Tensor | None]:
+    for name in kind_of(layer).states:
+        states = getattr(layer, name)
+        yield from states.values() if isinstance(states, dict) else (states,)

@@ -1,21 +1,76 @@
-"""Which module saves and loads a layer of which kind."""
+"""What saves and loads a layer, by the form that the layer takes in a file."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
+import torch
+
+from kvq.errors import CacheStateError
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.persistence import plain_layer, quantized_layer
+from kvq.persistence.container import SavedTensor, TensorSpec
 from kvq.persistence.header import LayerHeader
+from kvq.persistence.plain_layer import DynamicLayerFormat, SlidingLayerFormat
+from kvq.persistence.quantized_layer import QuantizedLayerFormat
+from kvq.transformers_seams.layer_kinds import kind_of
+
+
+class LayerFormat(Protocol):
+    """Layers of one form in a file: what the header says of them, which tensors they need, and the way back.
+
+    `states` is what the header says of a layer that holds tokens, `prefix` what the names of its tensors begin with.
+    """
+
+    def describe(self, layer: Any) -> LayerHeader:
+        """Return what the header says of a layer."""
+
+    def collect(self, layer: Any, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
+        """Yield the tensors of a layer that holds tokens, by name."""
+
+    def prepare(self, layer: Any, states: Any, device: torch.device) -> None:
+        """Make a new layer one for states like those in the file; nothing is read yet."""
+
+    def count_tokens(self, layer: Any, states: Any) -> int:
+        """Return the tokens that a prepared layer will have been given."""
+
+    def plan(self, layer: Any, states: Any, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
+        """Yield the tensors that the file must have for a prepared layer, by name.
+
+        Raises:
+            CacheFileError: what the header says makes no such layer.
+        """
+
+    def fill(self, layer: Any, states: Any, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
+        """Put what the file holds into a prepared layer.
+
+        Raises:
+            CacheFileError: the tensors make no such layer.
+        """
+
+
+QUANTIZED = "quantized"
+_FORMATS: Mapping[str, LayerFormat] = {
+    QUANTIZED: QuantizedLayerFormat(),
+    "dynamic": DynamicLayerFormat(),
+    "sliding": SlidingLayerFormat(),
+}
+"""By the `kind` of a layer's header."""
+
+
+def find_form(layer: Any) -> str | None:
+    """Return the `kind` of the header that a layer gets, or None: no file can hold it."""
+    return QUANTIZED if isinstance(layer, KVQLayer) else kind_of(layer).form_in_files
 
 
 def describe_layer(layer: Any) -> LayerHeader:
-    """Return what the header says of a layer."""
-    described: LayerHeader = (quantized_layer if isinstance(layer, KVQLayer) else plain_layer).describe(layer)
-    return described
+    """Return what the header says of a layer that a file can hold."""
+    form = find_form(layer)
+    if form is None:
+        raise CacheStateError(f"no file can hold a {type(layer).__name__}")
+    return _FORMATS[form].describe(layer)
 
 
-def format_of(header: LayerHeader) -> ModuleType:
-    """Return the module that knows layers of a kind: `collect`, `prepare`, `count_tokens`, `plan` and `fill`."""
-    return quantized_layer if header.kind == "quantized" else plain_layer
+def format_of(header: LayerHeader) -> LayerFormat:
+    """Return what saves and loads the layer of a header."""
+    return _FORMATS[header.kind]

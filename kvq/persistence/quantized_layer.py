@@ -19,88 +19,88 @@ from kvq.store.sinks import SinkTokens
 ROWS_DTYPE = torch.int64
 
 
-def describe(layer: KVQLayer) -> QuantizedHeader:
-    """Return what the header says of a layer; one that holds no tokens is as good as new."""
-    if not layer.get_seq_length():
-        return QuantizedHeader(states=None)
-    sides = dict(layer.sides())
-    key = sides["key"]
-    states = QuantizedStates(
-        **name_dtypes(key.dtype, sides["value"].dtype),
-        starts=list(key.sinks.starts),
-        window=key.window.length,
-        key=_describe_side(key),
-        value=_describe_side(sides["value"]),
-    )
-    return QuantizedHeader(states=states)
+class QuantizedLayerFormat:
+    """Quantized layers; a `LayerFormat`."""
 
+    def describe(self, layer: KVQLayer) -> QuantizedHeader:
+        """Return what the header says of a layer; one that holds no tokens is as good as new."""
+        if not layer.get_seq_length():
+            return QuantizedHeader(states=None)
+        sides = dict(layer.sides())
+        key = sides["key"]
+        states = QuantizedStates(
+            **name_dtypes(key.dtype, sides["value"].dtype),
+            starts=list(key.sinks.starts),
+            window=key.window.length,
+            key=_describe_side(key),
+            value=_describe_side(sides["value"]),
+        )
+        return QuantizedHeader(states=states)
 
-def collect(layer: KVQLayer, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
-    """Yield the tensors of a layer that holds tokens, by name."""
-    for name, side in layer.sides():
-        yield from ((f"{prefix}.{name}.{part}", tensor) for part, tensor in _collect_side(side))
+    def collect(self, layer: KVQLayer, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
+        """Yield the tensors of a layer that holds tokens, by name."""
+        for name, side in layer.sides():
+            yield from ((f"{prefix}.{name}.{part}", tensor) for part, tensor in _collect_side(side))
 
+    def prepare(self, layer: KVQLayer, states: QuantizedStates, device: torch.device) -> None:
+        """Build the quantizers of a layer for states like those in the file; nothing is read yet."""
+        padding = layer.padding
+        empty = [
+            torch.empty((len(states.starts), side.heads, 0, side.head_dim), dtype=dtype, device=device)
+            for side, dtype in zip((states.key, states.value), states.dtypes, strict=True)
+        ]
+        # The padding is of the batch that the cache began with; that of the present one is in `starts`.
+        layer.padding = None
+        layer.lazy_initialization(*empty)
+        layer.padding = padding
+        for _, side in layer.sides():
+            side.sinks = SinkTokens(side.sinks.length, tuple(states.starts))
 
-def prepare(layer: KVQLayer, states: QuantizedStates, device: torch.device) -> None:
-    """Build the quantizers of a layer for states like those in the file; nothing is read yet."""
-    padding = layer.padding
-    empty = [
-        torch.empty((len(states.starts), side.heads, 0, side.head_dim), dtype=dtype, device=device)
-        for side, dtype in zip((states.key, states.value), states.dtypes, strict=True)
-    ]
-    # The padding is of the batch that the cache began with; that of the present one is in `starts`.
-    layer.padding = None
-    layer.lazy_initialization(*empty)
-    layer.padding = padding
-    for _, side in layer.sides():
-        side.sinks = SinkTokens(side.sinks.length, tuple(states.starts))
+    def count_tokens(self, layer: KVQLayer, states: QuantizedStates) -> int:
+        """Return the tokens that a prepared layer will hold."""
+        return states.window + sum(run.blocks for run in states.key.runs) * layer.side("key").store.block_length
 
+    def plan(self, layer: KVQLayer, states: QuantizedStates, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
+        """Yield the tensors that the file must have for a prepared layer, by name.
 
-def count_tokens(layer: KVQLayer, states: QuantizedStates) -> int:
-    """Return the tokens that a prepared layer will hold."""
-    return states.window + sum(run.blocks for run in states.key.runs) * layer.side("key").store.block_length
+        Raises:
+            CacheFileError: keys and values do not fit together.
+        """
+        for name, side in layer.sides():
+            header = _header_of(states, name)
+            stored = sum(run.blocks for run in header.runs) * side.store.block_length
+            if stored % side.flush_length or stored + states.window != self.count_tokens(layer, states):
+                raise CacheFileError(
+                    f"{prefix}: {stored} tokens are stored of the {name}s, which is no number of flushes"
+                )
+            if not _are_sinks_whole(side, header, stored):
+                raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
+            _check_survivors(side, header, self.count_tokens(layer, states))
+            batch_size = len(states.starts)
+            window = TensorSpec((batch_size, header.heads, states.window, header.head_dim), side.dtype)
+            yield f"{prefix}.{name}.window", window
+            yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in _plan_side(side, header, batch_size))
 
+    def fill(self, layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
+        """Put what the file holds into a prepared layer.
 
-def plan(layer: KVQLayer, states: QuantizedStates, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
-    """Yield the tensors that the file must have for a prepared layer, by name.
-
-    Raises:
-        CacheFileError: keys and values do not fit together.
-    """
-    for name, side in layer.sides():
-        header = _header_of(states, name)
-        stored = sum(run.blocks for run in header.runs) * side.store.block_length
-        if stored % side.flush_length or stored + states.window != count_tokens(layer, states):
-            raise CacheFileError(f"{prefix}: {stored} tokens are stored of the {name}s, which is no number of flushes")
-        if not _are_sinks_whole(side, header, stored):
-            raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
-        _check_survivors(side, header, count_tokens(layer, states))
-        batch_size = len(states.starts)
-        window = TensorSpec((batch_size, header.heads, states.window, header.head_dim), side.dtype)
-        yield f"{prefix}.{name}.window", window
-        yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in _plan_side(side, header, batch_size))
-
-
-def fill(layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
-    """Put what the file holds into a prepared layer.
-
-    Raises:
-        CacheFileError: a batch index leads nowhere, or the backend does not take its constants back.
-    """
-    for name, side in layer.sides():
-        header, place = _header_of(states, name), f"{prefix}.{name}"
-        constants = {part: read(f"{place}.constants.{part}") for part in side.quantizer.constants()}
-        side.restore_constants(constants, settled=bool(header.runs))
-        for index, run in enumerate(header.runs):
-            rows = None if run.rows is None else _checked_rows(read(f"{place}.runs.{index}.rows"), run.rows, place)
-            parts = {part: read(f"{place}.runs.{index}.{part}") for part in side.store.layout}
-            side.store.append_encoded(parts, rows)
-        side.window.set(read(f"{place}.window").to(side.window.buffer.device))
-        if header.sinks:
-            side.sinks.states = read(f"{place}.sinks").to(side.window.buffer.device)
-        kept = enumerate(header.survivors)
-        groups = [Survivors(start, read(f"{place}.survivors.{index}")) for index, (start, _) in kept]
-        side.survivors = SurvivorLog(tuple(groups)).moved_to(side.window.buffer.device)
+        Raises:
+            CacheFileError: a batch index leads nowhere, or the backend does not take its constants back.
+        """
+        for name, side in layer.sides():
+            header, place = _header_of(states, name), f"{prefix}.{name}"
+            constants = {part: read(f"{place}.constants.{part}") for part in side.quantizer.constants()}
+            side.restore_constants(constants, settled=bool(header.runs))
+            for index, run in enumerate(header.runs):
+                rows = None if run.rows is None else _checked_rows(read(f"{place}.runs.{index}.rows"), run.rows, place)
+                parts = {part: read(f"{place}.runs.{index}.{part}") for part in side.store.layout}
+                side.store.append_encoded(parts, rows)
+            side.window.set(read(f"{place}.window").to(side.window.buffer.device))
+            if header.sinks:
+                side.sinks.states = read(f"{place}.sinks").to(side.window.buffer.device)
+            kept = enumerate(header.survivors)
+            groups = [Survivors(start, read(f"{place}.survivors.{index}")) for index, (start, _) in kept]
+            side.survivors = SurvivorLog(tuple(groups)).moved_to(side.window.buffer.device)
 
 
 def _describe_side(side: LayerSide) -> SideHeader:

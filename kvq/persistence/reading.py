@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheFileError
@@ -25,26 +24,26 @@ from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.atomic import find_other_kind
 from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
 from kvq.persistence.fingerprint import fingerprint_model
-from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader
-from kvq.persistence.layer_format import format_of
+from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader, QuantizedHeader
+from kvq.persistence.layer_format import LayerFormat, find_form, format_of
 from kvq.persistence.matching import check_backends_match, check_model_matches
 from kvq.transformers_seams.key_projections import find_layer_devices
+from kvq.transformers_seams.layer_kinds import new_layer
 from kvq.user_warnings import warn_user
 
 
 @dataclass(frozen=True)
 class _HeldLayer:
-    """A layer that holds tokens, with what the header says of it and the module that knows its kind."""
+    """A layer that holds tokens, with what the header says of it and what loads such layers."""
 
     layer: Any
     states: Any
-    form: ModuleType
+    form: LayerFormat
     prefix: str
     device: torch.device
 
     def plan(self) -> Iterator[tuple[str, TensorSpec]]:
-        planned: Iterator[tuple[str, TensorSpec]] = self.form.plan(self.layer, self.states, self.prefix)
-        return planned
+        return self.form.plan(self.layer, self.states, self.prefix)
 
 
 class CacheFile:
@@ -171,10 +170,8 @@ class CacheFile:
         return config.replace(device=None) if with_states else config
 
     def _new_layer(self, index: int, header: LayerHeader) -> Any:
-        if header.kind == "dynamic":
-            return DynamicLayer()
-        if header.kind == "sliding":
-            return DynamicSlidingWindowLayer(header.sliding_window)
+        if not isinstance(header, QuantizedHeader):
+            return new_layer(header.kind, _window_of(header))
         settings, padding = self.config.for_layer(index), self.header.padding
         if settings.full_precision:
             raise CacheFileError(f"layer {index} is quantized in it, and by its configuration in full precision")
@@ -185,7 +182,7 @@ class CacheFile:
         if len(layers) != len(headers):
             raise CacheFileError(f"it has {len(headers)} layers, and the cache of the model has {len(layers)}")
         for index, (layer, header) in enumerate(zip(layers, headers, strict=True)):
-            if _kind_of(layer) != (header.kind, getattr(header, "sliding_window", None)):
+            if (find_form(layer), _window_of(layer)) != (header.kind, _window_of(header)):
                 raise CacheFileError(
                     f"layer {index} is {header.kind} in it, and a {type(layer).__name__} in the cache of the model"
                 )
@@ -210,9 +207,7 @@ class CacheFile:
                 raise CacheFileError(f"{name} is {found[name]}, and by its configuration {spec}")
 
 
-def _kind_of(layer: Any) -> tuple[str, int | None]:
-    if isinstance(layer, KVQLayer):
-        return "quantized", None
-    if type(layer) is DynamicSlidingWindowLayer:
-        return "sliding", layer.sliding_window
-    return ("dynamic", None) if type(layer) is DynamicLayer else ("unknown", None)
+def _window_of(layer: object) -> int | None:
+    """Return the sliding window of a layer or of its header, in tokens."""
+    window: int | None = getattr(layer, "sliding_window", None)
+    return window

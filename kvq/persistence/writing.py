@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheFileError, CacheStateError
@@ -19,10 +18,7 @@ from kvq.persistence.atomic import written_atomically
 from kvq.persistence.container import SavedTensor, is_storable, write_container
 from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model
 from kvq.persistence.header import FORMAT_NAME, CacheHeader, LayerHeader
-from kvq.persistence.layer_format import describe_layer, format_of
-
-PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers of transformers whose whole state is keys, values and a count; others are refused."""
+from kvq.persistence.layer_format import describe_layer, find_form, format_of
 
 
 def write_layers(
@@ -81,7 +77,7 @@ def write_layers(
 
 def _check_layers(layers: Sequence[Any]) -> None:
     for index, layer in enumerate(layers):
-        if not isinstance(layer, KVQLayer) and type(layer) not in PLAIN_LAYERS:
+        if find_form(layer) is None:
             raise CacheStateError(
                 f"layer {index} is a {type(layer).__name__}, whose states no file of this version can hold; "
                 "run the prompt again in place of saving it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from kvq.layers.quantized_layer import STATES_DTYPES, KVQLayer
 from kvq.layers.savings import effective_bits
 from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan, join_layers
 from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
-from kvq.planning.reasons import UNSUPPORTED, Reasons
+from kvq.planning.reasons import Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
 from kvq.plugin_api.quantizer import Quantizer, Side
+from kvq.transformers_seams.layer_kinds import kind_of
 from kvq.units import format_bytes, format_ratio
 
 MAX_CONTEXT = 1 << 24
@@ -75,7 +76,7 @@ def plan(
         gpu_memory_bytes=gpu_memory,
         largest_context=largest,
         is_search_bounded=largest == MAX_SEARCH,
-        unsupported=_list_unsupported(layers),
+        unsupported=_list_unsupported(cache.layers),
         warnings=_list_warnings(cache, outline, layers, context),
         notes=_list_notes(layers, context, stage.horizon, model_config, counted=weights_bytes is None),
         left_out=_list_left_out(layers),
@@ -206,13 +207,12 @@ def _list_warnings(cache: KVQ, outline: ModelOutline, layers: tuple[LayerPlan, .
     return tuple(filter(None, (biased, more if held >= plain else None)))
 
 
-def _list_unsupported(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
-    found = {kind: [one.layer_idx for one in layers if one.kind == kind] for kind in UNSUPPORTED}
-    return tuple(
-        f"{UNSUPPORTED[kind]} are not quantized (layers {join_layers(indices)})"
-        for kind, indices in found.items()
-        if indices
-    )
+def _list_unsupported(layers: Sequence[Any]) -> tuple[str, ...]:
+    found: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if unsupported := kind_of(layer).unsupported:
+            found.setdefault(unsupported, []).append(index)
+    return tuple(f"{what} are not quantized (layers {join_layers(indices)})" for what, indices in found.items())
 
 
 def _list_notes(

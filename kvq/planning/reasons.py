@@ -10,20 +10,7 @@ from kvq.config import KVQCacheConfig
 from kvq.config.layer_selector import find_selector
 from kvq.layers.model_layers import LATENT_VALUE_BITS, is_latent
 from kvq.layers.quantized_layer import KVQLayer
-
-_KEPT = {
-    "DynamicLayer": "kept by transformers",
-    "LinearAttentionLayer": "linear attention, a state of fixed size",
-    "LinearAttentionAndFullAttentionLayer": "linear and full attention in one layer",
-    "LinearAttentionAndSlidingWindowAttentionLayer": "linear and sliding attention in one layer",
-    "DummyLayer": "reads another layer's keys and values, or none",
-}
-UNSUPPORTED = {
-    "LinearAttentionLayer": "the states of linear attention",
-    "LinearAttentionAndFullAttentionLayer": "layers with both linear and full attention",
-    "LinearAttentionAndSlidingWindowAttentionLayer": "layers with both linear and sliding attention",
-}
-"""What kvq does not quantize whatever the configuration says, by class of the layer."""
+from kvq.transformers_seams.layer_kinds import kind_of
 
 
 class Reasons:
@@ -54,9 +41,7 @@ class Reasons:
             return "; ".join(filter(None, (place, self._why_sliding(window), self._latent)))
         if entry is not None and self.config.layers[entry].full_precision:
             return f"{place}: full_precision"
-        if type(outline).__name__ == "DynamicSlidingWindowLayer":
-            return f"sliding window of {window} tokens, kept by transformers"
-        return _KEPT.get(type(outline).__name__, f"{type(outline).__name__}, kept by transformers")
+        return kind_of(outline).reason.format(window=window)
 
     @property
     def _latent(self) -> str:

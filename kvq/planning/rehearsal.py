@@ -20,21 +20,12 @@ from kvq.layers.quantized_layer import KVQLayer
 from kvq.store.chunks import ChunkedStore
 from kvq.store.sinks import SinkTokens
 from kvq.store.window import TokenBuffer
+from kvq.transformers_seams.layer_kinds import Growth, kind_of
 
 META = torch.device("meta")
 
 MAX_HORIZON = 512
 """Tokens that are rehearsed one at a time; of longer blocks the next flush may not be among them."""
-
-GROWING_KINDS = {
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-}
-"""Layers of transformers all of whose growth comes from `update`."""
-FIXED_KINDS = {"DummyLayer", "LinearAttentionLayer"}
-"""Layers of transformers that hold the same after any number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +59,13 @@ class Rehearsal:
 
     def __init__(self, layer: Any, outline: Any) -> None:
         self.outline = outline
-        self.kind = type(outline).__name__
+        self.kind = kind_of(outline)
         self.quantized: KVQLayer | None = None
         self.is_offloaded = False
-        if self.kind not in GROWING_KINDS | FIXED_KINDS:
+        if self.kind.growth is Growth.UNKNOWN:
             raise ModelError(
-                f"layers of type {self.kind} hold more than keys and values, and how that grows is not known from the "
-                "configuration alone; measure it with cache.memory()"
+                f"layers of type {type(outline).__name__} hold more than keys and values, and how that grows is not "
+                "known from the configuration alone; measure it with cache.memory()"
             )
         if isinstance(layer, KVQLayer) and self.states is not None:
             self.quantized = _build_quantized(layer, *self.states)
@@ -117,7 +108,7 @@ class Rehearsal:
         return Moments(steps[0], steps[-1], peak, offloaded[0])
 
     def _feed(self, layer: Any, count: int) -> None:
-        if self.states is None or self.kind in FIXED_KINDS or not count:
+        if self.states is None or self.kind.growth is Growth.FIXED or not count:
             return
         keys, values = (one.expand(-1, -1, count, -1) for one in self.states)
         if isinstance(layer, KVQLayer):
@@ -143,7 +134,7 @@ class Rehearsal:
         """Return the quantized layer, emptied and with its buffers on the meta device."""
         layer = self.quantized
         if layer is None or self.states is None:
-            raise ModelError(f"a layer of type {self.kind} gets no states")
+            raise ModelError(f"a layer of type {type(self.outline).__name__} gets no states")
         for (_, side), like in zip(layer.sides(), self.states, strict=True):
             side.store = _UnwrittenStore(side.quantizer, like.shape[0], like.shape[1], META)
             side.window = TokenBuffer(side.flush_length, like[:, :, :0])

@@ -90,7 +90,7 @@ SEAMS = (
     Seam(
         "recurrent_states",
         "a mapping of the states of a layer of linear attention, [B, ...]; `conv_states` likewise",
-        ("layers/transformers_layers.py",),
+        ("transformers_seams/layer_kinds.py",),
     ),
     Seam(
         "cumulative_length",
