@@ -43,7 +43,7 @@ def measure_effective_bits(settings: ResolvedLayer, side: Side, head_dim: int = 
     Raises:
         KVQError: the codec cannot be built.
     """
-    states = make_states(_backend(settings, side), length=0, head_dim=head_dim)
+    states = make_states(settings.side(side).backend, length=0, head_dim=head_dim)
     return effective_bits(build_codec(settings, side, 0, states), head_dim)
 
 
@@ -81,10 +81,6 @@ def make_states(backend: BackendSpec, *, length: int, head_dim: int = HEAD_DIM) 
 def runs_here(backend: BackendSpec) -> bool:
     """Return whether this machine has a device that the backend takes states on."""
     return bool(_find_devices(backend))
-
-
-def _backend(settings: ResolvedLayer, side: Side) -> BackendSpec:
-    return (settings.key if side == "key" else settings.value).backend
 
 
 def _find_devices(backend: BackendSpec) -> list[str]:

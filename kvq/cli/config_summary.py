@@ -88,6 +88,6 @@ def _build_sides(config: KVQCacheConfig, head_dim: int, source: str) -> tuple[Si
 def _build_side(layers: str, side: Side, resolved: ResolvedLayer, head_dim: int) -> SideSummary:
     if resolved.full_precision:
         return SideSummary(layers, side, None, None)
-    settings = resolved.key if side == "key" else resolved.value
+    settings = resolved.side(side)
     bits = measure_effective_bits(resolved, side, head_dim) if runs_here(settings.backend) else None
     return SideSummary(layers, side, settings, bits)

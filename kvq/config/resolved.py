@@ -90,5 +90,9 @@ class ResolvedLayer:
             full_precision=fields.get("full_precision", False),
         )
 
+    def side(self, name: Side) -> ResolvedSide:
+        """Return what holds for the keys or for the values."""
+        return self.key if name == "key" else self.value
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedLayer:
         return self

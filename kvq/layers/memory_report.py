@@ -252,7 +252,7 @@ def _describe(index: int, layer: object, held: int) -> LayerMemory:
 
 
 def _describe_side(layer: KVQLayer, name: Side, side: LayerSide) -> SideMemory:
-    settings = layer.settings.key if name == "key" else layer.settings.value
+    settings = layer.settings.side(name)
     chunk_bytes = packed = 0
     for tensor, share in side.store.tensors():
         chunk_bytes += _nbytes(tensor)

@@ -43,7 +43,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
         StatesError: the backend does not take states of this dtype or device.
         QuantizerContractError: the backend built something that is no quantizer.
     """
-    chosen = settings.key if side == "key" else settings.value
+    chosen = settings.side(side)
     _check_states(chosen.backend, states)
     get_registry().check_requirements(chosen.backend)
     spec = _build_spec(chosen, side, layer_idx, states)

@@ -48,7 +48,7 @@ def check_backends_match(saved: Mapping[str, BackendFingerprint], layers: Sequen
     chosen = {name: backend for layer in layers for name, backend in _backends(layer).items()}
     here = fingerprint_backends(chosen.values())
     own_ways = {
-        (layer.settings.key if name == "key" else layer.settings.value).backend.name
+        layer.settings.side(name).backend.name
         for layer in layers
         for name, side in layer.sides()
         if not isinstance(side.quantizer, AffineCodec)

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from kvq.cache.kvq import KVQ
-from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
+from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import ConfigError, Fault, ModelError
 from kvq.layers.biased_keys import explain_biased_keys
 from kvq.layers.quantized_layer import STATES_DTYPES, KVQLayer
@@ -158,7 +158,7 @@ def _plan_side(one: Rehearsal, name: Side) -> SidePlan | None:
 
 
 def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, name: Side) -> SidePlan:
-    chosen: ResolvedSide = settings.key if name == "key" else settings.value
+    chosen = settings.side(name)
     spec = getattr(quantizer, "spec", None)
     return SidePlan(
         num_heads=shape.num_heads,
