@@ -8,7 +8,6 @@ from kvq.plugin_api import (
     BackendSpec,
     Capabilities,
     Granularity,
-    KVQError,
     QuantSpec,
     hookimpl,
 )
@@ -21,16 +20,7 @@ AXIS_NAMES = {0: Granularity.PER_TOKEN, -1: Granularity.PER_CHANNEL}
 
 
 def build(spec: QuantSpec, options: QuantoOptions) -> AffineQuantizer:
-    """Return the quantizer of one side of one layer.
-
-    Raises:
-        KVQError: the number of bits is not among `NBITS`.
-    """
-    if spec.nbits not in NBITS:
-        raise KVQError(
-            f"quanto: nbits={spec.nbits!r} is not supported (the {spec.side}s of layer {spec.layer_idx}); "
-            f"choose one of {', '.join(map(str, NBITS))} for nbits_{spec.side[0]}, or another backend"
-        )
+    """Return the quantizer of one side of one layer; its bits are among `NBITS`, which kvq has checked."""
     from kvq_backends.quanto.quantizer import QuantoQuantizer
 
     return QuantoQuantizer(int(spec.nbits), symmetric_8bit=options.symmetric_8bit)
