@@ -12,6 +12,9 @@ class HQQOptions(BackendOptions):
 
     hqq's `round_zero` is not offered. The optimizer overwrites a rounded zero point (0.2.8); without the optimizer it
     only adds error, since kvq stores a float offset and has no use for an integer zero point.
+
+    The optimizer is many small operations. Where other processes want the cores too, it is several times faster with
+    `torch.set_num_threads(1)`, which is the program's to call: it holds for the whole process.
     """
 
     optimize: bool = Field(
