@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq.errors import EvaluationError
+from kvq.evaluation.matplotlib_figure import make_figure
 
 _COLOURS = {
     "full precision": ("#333333", "#777777", "#111111"),
@@ -30,17 +31,11 @@ def draw_results(results: Sequence[Mapping[str, Any]], path: Path, title: str) -
     Raises:
         EvaluationError: matplotlib is not installed, or nothing was measured.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EvaluationError(
-            "a picture needs matplotlib, the extra `plot`: pip install '.[plot]' in the checkout of kvq"
-        ) from error
     measured = [facts for facts in results if facts["contenders"]]
     if not measured:
         raise EvaluationError("there is nothing to draw: nothing could be measured")
     groups = sorted({(facts["dtype"], facts["batch"]) for facts in measured})
-    figure = Figure(figsize=(13, 1.2 + 4.6 * len(groups)), layout="constrained")
+    figure = make_figure(13, 1.2 + 4.6 * len(groups))
     rows = figure.subplots(len(groups), len(_QUANTITIES), squeeze=False)
     for axes, group in zip(rows, groups, strict=True):
         chosen = [facts for facts in measured if (facts["dtype"], facts["batch"]) == group]

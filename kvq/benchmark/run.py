@@ -15,7 +15,7 @@ from kvq.benchmark.clock import time_call, transient_bytes
 from kvq.benchmark.contenders import Contender
 from kvq.benchmark.flush import flush_interval, steps_before_flush
 from kvq.benchmark.machine import find_available_bytes
-from kvq.benchmark.record import Measured
+from kvq.benchmark.measured import Measured
 from kvq.benchmark.setting import Setting
 from kvq.benchmark.trial import LayerTrial, Trial
 from kvq.errors import KVQError
@@ -35,7 +35,7 @@ QUANTIZED_SHARE = 0.4
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """How much is measured.
 
     Attributes:
@@ -85,7 +85,7 @@ class SettingResult:
         return next((one for one in self.measured if one.contender.label == label), None)
 
 
-def run(plan: Plan, on_progress: OnProgress = lambda label, work: None) -> Iterator[SettingResult]:  # noqa: ARG005
+def run(plan: BenchmarkPlan, on_progress: OnProgress = lambda label, work: None) -> Iterator[SettingResult]:  # noqa: ARG005
     """Measure setting by setting; each result comes as soon as it is complete."""
     seen: list[SettingResult] = []
     for setting in plan.settings:
@@ -100,7 +100,9 @@ def run(plan: Plan, on_progress: OnProgress = lambda label, work: None) -> Itera
         yield result
 
 
-def _measure(plan: Plan, result: SettingResult, seen: Sequence[SettingResult], on_progress: OnProgress) -> None:
+def _measure(
+    plan: BenchmarkPlan, result: SettingResult, seen: Sequence[SettingResult], on_progress: OnProgress
+) -> None:
     trials = []
     for one in result.measured:
         one.failure = _find_slowness(plan, one.contender, result.setting, seen)
@@ -122,7 +124,7 @@ def _measure(plan: Plan, result: SettingResult, seen: Sequence[SettingResult], o
         on_progress(one.contender.label, result.setting.tokens * plan.flushes)
 
 
-def _fill(plan: Plan, one: Measured, setting: Setting) -> Trial | None:
+def _fill(plan: BenchmarkPlan, one: Measured, setting: Setting) -> Trial | None:
     """Return the contender with its history; None, and the reason in the record, if that is impossible."""
     try:
         trial = plan.make_trial(one.contender, setting, plan.rounds + plan.warmups + MEMORY_STEPS)
@@ -158,7 +160,7 @@ def _measure_memory(trial: Trial) -> int:
     return transient_bytes(trial.step, trial.setting.device)
 
 
-def _measure_flushes(plan: Plan, one: Measured, trial: Trial) -> None:
+def _measure_flushes(plan: BenchmarkPlan, one: Measured, trial: Trial) -> None:
     start = time.perf_counter()
     for number in range(plan.flushes):
         waiting = steps_before_flush(trial.cache)
@@ -174,7 +176,7 @@ def _turned(trials: list[tuple[Measured, Trial]], number: int) -> list[tuple[Mea
     return trials[first:] + trials[:first]
 
 
-def _find_lack_of_memory(plan: Plan, setting: Setting) -> str | None:
+def _find_lack_of_memory(plan: BenchmarkPlan, setting: Setting) -> str | None:
     available = find_available_bytes(setting.device)
     quantized = sum(contender.kind != "full precision" for contender in plan.contenders)
     needed = setting.states_bytes * (FULL_PRECISION_COPIES + QUANTIZED_SHARE * quantized)
@@ -183,7 +185,9 @@ def _find_lack_of_memory(plan: Plan, setting: Setting) -> str | None:
     return f"not measured: takes about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
 
 
-def _find_slowness(plan: Plan, contender: Contender, setting: Setting, seen: Sequence[SettingResult]) -> str | None:
+def _find_slowness(
+    plan: BenchmarkPlan, contender: Contender, setting: Setting, seen: Sequence[SettingResult]
+) -> str | None:
     """Return why a contender is left out: filling it would take too long, by its speed at fewer tokens."""
     for earlier in seen:
         for one in earlier.measured:

@@ -12,9 +12,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from kvq.cli.codec_trial import GROUP_SIZE, HEAD_DIM, measure_effective_bits, plain_settings
 from kvq.cli.console import one_line
 from kvq.cli.requirement_state import describe_requirements
+from kvq.cli.sample_block import GROUP_SIZE, HEAD_DIM, measure_effective_bits, plain_settings
 from kvq.errors import BackendError, UnknownBackendError
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity

@@ -8,8 +8,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvq.cli.bench_parts import run_plan, time_generation, time_prompts
-from kvq.cli.console import print_error
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import show_progress
-from kvq.errors import BackendError, ConfigError, EvaluationError, ModelError
+from kvq.cli.usage_errors import usage_errors
+from kvq.errors import EvaluationError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from kvq.benchmark.contenders import ContenderChoice
-    from kvq.benchmark.run import Plan
+    from kvq.benchmark.run import BenchmarkPlan
     from kvq.benchmark.setting import Setting, Shape
 
 USUAL: dict[str, Any] = {
@@ -134,7 +132,7 @@ def bench(
     given |= {"chunk": chunk, "draft": draft, "steps": steps}
     asked = {name: value if value is not None else (QUICK if quick else USUAL)[name] for name, value in given.items()}
     with show_progress("loading") as progress:
-        with _usage_errors():
+        with usage_errors():
             if math.isnan(limit):  # which older versions of click take for a number of at least 1
                 raise EvaluationError("'--limit' nan is no number of seconds")
             check_outputs(out, picture)
@@ -151,16 +149,6 @@ def bench(
             time_prompts(choice, asked, where, loaded, progress, parts.keep)
     if picture is not None:
         _draw(where, results["layer"], picture)
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """End the command with exit code 2 and one line where what was asked for is wrong or not there."""
-    try:
-        yield
-    except (EvaluationError, ConfigError, BackendError, ModelError) as error:
-        print_error(str(error))
-        raise typer.Exit(2) from error
 
 
 def _quieten_libraries() -> None:
@@ -224,13 +212,13 @@ def _load(name: str | None, device: torch.device, asked: dict[str, Any]) -> PreT
 
 def _make_plans(
     choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
-) -> dict[str, Plan]:
+) -> dict[str, BenchmarkPlan]:
     """Return what is measured of one layer, of a whole model, and of one of many layers that compute little."""
     from kvq.attention.entry import register_attention
     from kvq.benchmark.baselines import register_packed_attention
     from kvq.benchmark.generation import choose_for_forwards
     from kvq.benchmark.models import ModelTrials
-    from kvq.benchmark.run import Plan
+    from kvq.benchmark.run import BenchmarkPlan
     from kvq.benchmark.setting import Shape
     from kvq.benchmark.trial import LayerTrial
 
@@ -239,15 +227,15 @@ def _make_plans(
     sizes = {"rounds": asked["rounds"], "flushes": asked["flushes"], "limit_s": asked["limit"]}
     contenders, shape = choice.contenders(), Shape() if model is None else Shape.of(model.config)
     one_layer = _list_settings(replace(shape, layers=1), asked, device)
-    plans = {"layer": Plan(contenders, one_layer, make_trial=LayerTrial, **sizes)}
+    plans = {"layer": BenchmarkPlan(contenders, one_layer, make_trial=LayerTrial, **sizes)}
     if asked["layers"]:
         settings = _list_settings(replace(shape, layers=asked["layers"]), asked, device)
         in_models = [one for one in contenders if one.kernel is None]
-        plans["model"] = Plan(in_models, settings, make_trial=ModelTrials(model), **sizes)
+        plans["model"] = BenchmarkPlan(in_models, settings, make_trial=ModelTrials(model), **sizes)
     if asked["deep"]:
         first = {**asked, "length": [DEEP_LENGTH], "batch": asked["batch"][:1], "dtype": asked["dtype"][:1]}
         settings = _list_settings(Shape.deep(asked["deep"]), first, device)
-        plans["deep"] = Plan(choose_for_forwards(contenders), settings, make_trial=ModelTrials(), **sizes)
+        plans["deep"] = BenchmarkPlan(choose_for_forwards(contenders), settings, make_trial=ModelTrials(), **sizes)
     return plans
 
 
@@ -286,5 +274,5 @@ def _draw(device: torch.device, results: list[dict[str, Any]], picture: Path) ->
     from kvq.benchmark.picture import draw_results
 
     machine = describe_machine(device)
-    with _usage_errors():
+    with usage_errors():
         draw_results(results, picture, f"One layer on {machine['cpu']}, {machine['threads']} threads")

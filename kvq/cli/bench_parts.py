@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kvq.benchmark.contenders import ContenderChoice
     from kvq.benchmark.models import ModelTrials
-    from kvq.benchmark.run import Plan
+    from kvq.benchmark.run import BenchmarkPlan
 
 Keep = Callable[[str, "dict[str, Any]"], None]
 """Takes the name of a part and one of its results."""
@@ -25,7 +25,7 @@ PATIENCE = 6
 """Times the limit, what prompts, forwards of several tokens or steps in a row of one contender may take."""
 
 
-def run_plan(name: str, plan: Plan, progress: Progress, keep: Keep) -> list[dict[str, Any]]:
+def run_plan(name: str, plan: BenchmarkPlan, progress: Progress, keep: Keep) -> list[dict[str, Any]]:
     """Measure the part of that name; returns what was kept."""
     from kvq.benchmark.report import COLUMNS, describe_results, list_failures, table_rows, title
     from kvq.benchmark.run import run
@@ -66,7 +66,7 @@ def time_prompts(
 
 
 def time_generation(
-    plan: Plan, measured: list[dict[str, Any]], asked: dict[str, Any], progress: Progress, keep: Keep
+    plan: BenchmarkPlan, measured: list[dict[str, Any]], asked: dict[str, Any], progress: Progress, keep: Keep
 ) -> None:
     """Measure forwards of several tokens and many steps in a row, at each length and the first batch and dtype.
 

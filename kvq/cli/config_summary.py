@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvq.cli.codec_trial import measure_effective_bits, runs_here
+from kvq.cli.sample_block import measure_effective_bits, runs_here
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
 from kvq.config.faults import FaultCollector
 from kvq.errors import ConfigError

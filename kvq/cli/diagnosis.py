@@ -201,7 +201,7 @@ def _examine_backends(found: Diagnosis) -> None:
 
 def _works(info: BackendInfo, found: Diagnosis) -> bool:
     """Return whether a backend that is ready quantizes one block and reads it back."""
-    from kvq.cli.codec_trial import runs_here, try_backend
+    from kvq.cli.sample_block import runs_here, try_backend
 
     if info.spec is None or info.state != "ready":
         return False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,8 @@ import typer
 from kvq.cli.console import GrowingTable, print_error, print_line, print_table
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
-from kvq.errors import ConfigError, EvaluationError
+from kvq.cli.usage_errors import usage_errors
+from kvq.errors import EvaluationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ def evaluate(
 
     chosen = _TextChoice(text, dataset, sequences, length, needles)
     with show_progress("loading the model", hidden=not Processes.is_first()) as progress:
-        with _usage_errors():
+        with usage_errors():
             from kvq.evaluation.quality.gate import parse_gate
 
             conditions = parse_gate(gate) if gate is not None else ()
@@ -110,18 +110,6 @@ class _TextChoice:
     sequences: int
     length: int
     needles: int
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """End the command with exit code 2 and one line where what was asked for is wrong or not there."""
-    from kvq.errors import BackendError, ModelError
-
-    try:
-        yield
-    except (EvaluationError, ConfigError, ModelError, BackendError) as error:
-        print_error(str(error))
-        raise typer.Exit(2) from error
 
 
 def _check_sizes(length: int, prefill: int) -> None:
@@ -244,7 +232,7 @@ def _write(records: list[QualityRecord], plan: EvaluationPlan, model: str, out: 
 
 
 def _draw(records: list[QualityRecord], picture: Path, title: str) -> None:
-    with _usage_errors():
+    with usage_errors():
         from kvq.evaluation.quality.picture import draw_records
 
         draw_records(records, picture, title)

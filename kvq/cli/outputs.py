@@ -13,6 +13,7 @@ import typer
 
 from kvq.cli.console import print_error
 from kvq.errors import EvaluationError
+from kvq.evaluation.matplotlib_figure import MATPLOTLIB_IS_MISSING
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -38,9 +39,7 @@ def check_outputs(out: Path | None, picture: Path | None) -> None:
     if picture.suffix.lower() not in PICTURE_SUFFIXES:
         raise EvaluationError(f"{str(picture)!r} is no picture: its suffix is none of {', '.join(PICTURE_SUFFIXES)}")
     if find_spec("matplotlib") is None:
-        raise EvaluationError(
-            "a picture needs matplotlib, the extra `plot`: pip install '.[plot]' in the checkout of kvq"
-        )
+        raise EvaluationError(MATPLOTLIB_IS_MISSING)
 
 
 def write_output(path: Path, text: str) -> None:

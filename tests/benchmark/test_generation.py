@@ -20,7 +20,7 @@ from kvq.benchmark.generation import (
     measure_steps,
 )
 from kvq.benchmark.models import ModelTrials
-from kvq.benchmark.run import Plan, run
+from kvq.benchmark.run import BenchmarkPlan, run
 from kvq.benchmark.setting import Setting, Shape
 from kvq.benchmark.trial import LayerTrial
 
@@ -124,7 +124,7 @@ def test_memory_of_a_model_is_that_of_the_attention_of_the_contender():
     """The model is shared: whoever had its turn last left its own attention behind."""
     contenders = list_own(backend_configs(["native"], 4))
     setting = Setting(SHAPE, 3000, 1, torch.float32, CPU)
-    (result,) = run(Plan(list(contenders), [setting], rounds=3, flushes=0, make_trial=ModelTrials()))
+    (result,) = run(BenchmarkPlan(list(contenders), [setting], rounds=3, flushes=0, make_trial=ModelTrials()))
     fused, eager, materialized = (one.transient_bytes for one in result.measured)
     history_of_a_layer = 2 * 3000 * SHAPE.heads * SHAPE.head_dim * 4
     assert materialized > history_of_a_layer > fused

@@ -12,12 +12,12 @@ from kvq.benchmark import run as run_module
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import BUFFER, ContenderChoice, backend_configs, list_baselines, list_own, list_peers
 from kvq.benchmark.first_token import measure_first_tokens
+from kvq.benchmark.measured import Measured
 from kvq.benchmark.models import ModelTrials
 from kvq.benchmark.picture import draw_results, series
-from kvq.benchmark.record import Measured
 from kvq.benchmark.record_proof import summarize_proof
 from kvq.benchmark.report import compare, describe_results, list_failures, table_rows
-from kvq.benchmark.run import Plan, SettingResult, run
+from kvq.benchmark.run import BenchmarkPlan, SettingResult, run
 from kvq.benchmark.setting import Setting, Shape
 from kvq.benchmark.trial import LayerTrial
 from kvq.errors import EvaluationError
@@ -35,7 +35,7 @@ def _attentions():
 def make_plan(**fields):
     contenders = [*list_baselines(), *list(list_peers(4))[:1], *list_own(backend_configs(["native"], 4))]
     usual = {"rounds": 4, "warmups": 1, "flushes": 2}
-    return Plan(contenders, [Setting(SHAPE, 320, 1, torch.float32, CPU)], **{**usual, **fields})
+    return BenchmarkPlan(contenders, [Setting(SHAPE, 320, 1, torch.float32, CPU)], **{**usual, **fields})
 
 
 def test_every_contender_takes_each_round_and_its_place_in_the_round_turns(monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq.errors import EvaluationError
+from kvq.evaluation.matplotlib_figure import make_figure
 from kvq.evaluation.quality.record import QualityRecord
 
 _OURS, _PEER, _FRONT = "#1f5fa8", "#b0532b", "#1f5fa8"
@@ -23,16 +24,10 @@ def draw_records(records: Sequence[QualityRecord], path: Path, title: str) -> No
     Raises:
         EvaluationError: matplotlib is not installed, or nothing was measured.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EvaluationError(
-            "a picture needs matplotlib, the extra `plot`: pip install '.[plot]' in the checkout of kvq"
-        ) from error
     shown = [record for record in records if not record.failure]
     if not shown:
         raise EvaluationError("there is nothing to draw: no cache could be measured")
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = make_figure(13, 6.5)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_axes(left, shown, lambda record: record.effective_bits, "bits held for each element, window included")
     _draw_axes(right, shown, lambda record: record.held_bytes / 2**20, "MiB held for one sequence")
