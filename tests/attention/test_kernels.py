@@ -6,6 +6,7 @@ from largest_tensor import LargestTensor
 from torch.nn import functional
 
 from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.blockwise import BlockwiseKernel
 from kvq.attention.kernels.own_kernels import OWN_KERNELS
@@ -206,14 +207,12 @@ def test_quantizers_that_are_not_affine(make_request, reference, error_of, name,
     give_records(*records)
     import reference_quantizers
 
-    from kvq.attention.dispatch.kernel_registry import choose
-
     spec = {"norm_codebook": reference_quantizers.NORM_CODEBOOK, "static_float8": reference_quantizers.STATIC_FLOAT8}[
         name
     ]
     bits = spec.capabilities.nbits[0]
     request = make_request(backend=spec, nbits_k=bits, nbits_v=bits, queries=queries)
-    choice = choose(request)
+    choice = get_kernel_registry().choose(request)
     assert choice.kernel.name == ("eager" if queries == 1 else "blockwise")
     assert "affine" in choice.passed_over["compiled"]
     assert error_of(choice.kernel.attend(request), reference(request)) < FP32_ERROR
