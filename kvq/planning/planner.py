@@ -19,6 +19,7 @@ from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan, join_layers
 from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
 from kvq.planning.reasons import Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
+from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.transformers_seams.layer_kinds import kind_of
 from kvq.units import format_bytes, format_ratio
@@ -159,14 +160,14 @@ def _plan_side(one: Rehearsal, name: Side) -> SidePlan | None:
 
 def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, name: Side) -> SidePlan:
     chosen = settings.side(name)
-    spec = getattr(quantizer, "spec", None)
+    packed = find_packed_format(quantizer)
     return SidePlan(
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
         backend=chosen.backend.name,
         nbits=chosen.nbits,
         granularity=str(chosen.granularity),
-        group_length=getattr(spec, "group_length", None),
+        group_length=None if packed is None else packed.group_length,
         rotation=chosen.rotation,
         effective_bits=effective_bits(quantizer, shape.head_dim),
     )

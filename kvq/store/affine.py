@@ -16,10 +16,12 @@ from torch.nn import functional
 
 from kvq.errors import QuantizerContractError
 from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat
 from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
-from kvq.store.packing import join_planes, pack, plane_widths, split_planes, unpack
+from kvq.store.packed_parts import read_centred_codes, read_metadata
+from kvq.store.packing import pack, plane_widths, split_planes
 from kvq.store.rotation import HadamardRotation
 
 PER_TOKEN_BLOCK_LENGTH = 32
@@ -46,6 +48,9 @@ class AffineCodec:
         compute_dtype: dtype that decoding computes in.
         scale_dtype: dtype that scales are stored in, or None: that of the spec, which mid always has.
         backend: name of what built the quantizer, for errors.
+
+    Attributes:
+        packed_format: where codes, scales and mids lie, for what reads them without this class.
     """
 
     def __init__(
@@ -68,39 +73,46 @@ class AffineCodec:
         self.origin = Origin.of(backend or type(quantizer).__name__, spec)
         self._name = name_quantizer(self)
         self._kind = kind_of(backend, quantizer, spec)
-        self.scale_dtype = scale_dtype or spec.metadata_dtype
-        self.has_exponent = self.scale_dtype is torch.float16
-        # Keys lie channel-major, values token-major: what their dot products with queries and probabilities run along.
-        self._token_dim = -1 if spec.side == "key" else -2
+        scale_dtype = scale_dtype or spec.metadata_dtype
+        self.packed_format = PackedFormat(
+            bits=self.bits,
+            plane_widths=plane_widths(self.bits),
+            # Keys lie channel-major, values token-major: along what their dot products with queries and weights run.
+            packed_dim=-1 if spec.side == "key" else -2,
+            head_dim=spec.head_dim,
+            block_length=self.block_length,
+            granularity=spec.granularity,
+            group_length=spec.group_length,
+            scale_dtype=scale_dtype,
+            mid_dtype=spec.metadata_dtype,
+            has_exponent=scale_dtype is torch.float16,
+            rotation_block=0 if rotation is None else rotation.block_size,
+            compute_dtype=compute_dtype,
+        )
 
     @property
     def kind(self) -> type:
         """The class of the backend's quantizer."""
         return type(self.quantizer)
 
-    @property
-    def groups_per_token(self) -> int:
-        """Per-token groups in one token of one head."""
-        return math.ceil(self.spec.head_dim / self.spec.group_length)
-
     def layout(self) -> Mapping[str, Part]:
         """Return code planes, scale, mid and, where one of them is float16, the exponent of the block."""
-        head_dim, length = self.spec.head_dim, self.block_length
+        packed, length = self.packed_format, self.block_length
         parts: dict[str, Part] = {}
-        for width in plane_widths(self.bits):
-            packed = length * width // 8
-            shape = (head_dim, packed) if self.spec.side == "key" else (packed, head_dim)
+        for width in packed.plane_widths:
+            count = length * width // 8
+            shape = (packed.head_dim, count) if packed.packed_dim == -1 else (count, packed.head_dim)
             parts[f"codes_{width}"] = Part(shape, torch.uint8)
-        groups = (head_dim,) if self.per_channel else (length, self.groups_per_token)
-        parts["scale"] = Part(groups, self.scale_dtype)
-        parts["mid"] = Part(groups, self.spec.metadata_dtype)
-        if self.has_exponent:
+        groups = (packed.head_dim,) if self.per_channel else (length, packed.groups_per_token)
+        parts["scale"] = Part(groups, packed.scale_dtype)
+        parts["mid"] = Part(groups, packed.mid_dtype)
+        if packed.has_exponent:
             parts["exponent"] = Part((), torch.int8)
         return parts
 
     def constants(self) -> Mapping[str, torch.Tensor]:
         """Return the signs of the rotation, if there is one."""
-        return {} if self.rotation is None else {"rotation_signs": self.rotation.signs}
+        return {} if self.rotation is None else {ROTATION_SIGNS: self.rotation.signs}
 
     def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Quantize whole blocks of `[B, H, T, D]` in one call of the backend; the parts never alias the input.
@@ -116,7 +128,7 @@ class AffineCodec:
         codes, scale, offset = self._encode_groups(groups, lost)
         parts = {}
         for width, plane in split_planes(self._ungroup(codes), self.bits).items():
-            parts[f"codes_{width}"] = pack(plane, width, self._token_dim)
+            parts[f"codes_{width}"] = pack(plane, width, self.packed_format.packed_dim)
         # In two steps: the whole distance to the middle may be past the largest fp32 where both ends are not.
         half_way = scale * 2.0 ** (self.bits - 2)
         mid = (offset + half_way + half_way).masked_fill_(lost, math.nan)
@@ -127,30 +139,17 @@ class AffineCodec:
 
         In float16 a value that the error of its group carries past the largest number becomes that number.
         """
-        codes = self.read_centred_codes(parts, self.compute_dtype)
-        if self._token_dim == -1:
+        codes = read_centred_codes(self.packed_format, parts, self.compute_dtype)
+        if self.packed_format.packed_dim == -1:
             codes = codes.transpose(-1, -2)
-        scale, mid = (self._spread(metadata.to(self.compute_dtype)) for metadata in self.read_metadata(parts))
+        metadata = read_metadata(self.packed_format, parts)
+        scale, mid = (self._spread(numbers.to(self.compute_dtype)) for numbers in metadata)
         states = codes.mul_(scale).add_(mid)
         if self.rotation is not None:
             states = self.rotation.undo(states)
         if out.dtype is torch.float16:
             states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
         out.unflatten(2, (-1, self.block_length)).copy_(states)
-
-    def read_centred_codes(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return `code - 2 ** (bits - 1)`, new: `[B, H, blocks, D, L]` for keys, `[B, H, blocks, L, D]` for values."""
-        planes = {w: unpack(parts[f"codes_{w}"], w, self._token_dim) for w in plane_widths(self.bits)}
-        return join_planes(planes).to(dtype).sub_(2 ** (self.bits - 1))
-
-    def read_metadata(self, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scale and mid in fp32: `[B, H, blocks, D]` per channel, `[B, H, blocks, L, groups]` per token."""
-        scale, mid = parts["scale"].float(), parts["mid"].float()
-        if self.has_exponent:
-            exponent = parts["exponent"].to(torch.int32).reshape(*scale.shape[:3], *[1] * (scale.dim() - 3))
-            scale = torch.ldexp(scale, exponent)
-            mid = torch.ldexp(mid, exponent) if self.shifts_mid else mid
-        return scale, mid
 
     def _spread(self, metadata: torch.Tensor) -> torch.Tensor:
         if self.per_channel:
@@ -161,38 +160,33 @@ class AffineCodec:
         """Return `[B, H, blocks, D, L]` per channel, `[B, H, blocks, L, groups, G]` per token."""
         if self.per_channel:
             return states.transpose(-1, -2).contiguous()
-        missing = self.groups_per_token * self.spec.group_length - self.spec.head_dim
+        missing = self.packed_format.groups_per_token * self.spec.group_length - self.spec.head_dim
         if missing:
             # The last group is filled up with its own last element, which leaves its range as it is.
             states = functional.pad(states.flatten(0, 2), (0, missing), mode="replicate").unflatten(0, states.shape[:3])
-        groups: torch.Tensor = states.unflatten(-1, (self.groups_per_token, self.spec.group_length))
+        groups: torch.Tensor = states.unflatten(-1, (self.packed_format.groups_per_token, self.spec.group_length))
         return groups.contiguous()
 
     def _ungroup(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes with tokens along the dimension that is packed."""
         if self.per_channel:
-            return codes if self._token_dim == -1 else codes.transpose(-1, -2)
+            return codes if self.packed_format.packed_dim == -1 else codes.transpose(-1, -2)
         codes = codes.flatten(-2)[..., : self.spec.head_dim]
-        return codes.transpose(-1, -2) if self._token_dim == -1 else codes
-
-    @property
-    def shifts_mid(self) -> bool:
-        """Whether the exponent of a block belongs to mid as well."""
-        return self.spec.metadata_dtype is torch.float16
+        return codes.transpose(-1, -2) if self.packed_format.packed_dim == -1 else codes
 
     def _round_metadata(self, scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tensor]:
-        rounded = {"scale": self.scale_dtype, "mid": self.spec.metadata_dtype}
-        if not self.has_exponent:
-            return {"scale": scale.to(rounded["scale"]), "mid": mid.to(rounded["mid"])}
+        packed = self.packed_format
+        if not packed.has_exponent:
+            return {"scale": scale.to(packed.scale_dtype), "mid": mid.to(packed.mid_dtype)}
         # float16 spans 30 binary orders of magnitude, states of bfloat16 and float32 far more: one power of two per
         # block and head, decided by that block alone, moves them into range without losing a bit.
         reach = _exponent(scale) + self.bits
-        largest = torch.maximum(_exponent(mid), reach) if self.shifts_mid else reach
+        largest = torch.maximum(_exponent(mid), reach) if packed.shifts_mid else reach
         exponent = largest.flatten(3).amax(-1).sub(EXPONENT_TARGET).clamp(-120, 120)
         shift = -exponent.reshape(*exponent.shape, *[1] * (scale.dim() - 3))
         return {
-            "scale": torch.ldexp(scale, shift).to(rounded["scale"]),
-            "mid": (torch.ldexp(mid, shift) if self.shifts_mid else mid).to(rounded["mid"]),
+            "scale": torch.ldexp(scale, shift).to(packed.scale_dtype),
+            "mid": (torch.ldexp(mid, shift) if packed.shifts_mid else mid).to(packed.mid_dtype),
             "exponent": exponent.to(torch.int8),
         }
 

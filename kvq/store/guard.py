@@ -30,6 +30,9 @@ class GuardedQuantizer:
         QuantizerContractError: its layout or its constants are not what the contract says.
     """
 
+    packed_format: None = None
+    """What the backend's own one says of it does not count: nothing has compared it with `decode_into`."""
+
     def __init__(self, quantizer: Quantizer, origin: Origin, spec: QuantSpec) -> None:
         self._inner = quantizer
         self.block_length = quantizer.block_length

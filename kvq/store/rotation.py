@@ -22,6 +22,13 @@ class HadamardRotation:
         self.signs = signs.to(device)
         self.block_size = head_dim & -head_dim
 
+    @classmethod
+    def of_signs(cls, signs: torch.Tensor) -> HadamardRotation:
+        """Return the rotation that has these signs, int8 `[D]`, the tensor itself."""
+        rotation = cls.__new__(cls)
+        rotation.signs, rotation.block_size = signs, len(signs) & -len(signs)
+        return rotation
+
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Rotate fp32 `[..., D]`; returns a new tensor."""
         return self._transform(states * self.signs)

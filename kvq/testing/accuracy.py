@@ -14,8 +14,8 @@ import torch
 
 from kvq.errors import CheckNotApplicableError
 from kvq.layers.savings import effective_bits
+from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer
-from kvq.store.affine import AffineCodec
 from kvq.testing.case import ContractCase, encode_blocks, require
 from kvq.testing.tensors import SIDES
 
@@ -74,8 +74,9 @@ def check_more_bits(case: ContractCase) -> None:
 def _largest_error(case: ContractCase, quantizer: Quantizer) -> float:
     """Return the largest accepted squared error, as a share of the energy."""
     bits = effective_bits(quantizer, ACCURACY_HEAD_DIM)
-    if isinstance(quantizer, AffineCodec):
-        bits -= quantizer.bits - case.nbits  # what a code of three levels leaves unused of two bits
+    packed = find_packed_format(quantizer)
+    if packed is not None:
+        bits -= packed.bits - case.nbits  # what a code of three levels leaves unused of two bits
     if bits < LEAST_BITS:
         extreme = math.sqrt(2 * math.log(2 * ACCURACY_HEAD_DIM))  # about the largest of so many normal numbers
         return 1 + extreme**2 - 2 * extreme * math.sqrt(2 / math.pi)  # E(|x| - extreme)^2

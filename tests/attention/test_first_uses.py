@@ -6,9 +6,9 @@ import transformers
 
 from kvq import KVQ, attach
 from kvq.attention.dispatch.kernel_cache import AttentionMemo
-from kvq.attention.dispatch.verification import describe
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.eager.kernel import REFERENCE, EagerKernel
+from kvq.plugin_api.packed_format import get_packed_format
 
 
 class Probe:
@@ -87,6 +87,10 @@ def test_generating_again_does_without_the_reference(put, references):
     assert len(references) == counts[0] + 1, "other bits are another kind"
 
 
+def packed(side):
+    return get_packed_format(side.store.quantizer)
+
+
 MASK = torch.ones(2, 1, 1, 334, dtype=torch.bool)
 KINDS = {
     "softcap": (dict(softcap=3.0), lambda request: request.softcap is not None),
@@ -101,13 +105,13 @@ KINDS = {
     "sinks": (dict(sink_length=5), lambda request: request.pair.key.sinks.states is not None),
     "padding": (dict(padding=(3, 0)), lambda request: request.pair.key.sinks.starts == (3, 0)),
     "dtype": (dict(dtype=torch.bfloat16), lambda request: request.query.dtype == torch.bfloat16),
-    "bits": (dict(nbits_v=2), lambda request: request.pair.value.store.quantizer.bits == 2),
-    "granularity": (dict(axis_key="per_token"), lambda request: not request.pair.key.store.quantizer.per_channel),
-    "group length": (dict(q_group_size=16), lambda request: request.pair.key.store.quantizer.block_length == 16),
-    "rotation": (dict(rotation_k="hadamard"), lambda request: request.pair.key.store.quantizer.rotation is not None),
+    "bits": (dict(nbits_v=2), lambda request: packed(request.pair.value).bits == 2),
+    "granularity": (dict(axis_key="per_token"), lambda request: not packed(request.pair.key).per_channel),
+    "group length": (dict(q_group_size=16), lambda request: packed(request.pair.key).group_length == 16),
+    "rotation": (dict(rotation_k="hadamard"), lambda request: packed(request.pair.key).rotation_block),
     "metadata": (
         dict(metadata_dtype="float32"),
-        lambda request: request.pair.key.store.quantizer.scale_dtype == torch.float32,
+        lambda request: packed(request.pair.key).scale_dtype == torch.float32,
     ),
     "head dim": (dict(value_dim=64), lambda request: request.pair.value.like.shape[3] == 64),
     "queries per head": (dict(sharing=2), lambda request: request.queries_per_head == 2),
@@ -149,7 +153,7 @@ def test_quantizers_that_are_not_affine_are_told_apart(make_request):
 
     specs = [reference_quantizers.NORM_CODEBOOK, reference_quantizers.STATIC_FLOAT8]
     kinds = [
-        describe(make_request(backend=spec, nbits_k=bits, nbits_v=bits, tokens=tokens))
+        make_request(backend=spec, nbits_k=bits, nbits_v=bits, tokens=tokens).kind_across_layers()
         for spec in specs
         for bits, tokens in ((spec.capabilities.nbits[0], 333), (spec.capabilities.nbits[0], 500))
     ]

@@ -28,6 +28,8 @@ from kvq.attention.proving import verdicts
 from kvq.attention.proving.samples import Sample
 from kvq.errors import ConfigError
 from kvq.layers.memory_report import report_memory
+from kvq.plugin_api.packed_format import get_packed_format
+from kvq.store.packed_parts import read_centred_codes
 
 CPU = torch.device("cpu")
 
@@ -644,7 +646,9 @@ def test_a_sample_depends_on_its_seed_alone_and_every_code_occurs():
     first, again, other = (Sample(bits=(3, 2)).build(CPU, seed) for seed in (1, 1, 2))
     assert first.pair.key.materialize().equal(again.pair.key.materialize())
     assert not first.pair.key.materialize().equal(other.pair.key.materialize())
-    codes = first.pair.key.store.quantizer.read_centred_codes(first.pair.key.store.segments[0].parts)
+    codes = read_centred_codes(
+        get_packed_format(first.pair.key.store.quantizer), first.pair.key.store.segments[0].parts
+    )
     assert set(codes.flatten().tolist()) == set(range(-4, 4))
     assert first.pair.key.materialize().std() > 0.3
 

@@ -5,11 +5,11 @@ Owns the facts by which kernels are chosen. It must not know how an answer is co
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
+from kvq.attention.dispatch.request_kind import RequestKind, SideKind
 from kvq.attention.handle import PackedPair
 
 
@@ -59,23 +59,28 @@ class AttentionRequest:
     @property
     def is_reordered(self) -> bool:
         """Whether the rows of the batch stand in another order than in some chunk of the store."""
-        sides = self.pair.key, self.pair.value
-        return any(segment.rows is not None for side in sides for segment in side.store.segments)
+        for side in (self.pair.key, self.pair.value):
+            for segment in side.store.segments:
+                if segment.rows is not None:
+                    return True
+        return False
 
-    def kind(self) -> Hashable:
-        """Return what, beside the layer itself, a kernel may make its choice by; equal kinds get equal choices."""
+    def kind(self) -> RequestKind:
+        """Return what a kernel may choose its code by, beside the layer itself; equal kinds get equal choices."""
         query, mask = self.query, self.mask
-        return (
+        return RequestKind(
             query.device,
             query.dtype,
             query.shape,
             None if mask is None else mask.dtype,
-            self.softcap is None,
-            self.sink_logits is None,
             self.is_causal,
+            self.softcap is not None,
+            self.sink_logits is not None,
             self.is_reordered,
-            self.pair.key.store.device,  # None: nothing is stored
-            # The layer keeps them alive; quantizers of plugins need not be hashable.
-            id(self.pair.key.store.quantizer),
-            id(self.pair.value.store.quantizer),
+            self.pair.key.store.device,
         )
+
+    def kind_across_layers(self) -> tuple[RequestKind, SideKind, SideKind]:
+        """Return what decides which code of a kernel runs, in any layer: everything but numbers and lengths."""
+        kind = self.kind().without_sizes(self.pair.key.like.shape[1])
+        return kind, SideKind.of(self.pair.key), SideKind.of(self.pair.value)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 
@@ -15,6 +14,7 @@ from kvq.attention.dispatch.kernel_cache import AttentionMemo
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.handle import PackedPair
 from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.packed_format import get_packed_format
 from kvq.plugin_api.quantizer import Quantizer, QuantSpec, Side
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.flush_length import common_flush_length
@@ -121,7 +121,7 @@ class _Builder:
 
     def _parts(self, codec: Quantizer, blocks: int) -> dict[str, torch.Tensor]:
         """Return blocks that stand for numbers between about -2 and 2, with means that differ from group to group."""
-        bits, shape = cast(AffineCodec, codec).bits, (self.sample.batch, self.sample.heads, blocks)
+        bits, shape = get_packed_format(codec).bits, (self.sample.batch, self.sample.heads, blocks)
         drawn = {}
         for name, part in codec.layout().items():
             if part.dtype is torch.uint8:

@@ -13,8 +13,8 @@ from kvq.attention.kernels.compiled.library import Library, get_library, why_una
 from kvq.attention.kernels.compiled.store_addresses import TYPE_NUMBERS, Plan, make_plan
 from kvq.attention.kernels.compiled.structures import PackedRequest, States
 from kvq.attention.machine.source_digest import digest_files
+from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer
-from kvq.store.affine import AffineCodec
 from kvq.store.chunks import StoreView
 
 MAX_ROWS = 64
@@ -81,13 +81,14 @@ def _parts(*stores: StoreView) -> Iterator[torch.Tensor]:
 
 
 def _why_unsupported_side(quantizer: Quantizer) -> str | None:
-    if not isinstance(quantizer, AffineCodec):
+    packed = find_packed_format(quantizer)
+    if packed is None:
         return f"serves affine quantizers, not {type(quantizer).__name__}"
-    for dtype in (quantizer.scale_dtype, quantizer.spec.metadata_dtype):
+    for dtype in (packed.scale_dtype, packed.mid_dtype):
         if dtype not in (torch.float16, torch.float32):
             return f"does not read metadata of {dtype}"
-    if quantizer.block_length % 8:
-        return f"serves groups along tokens in multiples of 8, not {quantizer.block_length}"
+    if packed.block_length % 8:
+        return f"serves groups along tokens in multiples of 8, not {packed.block_length}"
     return None
 
 

@@ -14,9 +14,8 @@ import torch
 
 from kvq.attention.handle import PackedPair
 from kvq.attention.kernels.compiled.structures import PackedRequest, PackedSegment, PackedSide
-from kvq.store.affine import AffineCodec
+from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
 from kvq.store.chunks import StoreView
-from kvq.store.packing import plane_widths
 from kvq.store.segments import Segment
 
 TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
@@ -61,27 +60,22 @@ def make_plan(pair: PackedPair) -> Plan:
 
 
 def _fill_side(side: PackedSide, store: StoreView) -> Any:
-    codec = store.quantizer
-    if not isinstance(codec, AffineCodec):
-        raise TypeError(f"{type(codec).__name__} is not an AffineCodec")
-    widths = plane_widths(codec.bits)
-    side.head_dim, side.block_length, side.group_length = (
-        codec.spec.head_dim,
-        codec.block_length,
-        codec.spec.group_length,
-    )
-    side.per_channel = codec.per_channel
-    side.groups = 1 if codec.per_channel else codec.groups_per_token
-    side.bits, side.plane_count = codec.bits, len(widths)
+    packed = get_packed_format(store.quantizer)
+    widths = packed.plane_widths
+    side.head_dim, side.block_length, side.group_length = packed.head_dim, packed.block_length, packed.group_length
+    side.per_channel = packed.per_channel
+    side.groups = 1 if packed.per_channel else packed.groups_per_token
+    side.bits, side.plane_count = packed.bits, len(widths)
     side.widths[: len(widths)] = widths
-    side.scale_type, side.mid_type = TYPE_NUMBERS[codec.scale_dtype], TYPE_NUMBERS[codec.spec.metadata_dtype]
-    side.shifts_mid = codec.has_exponent and codec.shifts_mid
-    if codec.rotation is not None:
-        side.signs, side.rotation_block = codec.rotation.signs.data_ptr(), codec.rotation.block_size
+    side.scale_type, side.mid_type = TYPE_NUMBERS[packed.scale_dtype], TYPE_NUMBERS[packed.mid_dtype]
+    side.shifts_mid = packed.shifts_mid
+    if packed.rotation_block:
+        side.signs = store.quantizer.constants()[ROTATION_SIGNS].data_ptr()
+        side.rotation_block = packed.rotation_block
     side.segment_count = len(store.segments)
     array = (PackedSegment * max(1, len(store.segments)))()
-    for packed, segment in zip(array, store.segments, strict=False):
-        _fill_segment(packed, segment, widths)
+    for described, segment in zip(array, store.segments, strict=False):
+        _fill_segment(described, segment, widths)
     side.segments = array
     return array
 

@@ -1,7 +1,7 @@
 """Dot products with packed states: scales are folded into the small operand, and the codes stay codes.
 
-Both classes satisfy `FusedScores` for one side of one layer: `FoldedAffine` for what `AffineCodec` stores, and
-`DecodedBlocks` for any other quantizer, whose blocks are decoded a few at a time. Everything is computed in fp32.
+Both classes satisfy `FusedScores` for one side of one layer: `FoldedAffine` for a quantizer with a `PackedFormat`, and
+`DecodedBlocks` for any other, whose blocks are decoded a few at a time. Everything is computed in fp32.
 
 The query heads that share a key-value head are handed over as R queries of one head: the query is `[B, H, R, D]`, the
 probabilities are `[B, H, R, T]`. A backend's own `FusedScores` is called in the same way.
@@ -14,16 +14,19 @@ from typing import cast
 
 import torch
 
+from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat, find_packed_format
 from kvq.plugin_api.quantizer import FusedScores, Quantizer
-from kvq.store.affine import AffineCodec
+from kvq.store.packed_parts import read_centred_codes, read_metadata
+from kvq.store.rotation import HadamardRotation
 
 _FUSED_METHODS = ("prepare_query", "scores", "mix", "finish_output")
 
 
 def find_fused(quantizer: Quantizer, head_dim: int) -> FusedScores:
     """Return what computes attention on the packed form of a quantizer: its own way, or one of ours."""
-    if isinstance(quantizer, AffineCodec):
-        return FoldedAffine(quantizer)
+    packed = find_packed_format(quantizer)
+    if packed is not None:
+        return FoldedAffine(packed, quantizer.constants())
     if all(callable(getattr(quantizer, name, None)) for name in _FUSED_METHODS):
         return cast(FusedScores, quantizer)
     return DecodedBlocks(quantizer, head_dim)
@@ -33,28 +36,30 @@ class FoldedAffine:
     """`q . K = (q * scale) . code + q . mid` and `p . V = (p * scale) . code + p . mid`, with centred codes.
 
     Args:
-        codec: of the side.
+        packed: the side's format.
+        constants: the quantizer's constants.
     """
 
-    def __init__(self, codec: AffineCodec) -> None:
-        self.codec = codec
-        self.length = codec.spec.group_length
+    def __init__(self, packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> None:
+        self.packed = packed
+        self.rotation = HadamardRotation.of_signs(constants[ROTATION_SIGNS]) if packed.rotation_block else None
 
     def prepare_query(self, query: torch.Tensor) -> torch.Tensor:
         """Return `query` as the keys are stored: fp32, rotated."""
         query = query.float()
-        return query if self.codec.rotation is None else self.codec.rotation.apply(query)
+        return query if self.rotation is None else self.rotation.apply(query)
 
     def scores(self, query: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return dot products `[B, H, R, T]` of a prepared query `[B, H, R, D]` with the keys in `parts`."""
-        codes, (scale, mid) = self.codec.read_centred_codes(parts), self.codec.read_metadata(parts)
+        codes, (scale, mid) = read_centred_codes(self.packed, parts), read_metadata(self.packed, parts)
         query = query[:, :, None]
-        if self.codec.per_channel:
+        if self.packed.per_channel:
             products = (query * scale.unsqueeze(-2)) @ codes
             products += query @ mid.unsqueeze(-1)
         else:
             products = codes.new_zeros((*codes.shape[:3], query.shape[-2], codes.shape[-1]))
-            pairs = zip(query.split(self.length, dim=-1), codes.split(self.length, dim=-2), strict=True)
+            length = self.packed.group_length
+            pairs = zip(query.split(length, dim=-1), codes.split(length, dim=-2), strict=True)
             for group, (query_part, code_part) in enumerate(pairs):
                 products += (query_part @ code_part) * scale[..., None, :, group]
                 products += query_part.sum(-1, keepdim=True) * mid[..., None, :, group]
@@ -62,13 +67,13 @@ class FoldedAffine:
 
     def mix(self, probabilities: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return `[B, H, R, D]`, the values in `parts` weighted by `probabilities` `[B, H, R, T]`."""
-        codes, (scale, mid) = self.codec.read_centred_codes(parts), self.codec.read_metadata(parts)
-        weights = probabilities.unflatten(-1, (-1, self.codec.block_length)).transpose(2, 3)
-        if self.codec.per_channel:
+        codes, (scale, mid) = read_centred_codes(self.packed, parts), read_metadata(self.packed, parts)
+        weights = probabilities.unflatten(-1, (-1, self.packed.block_length)).transpose(2, 3)
+        if self.packed.per_channel:
             mixed = (weights @ codes) * scale.unsqueeze(-2) + weights.sum(-1, keepdim=True) * mid.unsqueeze(-2)
         else:
             pieces = []
-            for group, code_part in enumerate(codes.split(self.length, dim=-1)):
+            for group, code_part in enumerate(codes.split(self.packed.group_length, dim=-1)):
                 folded = weights * scale[..., None, :, group]
                 pieces.append(folded @ code_part + weights @ mid[..., :, group, None])
             mixed = torch.cat(pieces, dim=-1)
@@ -77,7 +82,7 @@ class FoldedAffine:
 
     def finish_output(self, mixed: torch.Tensor) -> torch.Tensor:
         """Rotate the sum back."""
-        return mixed if self.codec.rotation is None else self.codec.rotation.undo(mixed)
+        return mixed if self.rotation is None else self.rotation.undo(mixed)
 
 
 class DecodedBlocks:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from kvq.attention.handle import PackedPair
-from kvq.store.affine import AffineCodec
+from kvq.plugin_api.packed_format import get_packed_format
 from kvq.store.chunks import StoreView
-from kvq.store.packing import plane_widths
 from kvq.store.segments import Segment
 
 PLAN_KEY = "triton"
@@ -39,8 +37,8 @@ class SideTable:
     @classmethod
     def of(cls, view: StoreView, device: torch.device) -> SideTable:
         """Return the table of what is stored."""
-        codec = cast(AffineCodec, view.quantizer)
-        addresses = [_addresses(segment, codec.bits) for segment in view.segments]
+        widths = get_packed_format(view.quantizer).plane_widths
+        addresses = [_addresses(segment, widths) for segment in view.segments]
         # On the processor by name, here and below: the caller may have set another default device.
         chunks = torch.arange(len(view.segments), device="cpu")
         used = torch.tensor([segment.used for segment in view.segments], device="cpu")
@@ -85,8 +83,8 @@ def get_plan(pair: PackedPair, device: torch.device) -> LayerPlan:
     return plan
 
 
-def _addresses(segment: Segment, bits: int) -> list[int]:
-    planes = [segment.parts[f"codes_{width}"].data_ptr() for width in plane_widths(bits)]
+def _addresses(segment: Segment, widths: Sequence[int]) -> list[int]:
+    planes = [segment.parts[f"codes_{width}"].data_ptr() for width in widths]
     exponent = segment.parts.get("exponent")
     return [
         *planes,

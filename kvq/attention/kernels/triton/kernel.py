@@ -19,9 +19,9 @@ from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import LayerPlan, get_plan
 from kvq.attention.machine.source_digest import digest_files
 from kvq.installed import find_version
-from kvq.store.affine import AffineCodec
+from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat, find_packed_format, get_packed_format
 from kvq.store.chunks import StoreView
-from kvq.store.packing import plane_widths
+from kvq.store.rotation import HadamardRotation
 from kvq.store.side import SideView
 
 LEAST_TRITON = Version("3.7")
@@ -78,36 +78,37 @@ class SideLayout:
     Attributes:
         head_dim: D.
         mode: number of the way in which scales lie, as in `programs.py`.
-        codec: of the side.
+        packed: the side's format.
+        rotation: the side's rotation, or None.
     """
 
     head_dim: int
     mode: int
-    codec: AffineCodec
+    packed: PackedFormat
+    rotation: HadamardRotation | None
 
     @classmethod
     def of(cls, view: StoreView, head_dim: int) -> SideLayout:
-        """Return the layout of a side whose quantizer is affine."""
-        codec = view.quantizer
-        if not isinstance(codec, AffineCodec):
-            raise TypeError(f"{type(codec).__name__} is not affine")
-        mode = 0 if codec.per_channel else 1 if codec.groups_per_token == 1 else 2
-        return cls(head_dim, mode, codec)
+        """Return the layout of a side whose quantizer has a packed format."""
+        packed = get_packed_format(view.quantizer)
+        mode = 0 if packed.per_channel else 1 if packed.groups_per_token == 1 else 2
+        signs = view.quantizer.constants()[ROTATION_SIGNS] if packed.rotation_block else None
+        return cls(head_dim, mode, packed, None if signs is None else HadamardRotation.of_signs(signs))
 
     def options(self, name: str, letter: str) -> dict[str, Any]:
         """Return the compile-time arguments of a side called `name`."""
-        codec, widths = self.codec, plane_widths(self.codec.bits)
+        packed, widths = self.packed, self.packed.plane_widths
         planes = {f"{letter}{place}": widths[place] if place < len(widths) else 0 for place in range(3)}
         return {
             f"{name}_DIM": self.head_dim,
             f"{name}_PADDED": _padded(self.head_dim),
-            f"{name}_LENGTH": codec.block_length,
+            f"{name}_LENGTH": packed.block_length,
             f"{name}_MODE": self.mode,
-            f"{name}_GROUP": codec.spec.group_length,
-            f"{name}_SCALE": _triton_dtype(codec.scale_dtype),
-            f"{name}_MID": _triton_dtype(codec.spec.metadata_dtype),
-            f"{name}_SHIFTED": codec.has_exponent,
-            f"{name}_MID_SHIFTED": codec.has_exponent and codec.shifts_mid,
+            f"{name}_GROUP": packed.group_length,
+            f"{name}_SCALE": _triton_dtype(packed.scale_dtype),
+            f"{name}_MID": _triton_dtype(packed.mid_dtype),
+            f"{name}_SHIFTED": packed.has_exponent,
+            f"{name}_MID_SHIFTED": packed.shifts_mid,
             **planes,
         }
 
@@ -122,7 +123,7 @@ class _Launch:
         self.rows = request.row_count
         self.key = SideLayout.of(self.pair.key.store, key_dim)
         self.value = SideLayout.of(self.pair.value.store, self.pair.value.like.shape[3])
-        self.tile = max(self.key.codec.block_length, self.value.codec.block_length)
+        self.tile = max(self.key.packed.block_length, self.value.packed.block_length)
         self.sinks = self.pair.key.sinks.length if self.pair.key.sinks.states is not None else 0
         tiles = request.stored_length // self.tile
         self.splits = min(tiles, max(1, _program_count(request.query.device) // (self.batch * self.heads)))
@@ -144,7 +145,7 @@ class _Launch:
         request, pair, plan = self.request, self.pair, self.plan
         pairs, value_dim = self.batch * self.heads, self.value.head_dim
         exact_query = request.query.reshape(pairs, self.rows, self.key.head_dim).contiguous()
-        rotation = self.key.codec.rotation
+        rotation = self.key.rotation
         query = exact_query if rotation is None else rotation.apply(exact_query.float())
         new_fp32 = {"dtype": torch.float32, "device": query.device}
         peaks, totals = (torch.empty((pairs, self.parts, self.rows), **new_fp32) for _ in range(2))  # type: ignore[call-overload]
@@ -215,7 +216,7 @@ class _Launch:
     def _combine(self, peaks: torch.Tensor, totals: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         from kvq.attention.kernels.triton.programs import combine
 
-        request, rotation, value_dim = self.request, self.value.codec.rotation, self.value.head_dim
+        request, rotation, value_dim = self.request, self.value.rotation, self.value.head_dim
         shape = (self.batch, self.queries, self.query_heads, value_dim)
         like = request.query if rotation is None else outputs
         output = torch.empty(shape, dtype=like.dtype, device=like.device)
@@ -285,19 +286,19 @@ def _why_unsupported_shape(request: AttentionRequest) -> str | None:
 
 def _why_unsupported_store(request: AttentionRequest) -> str | None:
     stores = request.pair.key.store, request.pair.value.store
-    codecs = [store.quantizer for store in stores if isinstance(store.quantizer, AffineCodec)]
-    if len(codecs) < len(stores):
+    formats = [packed for store in stores if (packed := find_packed_format(store.quantizer)) is not None]
+    if len(formats) < len(stores):
         return "codes that are not affine"
     if not all(store.segments for store in stores):
         return "nothing is quantized yet"
-    lengths = [codec.block_length for codec in codecs]
+    lengths = [packed.block_length for packed in formats]
     tile = max(lengths)
     if any(length & (length - 1) or not SHORTEST_BLOCK <= length <= LONGEST_BLOCK for length in lengths):
         return f"blocks of {' and '.join(map(str, lengths))} tokens; powers of two from 32 to 128 are read"
     head_dim = max(request.query.shape[3], request.pair.value.like.shape[3])
     if tile * _padded(head_dim) > max(WARPS):
         return f"blocks of {tile} tokens at head dim {head_dim}: more than the registers of a program"
-    if any(codec.per_channel and codec.block_length < tile for codec in codecs):
+    if any(packed.per_channel and packed.block_length < tile for packed in formats):
         return "per-channel groups that are shorter than the blocks of the other side"
     return None
 

@@ -1,0 +1,96 @@
+"""The layout of packed codes that kernels of attention read by themselves, without the quantizer that wrote it.
+
+A quantizer that stores its codes in this layout says so by an attribute `packed_format`. Without one a kernel knows its
+blocks only by `decode_into`. A plugin may not declare it yet: no check of the contract kit compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvq.plugin_api.granularity import Granularity
+
+ROTATION_SIGNS = "rotation_signs"
+"""Name of the constant of a rotated format: int8 `[D]`, the signs by which states are multiplied, then transformed."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How codes on a line lie in the parts of a quantizer.
+
+    A stored number is `scale * (code - 2 ** (bits - 1)) + mid`, with the scale and mid of its group. A block of one
+    head has these parts:
+
+    - `codes_W` for each W of `plane_widths`: uint8, the codes' next W bits, lowest first, `block_length * W / 8` bytes
+      for each element of a head. With `n = 8 / W` codes a byte, byte `i` holds the codes of the tokens `i`,
+      `i + block_length / n`, `i + 2 * block_length / n`, ..., from its lowest bits up.
+    - `scale` and `mid`: `[D]` per channel, `[block_length, groups_per_token]` per token.
+    - `exponent`, where `has_exponent`: int8 `[]`; scale, and where `shifts_mid` mid too, are to be multiplied by
+      `2 ** exponent`.
+
+    Attributes:
+        bits: of a code, 1 to 8.
+        plane_widths: the bits of each plane of codes, which add up to `bits`.
+        packed_dim: the dimension of a plane along which tokens are packed: -1 where a plane is `[D, bytes]`, as for
+            keys, -2 where it is `[bytes, D]`, as for values.
+        head_dim: elements of one head (D).
+        block_length: tokens of a block.
+        granularity: direction of the groups. Per-channel groups are as long as a block.
+        group_length: elements that share a scale and a mid; per token the last group may be shorter.
+        scale_dtype: dtype of the part `scale`.
+        mid_dtype: dtype of the part `mid`.
+        has_exponent: whether there is a part `exponent`.
+        rotation_block: elements of one Hadamard transform that the states went through, after they were multiplied by
+            the constant `rotation_signs`; 0 where they were not rotated.
+        compute_dtype: dtype that `decode_into` computes in.
+    """
+
+    bits: int
+    plane_widths: tuple[int, ...]
+    packed_dim: Literal[-1, -2]
+    head_dim: int
+    block_length: int
+    granularity: Granularity
+    group_length: int
+    scale_dtype: torch.dtype
+    mid_dtype: torch.dtype
+    has_exponent: bool
+    rotation_block: int = 0
+    compute_dtype: torch.dtype = torch.float32
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether a group is one channel of a block."""
+        return self.granularity is Granularity.PER_CHANNEL
+
+    @property
+    def groups_per_token(self) -> int:
+        """Per-token groups in one token of one head."""
+        return math.ceil(self.head_dim / self.group_length)
+
+    @property
+    def shifts_mid(self) -> bool:
+        """Whether the exponent of a block, if there is one, belongs to mid as well."""
+        return self.has_exponent and self.mid_dtype is torch.float16
+
+
+def find_packed_format(quantizer: object) -> PackedFormat | None:
+    """Return the format that a quantizer stores its codes in, or None where only `decode_into` can read them."""
+    found = getattr(quantizer, "packed_format", None)
+    return found if isinstance(found, PackedFormat) else None
+
+
+def get_packed_format(quantizer: object) -> PackedFormat:
+    """Return the format that a quantizer stores its codes in.
+
+    Raises:
+        TypeError: it has none.
+    """
+    found = find_packed_format(quantizer)
+    if found is None:
+        raise TypeError(f"{type(quantizer).__name__} has no packed format")
+    return found

@@ -1,0 +1,28 @@
+"""Reading parts in a `PackedFormat` with torch alone. It must not know which quantizer wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from kvq.plugin_api.packed_format import PackedFormat
+from kvq.store.packing import join_planes, unpack
+
+
+def read_centred_codes(
+    layout: PackedFormat, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return `code - 2 ** (bits - 1)`, new: `[B, H, blocks, D, L]` for keys, `[B, H, blocks, L, D]` for values."""
+    planes = {width: unpack(parts[f"codes_{width}"], width, layout.packed_dim) for width in layout.plane_widths}
+    return join_planes(planes).to(dtype).sub_(2 ** (layout.bits - 1))
+
+
+def read_metadata(layout: PackedFormat, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scale and mid in fp32: `[B, H, blocks, D]` per channel, `[B, H, blocks, L, groups]` per token."""
+    scale, mid = parts["scale"].float(), parts["mid"].float()
+    if layout.has_exponent:
+        exponent = parts["exponent"].to(torch.int32).reshape(*scale.shape[:3], *[1] * (scale.dim() - 3))
+        scale = torch.ldexp(scale, exponent)
+        mid = torch.ldexp(mid, exponent) if layout.shifts_mid else mid
+    return scale, mid
