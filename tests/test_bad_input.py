@@ -83,7 +83,12 @@ def snapshot(cache):
     """Return all that a refused update must leave alone: tokens, bits, bytes and versions."""
     layers = [layer for layer in cache.layers if layer.get_seq_length()]
     bits = [
-        (layer.get_seq_length(), layer.version, layer.keys.view(torch.int32), layer.values.view(torch.int32))
+        (
+            layer.get_seq_length(),
+            layer.kernel_cache.version,
+            layer.keys.view(torch.int32),
+            layer.values.view(torch.int32),
+        )
         for layer in layers
     ]
     return bits, cache.memory().total_bytes, cache.config

@@ -77,6 +77,6 @@ def test_no_plan_keeps_chunks_alive_that_the_layer_has_left(config, change):
     cache = KVQ(model=config)
     feed(cache, 300)
     layer = cache.layers[0]
-    layer.attention.plans["a kernel"] = layer.side("key").view().store.segments
+    layer.kernel_cache.kernel_data["a kernel"] = layer.side("key").view().store.segments
     change(layer)
-    assert layer.attention.plans == {}
+    assert layer.kernel_cache.kernel_data == {}

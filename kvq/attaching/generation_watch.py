@@ -58,7 +58,7 @@ class GenerationWatch:
         self._was_asked, self.cache = True, cache
         self._before = _versions(cache)
         for layer in _quantized_layers(cache):
-            layer.attention.last_reader = ""
+            layer.kernel_cache.last_reader = ""
 
     def settle(self, reason: str | None = None) -> None:
         """Look no further.
@@ -133,13 +133,13 @@ class GenerationWatch:
 
 def _versions(cache: Any) -> tuple[int, ...]:
     """Return numbers that change with what the quantized layers hold."""
-    return tuple(layer.version for layer in _quantized_layers(cache))
+    return tuple(layer.kernel_cache.version for layer in _quantized_layers(cache))
 
 
 def _is_read(cache: Any) -> bool:
     """Return whether our attention has read a layer, wherever it is the active one."""
     active = getattr(cache, "self_attention_cache", cache)._attention.name
-    return active != ATTENTION_NAME or any(layer.attention.last_reader for layer in _quantized_layers(cache))
+    return active != ATTENTION_NAME or any(layer.kernel_cache.last_reader for layer in _quantized_layers(cache))
 
 
 def _quantized_layers(cache: Any) -> list[KVQLayer]:

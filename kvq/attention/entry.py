@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvq.attention.active_implementation import tell_model
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.kernel_registry import Choice, get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.dispatch.verification import attend_verified
@@ -51,10 +51,10 @@ def attend(
     Returns:
         The output `[B, Tq, Hq, D_v]`, and the attention weights where the model's eager attention returns them.
     """
-    memo = pair.owner.attention
+    kernel_cache = pair.kernel_cache
     reason = find_reason_to_materialize(query, pair, options)
     if reason is not None:
-        memo.last_reader, memo.passed_over = f"materialized: {reason}", {}
+        kernel_cache.last_reader, kernel_cache.passed_over = f"materialized: {reason}", {}
         keys, values = pair.key.materialize(), pair.value.materialize()
         return attend_full_precision(module, query, keys, values, attention_mask, **options)
     scaling = options.get("scaling")
@@ -67,32 +67,32 @@ def attend(
         softcap=options.get("softcap"),
         sink_logits=options.get("s_aux"),
     )
-    return attend_packed(request, memo), None
+    return attend_packed(request, kernel_cache), None
 
 
-def attend_packed(request: AttentionRequest, memo: AttentionMemo) -> torch.Tensor:
+def attend_packed(request: AttentionRequest, kernel_cache: KernelCache) -> torch.Tensor:
     """Return the output `[B, Tq, Hq, D_v]` by the kernel that was chosen for requests of this kind.
 
     Args:
         request: what is asked.
-        memo: of the layer.
+        kernel_cache: the layer's.
     """
     if torch.is_autocast_enabled(request.query.device.type):
         # Kernels compute in the dtypes that they choose; autocast would round the sums of the reference.
         with torch.autocast(request.query.device.type, enabled=False):
-            return attend_packed(request, memo)
+            return attend_packed(request, kernel_cache)
     kind = request.kind()
-    choice: Choice | None = memo.choices.get(kind)
+    choice: Choice | None = kernel_cache.choices.get(kind)
     registry = get_kernel_registry()
     if choice is not None and not registry.is_distrusted(choice.kernel, request.query.device):
-        memo.last_reader, memo.passed_over = choice.kernel.name, choice.passed_over
+        kernel_cache.last_reader, kernel_cache.passed_over = choice.kernel.name, choice.passed_over
         return choice.kernel.attend(request)
-    if len(memo.choices) >= MAX_REMEMBERED_KINDS:
-        memo.choices.clear()
-    choice = registry.choose(request, wanted=memo.wanted)
-    choice, output = attend_verified(choice, REFERENCE, request, registry, wanted=memo.wanted)
-    memo.choices[kind] = choice
-    memo.last_reader, memo.passed_over = choice.kernel.name, choice.passed_over
+    if len(kernel_cache.choices) >= MAX_REMEMBERED_KINDS:
+        kernel_cache.choices.clear()
+    choice = registry.choose(request, wanted=kernel_cache.wanted)
+    choice, output = attend_verified(choice, REFERENCE, request, registry, wanted=kernel_cache.wanted)
+    kernel_cache.choices[kind] = choice
+    kernel_cache.last_reader, kernel_cache.passed_over = choice.kernel.name, choice.passed_over
     return output
 
 

@@ -8,26 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch.utils._pytree import tree_map
 
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.errors import CacheStateError
 from kvq.store.side import SideView
-
-
-class PairOwner(Protocol):
-    """The layer, as far as attention knows it.
-
-    Attributes:
-        version: changes with what the layer holds.
-        attention: what attention remembers of the layer.
-    """
-
-    version: int
-    attention: AttentionMemo
 
 
 @dataclass(frozen=True)
@@ -37,16 +25,17 @@ class PackedPair:
     Attributes:
         key: view of the keys.
         value: view of the values.
-        owner: the layer that they belong to.
+        kernel_cache: the layer's; its version tells whether the layer has changed since.
     """
 
     key: SideView
     value: SideView
-    owner: PairOwner
+    kernel_cache: KernelCache
 
     def handles(self) -> tuple[PackedStates, PackedStates]:
         """Return the two tensors that stand for the pair until the layer changes."""
-        return PackedStates(self, self.key, self.owner.version), PackedStates(self, self.value, self.owner.version)
+        version = self.kernel_cache.version
+        return PackedStates(self, self.key, version), PackedStates(self, self.value, version)
 
 
 class PackedStates(torch.Tensor):
@@ -73,9 +62,9 @@ class PackedStates(torch.Tensor):
         """Check that the layer has not changed since.
 
         Raises:
-            CacheStateError: it has, so that what the handle stands for is gone.
+            CacheStateError: it has; the states that the handle stood for are gone.
         """
-        if self.pair.owner.version != self._stamp:
+        if self.pair.kernel_cache.version != self._stamp:
             raise CacheStateError(
                 "keys or values returned by KVQ.update were used after the cache changed; "
                 "use them within the forward that they were made for, or take cache.materialize(layer_idx)"

@@ -32,7 +32,7 @@ class Trial(ABC):
         self.spare = spare
         self.cache = contender.build(self.config, setting.length + spare)
         for layer in self._quantized_layers():
-            layer.attention.wanted = contender.kernel
+            layer.kernel_cache.wanted = contender.kernel
 
     @property
     def config(self) -> PretrainedConfig:
@@ -63,7 +63,7 @@ class Trial(ABC):
     def kernel(self) -> str:
         """What read the first quantized layer the last time; empty where nothing read it packed."""
         layers = self._quantized_layers()
-        return layers[0].attention.last_reader if layers else ""
+        return layers[0].kernel_cache.last_reader if layers else ""
 
     def _quantized_layers(self) -> list[KVQLayer]:
         return [layer for layer in self.cache.layers if isinstance(layer, KVQLayer)]

@@ -55,7 +55,7 @@ def reading_ahead(layers: Sequence[Any], layer_idx: int) -> Iterator[None]:
     device = layer.device
     for other in layers:
         if isinstance(other, KVQLayer) and other is not layer:
-            other.attention.plans.clear()
+            other.kernel_cache.forget_kernel_data()
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(_side_stream(device))
     try:

@@ -246,8 +246,8 @@ def _describe(index: int, layer: object, held: int) -> LayerMemory:
         full_precision,
         key=sides.get("key"),
         value=sides.get("value"),
-        attention=layer.attention.last_reader,
-        passed_over=dict(layer.attention.passed_over),
+        attention=layer.kernel_cache.last_reader,
+        passed_over=dict(layer.kernel_cache.passed_over),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import ConfigError, Fault, StatesError
@@ -48,8 +48,7 @@ class KVQLayer(CacheLayerMixin):
         self.padding = padding
         self.is_initialized = False
         self.record_past = False
-        self.version = 0
-        self.attention = AttentionMemo()
+        self.kernel_cache = KernelCache()
         self._sides: dict[Side, LayerSide] = {}
 
     def __repr__(self) -> str:
@@ -152,9 +151,9 @@ class KVQLayer(CacheLayerMixin):
             if not was_initialized:
                 self._sides, self.is_initialized = {}, False
             raise
-        self.version += 1
+        self.kernel_cache.note_growth()
         if packed:
-            return PackedPair(*views, owner=self).handles()
+            return PackedPair(*views, self.kernel_cache).handles()
         return views[0].materialize(), views[1].materialize()
 
     def get_seq_length(self) -> int:
@@ -202,16 +201,14 @@ class KVQLayer(CacheLayerMixin):
             for side in self._sides.values():
                 side.truncate(length)
                 side.append(side.window.view()[:, :, :0], flush_count)
-        self.attention.plans.clear()  # they hold chunks that may be gone
-        self.version += 1
+        self.kernel_cache.note_rearrangement()
 
     def reset(self) -> None:
         """Forget everything, the padding too; the next update may bring states of another shape."""
         self._sides = {}
         self.padding = None
         self.is_initialized = False
-        self.attention.clear()
-        self.version += 1
+        self.kernel_cache.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make row `i` of the batch what was row `beam_idx[i]`."""
@@ -239,7 +236,7 @@ class KVQLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Keep the store on the CPU from now on; sinks and window stay with the states."""
-        self.attention.plans.clear()
+        self.kernel_cache.forget_kernel_data()
         for side in self._sides.values():
             side.offload()
 
@@ -300,8 +297,7 @@ class KVQLayer(CacheLayerMixin):
             return
         for side in self._sides.values():
             side.select_rows(rows)
-        self.attention.plans.clear()
-        self.version += 1
+        self.kernel_cache.note_rearrangement()
 
     def _row_numbers(self) -> torch.Tensor:
         return torch.arange(self._sides["key"].store.batch_size if self.is_initialized else 0)

@@ -40,7 +40,7 @@ def put_kernels():
 
 @pytest.fixture
 def make_request(testing_backend):
-    """Build a layer and one step on it; what is drawn depends on `seed` alone."""
+    """Build a layer and one step on it, always from the same numbers; `make_request.layer` is the last one built."""
 
     def make(
         *,
@@ -74,7 +74,7 @@ def make_request(testing_backend):
                 yield ((states + offset * torch.randn(heads, 1, dim, generator=generator)) * magnitude).to(side_dtype)
 
         fields = {"backend": testing_backend, "nbits_k": 4, "nbits_v": 4, "q_group_size": 32, "residual_length": 64}
-        layer = KVQLayer(0, KVQCacheConfig.from_mapping({**fields, **config}).for_layer(0), padding)
+        make.layer = layer = KVQLayer(0, KVQCacheConfig.from_mapping({**fields, **config}).for_layer(0), padding)
         keys, values = draw(tokens)
         if change is not None:
             change(keys, values)

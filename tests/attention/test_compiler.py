@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.compiled import compiler, library
 from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain, find_toolchain
@@ -154,12 +154,12 @@ def test_what_is_no_compiler_is_a_reason_and_no_crash(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", str(pretend(*NO_COMPILERS[command])) if command in NO_COMPILERS else command)
-    request, memo = make_request(), AttentionMemo()
-    assert error_of(attend_packed(request, memo), reference(request)) < 1e-5
-    assert memo.last_reader == "eager"
+    request, kernel_cache = make_request(), KernelCache()
+    assert error_of(attend_packed(request, kernel_cache), reference(request)) < 1e-5
+    assert kernel_cache.last_reader == "eager"
     with pytest.raises(BuildError, match=USELESS[command]):
         library.get_library()
-    assert memo.passed_over["compiled"] == library.why_unavailable()
+    assert kernel_cache.passed_over["compiled"] == library.why_unavailable()
     assert not list((tmp_path / "kvq" / "kernels").glob("*")), "nothing of it is kept"
 
 

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.entry import attend, attend_packed, hint_at_attention, kvq_attention_forward
 from kvq.attention.kernels.eager.kernel import REFERENCE
@@ -54,7 +54,7 @@ def scaling():
 
 def read(request, **options):
     output, weights = attend(Eager(), request.query, request.pair, request.mask, **options)
-    return output, weights, request.pair.owner.attention.last_reader
+    return output, weights, request.pair.kernel_cache.last_reader
 
 
 def test_harmless_arguments_are_read_packed(request_, scaling, reference, error_of):
@@ -91,7 +91,7 @@ def test_gradients_flow_to_the_query(request_, scaling):
     output, _ = attend(Eager(), query, request_.pair, None, **scaling)
     output.sum().backward()
     assert query.grad.ne(0).any()
-    assert request_.pair.owner.attention.last_reader == "materialized: gradients"
+    assert request_.pair.kernel_cache.last_reader == "materialized: gradients"
 
 
 def test_softcap_and_sink_logits_reach_the_kernel(request_, scaling, reference, error_of):
@@ -125,7 +125,7 @@ def test_a_first_forward_is_plain_sdpa(testing_backend):
         query, keys.repeat_interleave(3, 1), values.repeat_interleave(3, 1), scale=0.1, is_causal=True
     )
     torch.testing.assert_close(output, expected.transpose(1, 2))
-    assert layer.attention.last_reader == "materialized: nothing is quantized yet"
+    assert layer.kernel_cache.last_reader == "materialized: nothing is quantized yet"
 
 
 class WrongKernel:
@@ -152,12 +152,12 @@ class WrongKernel:
 def test_a_kernel_that_disagrees_is_not_used_again(put_kernels, request_, reference, error_of):
     wrong = WrongKernel()
     registry = put_kernels(wrong, REFERENCE)
-    memo = AttentionMemo()
+    kernel_cache = KernelCache()
     with pytest.warns(UserWarning, match=r"'wrong' on cpu differs from the reference by 1\.0e-02"):
-        output = attend_packed(request_, memo)
+        output = attend_packed(request_, kernel_cache)
     assert error_of(output, reference(request_)) < 1e-5
-    assert attend_packed(request_, memo).equal(output)
-    assert (wrong.calls, memo.last_reader) == (1, "eager")
+    assert attend_packed(request_, kernel_cache).equal(output)
+    assert (wrong.calls, kernel_cache.last_reader) == (1, "eager")
     assert "differed from the reference" in registry.choose(request_).passed_over["wrong"]
 
 
@@ -206,15 +206,15 @@ def test_a_record_that_does_not_pass_proves_nothing():
     assert not is_passing({**entry, "relative_error": 2e-3})
 
 
-def test_copies_of_a_layer_start_without_addresses(request_):
-    layer = request_.pair.owner
-    attend_packed(request_, layer.attention)
-    assert layer.attention.choices
-    for other in (copy.deepcopy(layer), layer.fork(), pickle.loads(pickle.dumps(layer.attention))):  # noqa: S301  # ours
-        memo = other if isinstance(other, AttentionMemo) else other.attention
-        assert (memo.choices, memo.plans, memo.last_reader) == ({}, {}, "")
+def test_copies_of_a_layer_start_without_addresses(make_request, request_):
+    layer = make_request.layer
+    attend_packed(request_, layer.kernel_cache)
+    assert layer.kernel_cache.choices
+    for other in (copy.deepcopy(layer), layer.fork(), pickle.loads(pickle.dumps(layer.kernel_cache))):  # noqa: S301  # ours
+        kernel_cache = other if isinstance(other, KernelCache) else other.kernel_cache
+        assert (kernel_cache.choices, kernel_cache.kernel_data, kernel_cache.last_reader) == ({}, {}, "")
     layer.reset()
-    assert layer.attention.plans == {}
+    assert layer.kernel_cache.kernel_data == {}
 
 
 def test_a_plan_follows_the_store(make_request, error_of, reference):
@@ -223,7 +223,7 @@ def test_a_plan_follows_the_store(make_request, error_of, reference):
     if (problem := kernel.why_unavailable()) is not None:
         pytest.skip(problem)
     request = make_request(sink_length=3)
-    layer = request.pair.owner
+    layer = make_request.layer
     changes = [lambda: layer.crop(-200), lambda: layer.reorder_cache(torch.tensor([1, 0])), lambda: None]
     for change in changes:
         change()
@@ -258,7 +258,7 @@ def test_the_name_is_known_at_load_and_shows_in_the_report(llama):
 
 
 def choose_any(cache):
-    return next(iter(cache.layers[0].attention.choices.values()))
+    return next(iter(cache.layers[0].kernel_cache.choices.values()))
 
 
 def test_another_attention_gets_one_hint(llama, caplog):

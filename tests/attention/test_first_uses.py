@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from kvq import KVQ, attach
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.eager.kernel import REFERENCE, EagerKernel
 from kvq.plugin_api.packed_format import get_packed_format
@@ -48,8 +48,8 @@ def put(put_kernels, references):
 
 
 def serve(request):
-    memo = AttentionMemo()
-    return attend_packed(request, memo), memo.last_reader
+    kernel_cache = KernelCache()
+    return attend_packed(request, kernel_cache), kernel_cache.last_reader
 
 
 def test_a_second_cache_does_without_the_reference(put, references, make_request, reference, error_of):
@@ -139,13 +139,13 @@ def test_a_layer_notices_a_kind_that_comes_later(put, make_request):
     """Rows that are reordered between two steps of one layer are another kind to it."""
     put(lambda request: request.is_reordered)
     first = make_request()
-    layer, memo = first.pair.owner, AttentionMemo()
-    attend_packed(first, memo)
+    layer, kernel_cache = make_request.layer, KernelCache()
+    attend_packed(first, kernel_cache)
     layer.reorder_cache(torch.tensor([1, 0]))
     handle, _ = layer.update(*torch.randn(2, 2, 2, 1, 32), packed=True)
     with pytest.warns(UserWarning, match="differs from the reference"):
-        attend_packed(type(first)(first.query, handle.pair, None, 0.1), memo)
-    assert memo.last_reader == "eager"
+        attend_packed(type(first)(first.query, handle.pair, None, 0.1), kernel_cache)
+    assert kernel_cache.last_reader == "eager"
 
 
 def test_quantizers_that_are_not_affine_are_told_apart(make_request):

@@ -5,7 +5,7 @@ import torch
 from largest_tensor import LargestTensor
 from torch.nn import functional
 
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.blockwise import BlockwiseKernel
@@ -126,14 +126,14 @@ def test_states_of_a_dtype_that_no_cache_takes_are_refused(make_request, dtype):
 @pytest.mark.case("a forward under torch.autocast", "no kernel is distrusted, and sums stay in float32")
 @pytest.mark.parametrize("queries", [1, 5])
 def test_autocast_changes_no_number(make_request, reference, error_of, queries):
-    request, memo = make_request(dtypes=(F32, F32, BF16), queries=queries), AttentionMemo()
+    request, kernel_cache = make_request(dtypes=(F32, F32, BF16), queries=queries), KernelCache()
     with torch.autocast("cpu", torch.bfloat16):
-        first, second = (attend_packed(request, memo) for _ in range(2))
-        eager = attend_packed(make_request(dtypes=(F32, F32, BF16), softcap=1e9, queries=queries), AttentionMemo())
+        first, second = (attend_packed(request, kernel_cache) for _ in range(2))
+        eager = attend_packed(make_request(dtypes=(F32, F32, BF16), softcap=1e9, queries=queries), KernelCache())
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == BF16, "autocast is on again"
     for output in (first, second, eager):
         assert error_of(output, reference(request)) < FP32_ERROR
-    assert not any("differed" in reason for reason in memo.passed_over.values())
+    assert not any("differed" in reason for reason in kernel_cache.passed_over.values())
 
 
 @pytest.mark.parametrize("side", ["key", "value"])
@@ -169,7 +169,7 @@ def test_pieces_of_work_are_merged(make_request, reference, error_of, threads):
         output = kernel.attend(request)
     finally:
         torch.set_num_threads(before)
-    assert request.pair.owner.attention.plans["compiled"].request.splits == (1 if threads == 1 else 6)
+    assert request.pair.kernel_cache.kernel_data["compiled"].request.splits == (1 if threads == 1 else 6)
     assert error_of(output, reference(request)) < FP32_ERROR
 
 

@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvq.attention.dispatch import standing
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.compiled import library
@@ -188,14 +188,14 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_kernel_that_is_wrong_is_refused(put, trials, forget, make_request, reference, error_of, kind, caplog):
     probe = put(WRONG[kind])
-    request, memo = make_request(), AttentionMemo()
+    request, kernel_cache = make_request(), KernelCache()
     with caplog.at_level("INFO", logger="kvq"):
-        assert error_of(attend_packed(request, memo), reference(request)) < 1e-5
-    assert memo.last_reader == "eager"
+        assert error_of(attend_packed(request, kernel_cache), reference(request)) < 1e-5
+    assert kernel_cache.last_reader == "eager"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "differs from the reference by" in record.message
-    reason = memo.passed_over["probe"]
+    reason = kernel_cache.passed_over["probe"]
     assert reason.startswith("found wrong here: it differs from the reference by")
     forget()
     asked = len(probe.asked)
@@ -206,8 +206,8 @@ def test_a_kernel_that_is_wrong_is_refused(put, trials, forget, make_request, re
 def test_the_report_of_a_cache_has_the_reason(put, make_request):
     put(WRONG["bfloat16"])
     request = make_request()
-    attend_packed(request, request.pair.owner.attention)
-    report = report_memory([request.pair.owner])
+    attend_packed(request, request.pair.kernel_cache)
+    report = report_memory([make_request.layer])
     assert report.attention == ("eager",)
     assert "in bfloat16 (at most 3e-02 is accepted)" in report.passed_over["probe"]
     assert hash(report.layers[0]) == hash(report.layers[0])

@@ -48,7 +48,7 @@ def make_request(dtype=torch.float32, head_dim=64, queries=1, groups=4, tokens=4
     fresh = states[:, :, :queries]
     pair = cache.layers[0].update(fresh, fresh, packed=True)[0].pair
     if not new:
-        pair = type(pair)(cache.layers[0].side("key").view(), cache.layers[0].side("value").view(), pair.owner)
+        pair = type(pair)(*(side.view() for _, side in cache.layers[0].sides()), pair.kernel_cache)
     return AttentionRequest(torch.randn(1, 2 * groups, queries, head_dim, dtype=dtype), pair, mask, scaling=1.0)
 
 

@@ -177,7 +177,7 @@ def test_the_compiled_kernel_reads_no_store_that_is_elsewhere(monkeypatch):
     monkeypatch.setattr(kvq.layers.quantized_layer, "_store_device", lambda wanted, states: torch.device("meta"))
     layer = KVQLayer(0, KVQ(backend="native").config.for_layer(0))
     layer.update(draw(300, 0), draw(300, 1))
-    pair = PackedPair(*(side.view() for _, side in layer.sides()), owner=layer)
+    pair = PackedPair(*(side.view() for _, side in layer.sides()), kernel_cache=layer.kernel_cache)
     request = AttentionRequest(draw(1, 2), pair, None, 1.0)
     assert "another device" in CompiledKernel().why_unsupported(request)
 
@@ -188,5 +188,5 @@ def test_what_kernels_keep_of_brought_layers_is_never_more_than_one_layer(elsewh
     for step in range(3):
         for layer_idx, layer in enumerate(cache.layers):
             cache.update(draw(1, step), draw(1, step + 10), layer_idx)
-            layer.attention.plans["a kernel"] = layer.side("key").store.view().segments
-            assert [one.layer_idx for one in cache.layers if one.attention.plans] == [layer_idx]
+            layer.kernel_cache.kernel_data["a kernel"] = layer.side("key").store.view().segments
+            assert [one.layer_idx for one in cache.layers if one.kernel_cache.kernel_data] == [layer_idx]

@@ -104,7 +104,7 @@ def test_models_that_share_are_detached_in_any_order(llama, sharing, prompts, or
     kept, model = handles[order[1]], (llama, sharing)[order[1]]
     assert implementations(llama) == {"kvq"}, "the other one still needs it"
     model.generate(prompts, **GREEDY)
-    assert kept.cache.layers[0].attention.last_reader
+    assert kept.cache.layers[0].kernel_cache.last_reader
     kept.detach()
     assert implementations(llama) == {"sdpa"}
     assert torch.equal(llama.generate(prompts, **GREEDY), reference)

@@ -145,7 +145,7 @@ def test_what_a_backend_raises_is_located(operation):
 def test_what_a_backend_raises_later_leaves_the_cache_as_it_was():
     cache = make(Halves)
     cache.update(*states(), 0)
-    before, version = cache.materialize(0), cache.layers[0].version
+    before, version = cache.materialize(0), cache.layers[0].kernel_cache.version
     inner = cache.layers[0].side("value").quantizer._inner
 
     def fail(*args):
@@ -158,7 +158,7 @@ def test_what_a_backend_raises_later_leaves_the_cache_as_it_was():
     with pytest.raises(BackendFailedError, match="encode failed: IndexError"):
         cache.layers[0].update(*states(200), packed=True)
     del inner.encode, inner.decode_into
-    assert cache.layers[0].version == version
+    assert cache.layers[0].kernel_cache.version == version
     for found, expected in zip(cache.materialize(0), before, strict=True):
         assert torch.equal(found, expected)
 

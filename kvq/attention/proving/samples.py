@@ -6,11 +6,11 @@ They need no backend and no model: codes, scales and states are drawn. It must n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from kvq.attention.dispatch.kernel_cache import AttentionMemo
+from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.handle import PackedPair
 from kvq.plugin_api.granularity import Granularity
@@ -69,14 +69,6 @@ class Sample:
         return _Builder(self, device, torch.Generator("cpu").manual_seed(seed)).build()
 
 
-@dataclass
-class _Owner:
-    """Stands for the layer."""
-
-    version: int = 0
-    attention: AttentionMemo = field(default_factory=AttentionMemo)
-
-
 class _ZeroCodes:
     """An affine quantizer for blocks whose parts are drawn afterwards."""
 
@@ -105,7 +97,7 @@ class _Builder:
                 side.select_rows(rows)
         new = [self._states(sample.queries, side.window.buffer.dtype) for side in sides]
         views = [side.view(states) for side, states in zip(sides, new, strict=True)]
-        return self._request(PackedPair(views[0], views[1], _Owner()))
+        return self._request(PackedPair(views[0], views[1], KernelCache()))
 
     def _fill(self, side: LayerSide) -> None:
         """Store a first chunk with the sinks, full ones, and one with room left; then some tokens in the window."""

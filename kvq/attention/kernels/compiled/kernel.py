@@ -10,7 +10,7 @@ import torch
 
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.compiled.library import Library, get_library, why_unavailable
-from kvq.attention.kernels.compiled.store_addresses import TYPE_NUMBERS, Plan, make_plan
+from kvq.attention.kernels.compiled.store_addresses import TYPE_NUMBERS, StoreAddresses
 from kvq.attention.kernels.compiled.structures import PackedRequest, States
 from kvq.attention.machine.source_digest import digest_files
 from kvq.plugin_api.packed_format import find_packed_format
@@ -29,7 +29,7 @@ MIN_SPLIT_TILES = 8
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of query, keys and values in full precision, each with its own: under autocast they differ."""
 
-_PLAN = "compiled"
+_DATA_NAME = "compiled"
 
 
 class CompiledKernel:
@@ -64,10 +64,10 @@ class CompiledKernel:
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""
         library = get_library()
-        plan = _get_plan(request)
+        addresses = _get_addresses(request)
         batch, query_heads, queries, _ = request.query.shape
         output = request.query.new_empty((batch, queries, query_heads, request.pair.value.like.shape[3]))
-        packed = plan.request
+        packed = addresses.request
         packed.output = output.data_ptr()
         kept = _fill(packed, request), _fill_mask(packed, request), _divide(packed, library, request)
         if library.attend(ctypes.addressof(packed)):
@@ -92,13 +92,13 @@ def _why_unsupported_side(quantizer: Quantizer) -> str | None:
     return None
 
 
-def _get_plan(request: AttentionRequest) -> Plan:
+def _get_addresses(request: AttentionRequest) -> StoreAddresses:
     pair = request.pair
-    plans = pair.owner.attention.plans
-    plan: Plan | None = plans.get(_PLAN)
-    if plan is None or not plan.serves(pair) or plan.starts[0] != pair.key.sinks.starts:
-        plan = plans[_PLAN] = make_plan(pair)
-    return plan
+    kept = pair.kernel_cache.kernel_data
+    addresses: StoreAddresses | None = kept.get(_DATA_NAME)
+    if addresses is None or not addresses.serve(pair):
+        addresses = kept[_DATA_NAME] = StoreAddresses.of(pair)
+    return addresses
 
 
 def _fill(packed: PackedRequest, request: AttentionRequest) -> list[torch.Tensor]:

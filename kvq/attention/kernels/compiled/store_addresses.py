@@ -1,6 +1,6 @@
 """What stays the same from step to step of one layer: where its chunks lie, in the structures of the kernel.
 
-Owns the addresses and keeps what they point to alive. A plan holds until the store of either side changes.
+Owns the addresses and keeps alive what they point to. They are good until the store of either side changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.boo
 
 
 @dataclass
-class Plan:
+class StoreAddresses:
     """The request of a layer with everything filled in that its store decides.
 
     Attributes:
@@ -40,23 +40,25 @@ class Plan:
     starts: tuple[tuple[int, ...], Any]
     kept: tuple[Any, ...]
 
-    def serves(self, pair: PackedPair) -> bool:
-        """Return whether the plan still describes what the pair holds."""
-        return self.key_segments is pair.key.store.segments and self.value_segments is pair.value.store.segments
+    @classmethod
+    def of(cls, pair: PackedPair) -> StoreAddresses:
+        """Return the addresses of a layer whose two quantizers have a packed format."""
+        request = PackedRequest()
+        kept = (_fill_side(request.key, pair.key.store), _fill_side(request.value, pair.value.store))
+        like = pair.key.like
+        request.batch, request.heads = like.shape[:2]
+        request.stored = pair.key.store.length
+        request.tile_length = lcm(request.key.block_length, request.value.block_length)
+        starts = pair.key.sinks.starts
+        array = (ctypes.c_int64 * len(starts))(*starts)
+        request.sink_starts = ctypes.addressof(array)
+        return cls(request, pair.key.store.segments, pair.value.store.segments, (starts, array), kept)
 
-
-def make_plan(pair: PackedPair) -> Plan:
-    """Return a plan for a layer whose two quantizers are affine."""
-    request = PackedRequest()
-    kept = (_fill_side(request.key, pair.key.store), _fill_side(request.value, pair.value.store))
-    like = pair.key.like
-    request.batch, request.heads = like.shape[:2]
-    request.stored = pair.key.store.length
-    request.tile_length = lcm(request.key.block_length, request.value.block_length)
-    starts = pair.key.sinks.starts
-    array = (ctypes.c_int64 * len(starts))(*starts)
-    request.sink_starts = ctypes.addressof(array)
-    return Plan(request, pair.key.store.segments, pair.value.store.segments, (starts, array), kept)
+    def serve(self, pair: PackedPair) -> bool:
+        """Return whether they still describe what the pair holds."""
+        if self.key_segments is not pair.key.store.segments or self.value_segments is not pair.value.store.segments:
+            return False
+        return self.starts[0] == pair.key.sinks.starts
 
 
 def _fill_side(side: PackedSide, store: StoreView) -> Any:

@@ -1,6 +1,6 @@
 """Where the chunks of a layer lie on the device, in tables that the Triton programs read.
 
-Made anew when the store changes, at a flush: between flushes a step uploads nothing and waits for nothing.
+They are made again when the store changes, at a flush: between flushes a step uploads nothing and waits for nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from kvq.plugin_api.packed_format import get_packed_format
 from kvq.store.chunks import StoreView
 from kvq.store.segments import Segment
 
-PLAN_KEY = "triton"
-"""Under which a layer keeps its plan."""
+DATA_NAME = "triton"
+"""Under which the layer's `KernelCache` keeps its table."""
 MAX_PLANES = 3
 
 
@@ -48,7 +48,7 @@ class SideTable:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class ChunkTable:
     """Both sides of a layer, and what the programs read of it besides.
 
     Attributes:
@@ -64,23 +64,23 @@ class LayerPlan:
     starts: torch.Tensor
 
     def fits(self, pair: PackedPair) -> bool:
-        """Whether the store is still what the plan was made from."""
+        """Whether the store is still what the table was made from."""
         return self.key.segments is pair.key.store.segments and self.value.segments is pair.value.store.segments
 
 
-def get_plan(pair: PackedPair, device: torch.device) -> LayerPlan:
-    """Return the plan of a layer, the one that it keeps where that still fits."""
-    kept = pair.owner.attention.plans.get(PLAN_KEY)
-    if isinstance(kept, LayerPlan) and kept.fits(pair):
+def get_chunk_table(pair: PackedPair, device: torch.device) -> ChunkTable:
+    """Return the table of a layer, the one that it keeps where that still fits."""
+    kept = pair.kernel_cache.kernel_data.get(DATA_NAME)
+    if isinstance(kept, ChunkTable) and kept.fits(pair):
         return kept
-    plan = LayerPlan(
+    table = ChunkTable(
         SideTable.of(pair.key.store, device),
         SideTable.of(pair.value.store, device),
         _upload(torch.tensor([pair.key.store.length], dtype=torch.int32, device="cpu"), device),
         _upload(torch.tensor(_starts(pair), dtype=torch.int32, device="cpu"), device),
     )
-    pair.owner.attention.plans[PLAN_KEY] = plan
-    return plan
+    pair.kernel_cache.kernel_data[DATA_NAME] = table
+    return table
 
 
 def _addresses(segment: Segment, widths: Sequence[int]) -> list[int]:

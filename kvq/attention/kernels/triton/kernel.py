@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 
 from kvq.attention.dispatch.request import AttentionRequest
-from kvq.attention.kernels.triton.chunk_table import LayerPlan, get_plan
+from kvq.attention.kernels.triton.chunk_table import ChunkTable, get_chunk_table
 from kvq.attention.machine.source_digest import digest_files
 from kvq.installed import find_version
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat, find_packed_format, get_packed_format
@@ -65,7 +65,7 @@ class TritonKernel:
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query."""
-        return _Launch(request, get_plan(request.pair, request.query.device)).run()
+        return _Launch(request, get_chunk_table(request.pair, request.query.device)).run()
 
 
 TRITON = TritonKernel()
@@ -116,8 +116,8 @@ class SideLayout:
 class _Launch:
     """One call of the two programs."""
 
-    def __init__(self, request: AttentionRequest, plan: LayerPlan) -> None:
-        self.request, self.plan, self.pair = request, plan, request.pair
+    def __init__(self, request: AttentionRequest, table: ChunkTable) -> None:
+        self.request, self.table, self.pair = request, table, request.pair
         self.batch, self.query_heads, self.queries, key_dim = request.query.shape
         self.heads = self.pair.key.like.shape[1]
         self.rows = request.row_count
@@ -142,7 +142,7 @@ class _Launch:
     def _attend_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from kvq.attention.kernels.triton.programs import attend_parts
 
-        request, pair, plan = self.request, self.pair, self.plan
+        request, pair, table = self.request, self.pair, self.table
         pairs, value_dim = self.batch * self.heads, self.value.head_dim
         exact_query = request.query.reshape(pairs, self.rows, self.key.head_dim).contiguous()
         rotation = self.key.rotation
@@ -157,18 +157,18 @@ class _Launch:
         attend_parts[(pairs, self.parts)](
             query,
             exact_query,
-            plan.key.addresses,
-            plan.key.blocks,
-            plan.value.addresses,
-            plan.value.blocks,
-            plan.stored_length,
+            table.key.addresses,
+            table.key.blocks,
+            table.value.addresses,
+            table.value.blocks,
+            table.stored_length,
             window_key,
             window_value,
             new_key,
             new_value,
             _sink_states(pair.key, query),
             _sink_states(pair.value, query),
-            plan.starts,
+            table.starts,
             mask,
             peaks,
             totals,
