@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.cache_utils import Cache
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.attention.entry import without_hint
+from kvq.attention.hint import without_hint
 from kvq.evaluation.model_loading import load_model
 from kvq.evaluation.quality.candidates import Candidate, count_held_bytes, list_peers, make_candidate
 from kvq.evaluation.quality.needle import build_task

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2Config
 
 from kvq import KVQ
-from kvq.attention.entry import ATTENTION_NAME
+from kvq.attention import ATTENTION_NAME
 from kvq.attention.handle import PackedStates
 from kvq.errors import CacheStateError, StatesError
 

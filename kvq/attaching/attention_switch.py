@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kvq.attention.entry import ATTENTION_NAME, register_attention
+from kvq.attention import ATTENTION_NAME
 from kvq.transformers_seams.private_names import restore_attention
 from kvq.user_warnings import warn_user
 
@@ -44,7 +44,6 @@ class AttentionSwitch:
 
     def turn_on(self) -> None:
         """Let the model attend by "kvq"; warn where it does not take another attention."""
-        register_attention()
         for config in self._configs:
             held = _SWITCHED.setdefault(id(config), SwitchedConfig(config, config._attn_implementation))
             held.holders += 1

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.attention.entry import ATTENTION_NAME
+from kvq.attention import ATTENTION_NAME
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.transformers_seams.private_names import CHECKPOINTS, PREPARE_CACHE, find_cache
 from kvq.user_warnings import warn_user
@@ -138,7 +138,7 @@ def _versions(cache: Any) -> tuple[int, ...]:
 
 def _is_read(cache: Any) -> bool:
     """Return whether our attention has read a layer, wherever it is the active one."""
-    active = getattr(cache, "self_attention_cache", cache)._attention.name
+    active = getattr(cache, "self_attention_cache", cache).attention_detector.name
     return active != ATTENTION_NAME or any(layer.kernel_cache.last_reader for layer in _quantized_layers(cache))
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from kvq.attention.active_implementation import tell_model
+from kvq.attention import ATTENTION_NAME
+from kvq.attention.attention_detector import report_model
 from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.kernel_registry import Choice, get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
@@ -21,11 +19,6 @@ from kvq.attention.full_precision import SDPA_OPTIONS, attend_full_precision, fi
 from kvq.attention.handle import PackedPair, PackedStates
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.padding_mask import kvq_mask
-
-_LOG = logging.getLogger("kvq")
-
-ATTENTION_NAME = "kvq"
-"""The name under which transformers knows our attention."""
 
 READ_OPTIONS = SDPA_OPTIONS | {"softcap", "s_aux"}
 """Arguments that kernels obey."""
@@ -133,41 +126,15 @@ def kvq_attention_forward(
         return attend(module, query, key.pair, attention_mask, **options)
     config = getattr(module, "config", None)
     if getattr(config, "_attn_implementation", None) == ATTENTION_NAME:
-        tell_model(key, config)
+        report_model(key, config)
     return attend_full_precision(module, query, _plain(key), _plain(value), attention_mask, **options)
-
-
-@cache
-def hint_at_attention(active: str) -> None:
-    """Log, once for each name, that a quantized cache is used under another attention implementation than ours."""
-    _LOG.warning(
-        "a KVQ cache under attn_implementation=%r is dequantized as a whole at every step; "
-        "model.set_attn_implementation(%r) reads it packed, which is faster and needs no copy",
-        active,
-        ATTENTION_NAME,
-    )
-
-
-@contextmanager
-def without_hint() -> Iterator[None]:
-    """Leave the hint out within the block, where another attention is used on purpose."""
-    level = _LOG.level
-    _LOG.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        _LOG.setLevel(level)
-
-
-def register_attention() -> None:
-    """Make `attn_implementation="kvq"` known to transformers; without its mask, padding would be ignored."""
-    AttentionInterface.register(ATTENTION_NAME, kvq_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, kvq_mask)
-
-
-# At import, so that `attn_implementation="kvq"` can be given when a model is loaded, before there is any cache.
-register_attention()
 
 
 def _plain(states: torch.Tensor) -> torch.Tensor:
     return states.materialize() if isinstance(states, PackedStates) else states
+
+
+# At import: `attn_implementation="kvq"` may be given when a model is loaded, before there is any cache. Without the
+# mask function padding would be ignored.
+AttentionInterface.register(ATTENTION_NAME, kvq_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, kvq_mask)

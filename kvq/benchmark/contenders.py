@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import DynamicCache, PretrainedConfig, QuantizedCache
 from transformers.cache_utils import Cache
 
-from kvq.attention.entry import ATTENTION_NAME
+from kvq.attention import ATTENTION_NAME
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.benchmark.baselines import PACKED_ATTENTION, build_buffer_cache
 from kvq.cache.kvq import KVQ

@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kvq.attention.active_implementation import ActiveAttention
-from kvq.attention.entry import ATTENTION_NAME, hint_at_attention, register_attention
+from kvq.attention import ATTENTION_NAME
+from kvq.attention import entry as _entry  # noqa: F401  # registers it with transformers
+from kvq.attention.attention_detector import AttentionDetector
+from kvq.attention.hint import hint_at_attention
 from kvq.attention.padding_mask import expect_mask
 from kvq.cache.linear_states import CarriedStates
 from kvq.cache.padding import BatchPadding
@@ -73,7 +75,7 @@ class KVQ(CarriedStates):
     def _fill(self, config: KVQCacheConfig, decoder: DecoderConfig | None, padding: Sequence[int] | None) -> None:
         self.config = config
         self._model_config = None if decoder is None else decoder.layers
-        self._attention = ActiveAttention(None if decoder is None else decoder.attention)
+        self.attention_detector = AttentionDetector(None if decoder is None else decoder.attention)
         self._model = ModelReference()
         self._padding = BatchPadding(_check_padding(padding))
         self.is_watched = False
@@ -87,7 +89,6 @@ class KVQ(CarriedStates):
             [] if self._model_config is None else build_layers(self.config, self._model_config, self._padding.counts)
         )
         super().__init__(layers=layers)
-        register_attention()
 
     # Traced by torch.compile, it would be compiled anew with every chunk.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
@@ -126,7 +127,7 @@ class KVQ(CarriedStates):
                 del self.layers[count:]
                 raise
         self._padding.settle(value_states)
-        self._attention.expect(states[0])
+        self.attention_detector.expect(states[0])
         return states
 
     @property
@@ -299,7 +300,7 @@ class KVQ(CarriedStates):
         These are the finished chunks of quantized layers, and keys and values of transformers' own attention layers.
         """
         other = copy.copy(self)
-        other._thread_guard, other._attention = ThreadGuard(), self._attention.fork()
+        other._thread_guard, other.attention_detector = ThreadGuard(), self.attention_detector.fork()
         other._padding = copy.copy(self._padding)
         other.layers = [layer.fork() if isinstance(layer, KVQLayer) else fork_layer(layer) for layer in self.layers]
         return other
@@ -342,7 +343,7 @@ class KVQ(CarriedStates):
         """Forget everything; the next update may bring states of another shape."""
         for layer in self.layers:
             reset_layer(layer)
-        self._attention.forget()
+        self.attention_detector.forget()
         self._padding.forget()
         self._history = None
 
@@ -451,7 +452,7 @@ class KVQ(CarriedStates):
             )
 
     def _reads_packed(self) -> bool:
-        active = self._attention.name
+        active = self.attention_detector.name
         if active is not None and active != ATTENTION_NAME:
             hint_at_attention(active)
         return active == ATTENTION_NAME

@@ -214,7 +214,6 @@ def _make_plans(
     choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
 ) -> dict[str, BenchmarkPlan]:
     """Return what is measured of one layer, of a whole model, and of one of many layers that compute little."""
-    from kvq.attention.entry import register_attention
     from kvq.benchmark.baselines import register_packed_attention
     from kvq.benchmark.generation import choose_for_forwards
     from kvq.benchmark.models import ModelTrials
@@ -223,7 +222,6 @@ def _make_plans(
     from kvq.benchmark.trial import LayerTrial
 
     register_packed_attention()
-    register_attention()
     sizes = {"rounds": asked["rounds"], "flushes": asked["flushes"], "limit_s": asked["limit"]}
     contenders, shape = choice.contenders(), Shape() if model is None else Shape.of(model.config)
     one_layer = _list_settings(replace(shape, layers=1), asked, device)

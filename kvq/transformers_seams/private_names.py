@@ -60,7 +60,7 @@ SEAMS = (
         "_attn_implementation",
         "a configuration tells by it which attention its modules call, and each module reads it at every forward",
         (
-            "attention/active_implementation.py",
+            "attention/attention_detector.py",
             "attention/entry.py",
             "attaching/attention_switch.py",
             "benchmark/setting.py",

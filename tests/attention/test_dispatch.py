@@ -14,7 +14,8 @@ from torch import nn
 from kvq import KVQ, KVQCacheConfig
 from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.kernel_registry import get_kernel_registry
-from kvq.attention.entry import attend, attend_packed, hint_at_attention, kvq_attention_forward
+from kvq.attention.entry import attend, attend_packed, kvq_attention_forward
+from kvq.attention.hint import forget_hints
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.kernels.own_kernels import OWN_KERNELS
 from kvq.attention.proving.benchmark_records import (
@@ -262,7 +263,7 @@ def choose_any(cache):
 
 
 def test_another_attention_gets_one_hint(llama, caplog):
-    hint_at_attention.cache_clear()
+    forget_hints()
     llama.set_attn_implementation("sdpa")
     with caplog.at_level(logging.WARNING, logger="kvq"), torch.inference_mode():
         cache = KVQ(model=llama)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvq.attention.entry import register_attention
 from kvq.benchmark import generation
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import DYNAMIC, backend_configs, list_baselines, list_own
@@ -32,7 +31,6 @@ SETTING = Setting(SHAPE, 320, 1, torch.float32, CPU)
 @pytest.fixture(autouse=True)
 def _attentions():
     register_packed_attention()
-    register_attention()
 
 
 @pytest.fixture

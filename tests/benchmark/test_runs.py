@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from kvq.attention.entry import register_attention
 from kvq.benchmark import run as run_module
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import BUFFER, ContenderChoice, backend_configs, list_baselines, list_own, list_peers
@@ -29,7 +28,6 @@ SHAPE = Shape(query_heads=4, heads=2, head_dim=64, hidden_size=64, intermediate_
 @pytest.fixture(autouse=True)
 def _attentions():
     register_packed_attention()
-    register_attention()
 
 
 def make_plan(**fields):

@@ -8,7 +8,6 @@ from torch.nn import functional
 from transformers import DynamicCache, QuantizedCache
 
 from kvq import KVQ
-from kvq.attention.entry import register_attention
 from kvq.benchmark.baselines import BufferLayer, packed_attention_forward, register_packed_attention
 from kvq.benchmark.clock import peak_above_end, time_call, transient_bytes
 from kvq.benchmark.contenders import BUFFER, DYNAMIC, backend_configs, list_baselines, list_own, list_peers
@@ -23,7 +22,6 @@ SMALL = Setting(Shape(query_heads=4, heads=2, head_dim=64), 320, 2, torch.float3
 @pytest.fixture(autouse=True)
 def _attentions():
     register_packed_attention()
-    register_attention()
 
 
 def all_contenders():

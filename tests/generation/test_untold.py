@@ -13,7 +13,7 @@ from largest_tensor import LargestTensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.attention import active_implementation
+from kvq.attention.attention_detector import report_model
 from kvq.attention.handle import PackedStates
 from kvq.cache.encoder_decoder import EncoderDecoderKVQ
 
@@ -103,7 +103,7 @@ def test_any_other_attention_teaches_nothing(llama, returned, name):
     cache = KVQ(**SMALL)
     feed(llama, cache, 90, 1, 1)
     assert not any(returned)
-    assert cache._attention.name is None
+    assert cache.attention_detector.name is None
     assert cache.memory().attention == ()
 
 
@@ -128,7 +128,7 @@ def test_the_module_that_attends_tells_its_own_configuration(returned):
     cache = KVQ(**SMALL)
     feed(model, cache, 90, 1)
     assert returned == [False, True, True, True]
-    assert cache._attention._config is model.model.language_model.config
+    assert cache.attention_detector.config is model.model.language_model.config
     model.set_attn_implementation({"text_config": "sdpa"})
     feed(model, cache, 1)
     assert returned[-2:] == [False, False]
@@ -139,16 +139,16 @@ def test_copies_know_what_was_learnt_and_a_reset_cache_forgets_it(ours, returned
     early = cache.fork()
     feed(ours, cache, 90)
     for other in (cache.fork(), copy.deepcopy(cache)):
-        assert other._attention._config is ours.config
+        assert other.attention_detector.config is ours.config
         feed(ours, other, 1)
         assert returned[-2:] == [True, True]
-    assert early._attention.name is None, "what one learns later is its own"
+    assert early.attention_detector.name is None, "what one learns later is its own"
     cache.reset()
-    assert cache._attention.name is None
+    assert cache.attention_detector.name is None
     told = KVQ(**SMALL, model=ours)
     feed(ours, told, 90)
     told.reset()
-    assert told._attention.name == "kvq", "what was told stays"
+    assert told.attention_detector.name == "kvq", "what was told stays"
 
 
 def test_nothing_is_kept_alive_and_tensors_stay_plain():
@@ -156,23 +156,23 @@ def test_nothing_is_kept_alive_and_tensors_stay_plain():
     keys, values = cache.update(*torch.randn(2, 1, 2, 9, 64), 0)
     assert not vars(keys)
     assert type(copy.deepcopy(keys)) is type(pickle.loads(pickle.dumps(keys))) is torch.Tensor  # noqa: S301  # ours
-    held = weakref.ref(cache), weakref.ref(cache._attention), weakref.ref(keys)
+    held = weakref.ref(cache), weakref.ref(cache.attention_detector), weakref.ref(keys)
     del cache, keys, values
     gc.collect()
     assert [one() for one in held] == [None, None, None]
-    active_implementation.tell_model(torch.zeros(1), transformers.LlamaConfig())
+    report_model(torch.zeros(1), transformers.LlamaConfig())
 
 
 def test_keys_of_another_cache_or_thread_teach_nothing(ours):
     first, second = KVQ(**SMALL), KVQ(**SMALL)
     keys, _ = first.update(*torch.randn(2, 1, 2, 9, 64), 0)
-    seen = threading.Thread(target=active_implementation.tell_model, args=(keys, ours.config))
+    seen = threading.Thread(target=report_model, args=(keys, ours.config))
     seen.start()
     seen.join()
-    assert first._attention.name is None
+    assert first.attention_detector.name is None
     second.update(*torch.randn(2, 1, 2, 9, 64), 0)
-    active_implementation.tell_model(keys, ours.config)
-    assert (first._attention.name, second._attention.name) == (None, None)
+    report_model(keys, ours.config)
+    assert (first.attention_detector.name, second.attention_detector.name) == (None, None)
 
 
 def test_gradients_flow_where_nothing_was_told(ours):
@@ -217,4 +217,4 @@ def test_both_caches_of_an_encoder_decoder_model(cross, assert_telling):
     for cache in (told, untold):
         torch.manual_seed(1)
         assert torch.equal(model.generate(prompt(70), past_key_values=cache, **settings), reference)
-    assert untold.self_attention_cache._attention.name == "kvq"
+    assert untold.self_attention_cache.attention_detector.name == "kvq"

@@ -45,7 +45,7 @@ class RequestKind(NamedTuple):
     def without_sizes(self, heads: int) -> RequestKind:
         """Return the kind with what decides the code in place of the shape; `heads` is H, the key-value heads."""
         _, query_heads, queries, _ = self.shape
-        return self._replace(shape=(query_heads // heads, min(queries, 2)))
+        return RequestKind(self.device, self.dtype, (query_heads // heads, min(queries, 2)), *self[3:])
 
 
 class SideKind(NamedTuple):

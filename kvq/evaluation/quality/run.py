@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.attention.entry import without_hint
+from kvq.attention.hint import without_hint
 from kvq.cache.kvq import KVQ
 from kvq.evaluation.quality.candidates import (
     Candidate,
