@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from kvq.attention.visibility import causally_visible, to_additive
 from kvq.errors import ModelError
 
 SDPA_OPTIONS = frozenset({"scaling", "dropout", "is_causal"})
@@ -134,19 +135,18 @@ def _per_head(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return product
 
 
-def _causal_mask(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return which token each query sees, bool `[1, 1, Tq, Tk]`."""
-    seen = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device)
-    return seen.tril(keys.shape[2] - query.shape[2])[None, None]
+def _causal_mask(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+    """Return which token each query sees, bool `[1, 1, Tq, Tk]`, or None where each sees all."""
+    length = keys.shape[2]
+    return causally_visible(query.shape[2], length, 0, length, query.device)
 
 
 def _additive_mask(
     mask: torch.Tensor | None, query: torch.Tensor, keys: torch.Tensor, *, causal: bool
 ) -> torch.Tensor | None:
     """Return the mask as eager attention adds it, with the causal one written out where SDPA needs none."""
-    if mask is None and causal and query.shape[2] > 1:
+    if mask is None and causal:
         mask = _causal_mask(query, keys)
     if mask is None or mask.dtype != torch.bool:
         return mask
-    lowest = torch.finfo(query.dtype).min
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+    return to_additive(mask, query.dtype, torch.finfo(query.dtype).min)

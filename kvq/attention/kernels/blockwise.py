@@ -12,6 +12,7 @@ import torch
 
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.stored_pieces import piece_length
+from kvq.attention.visibility import to_additive, visible
 from kvq.store.side import SideView
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -112,19 +113,10 @@ def _exact(side: SideView, dtype: torch.dtype) -> torch.Tensor:
 
 def _mask_of(request: AttentionRequest, start: int, stop: int) -> torch.Tensor | None:
     """Return the additive mask of tokens `[B or 1, Hq or 1, Tq, T]` in the common dtype, or None: all is seen."""
-    queries, dtype = request.query.shape[2], request.common_dtype
-    if request.mask is not None:
-        mask = request.mask[(None,) * (4 - request.mask.dim())][..., start:stop]
-    else:
-        first = request.pair.key.length - queries
-        if not request.is_causal or stop <= first + 1:
-            return None
-        positions = torch.arange(start, stop, device=request.query.device)
-        last_seen = torch.arange(first, first + queries, device=request.query.device)
-        mask = (positions <= last_seen[:, None])[None, None]
-    mask = mask.expand(-1, -1, queries, -1)
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    if mask.all():
+    mask = visible(request, start, stop)
+    if mask is None:
         return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    mask = mask.expand(-1, -1, request.query.shape[2], -1)
+    if mask.dtype != torch.bool:
+        return mask.to(request.common_dtype)
+    return None if mask.all() else to_additive(mask, request.common_dtype, -torch.inf)

@@ -13,6 +13,7 @@ from kvq.attention.kernels.compiled.library import Library, get_library, why_una
 from kvq.attention.kernels.compiled.store_addresses import TYPE_NUMBERS, StoreAddresses
 from kvq.attention.kernels.compiled.structures import PackedRequest, States
 from kvq.attention.machine.source_digest import digest_files
+from kvq.attention.visibility import with_four_dims
 from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer
 from kvq.store.chunks import StoreView
@@ -139,7 +140,7 @@ def _fill_mask(packed: PackedRequest, request: AttentionRequest) -> torch.Tensor
         packed.mask = None
         return None
     shape = (*request.query.shape[:3], request.pair.key.length)
-    mask = mask[(None,) * (4 - mask.dim())][..., : shape[-1]].expand(shape)
+    mask = with_four_dims(mask)[..., : shape[-1]].expand(shape)
     packed.mask, packed.mask_type = mask.data_ptr(), TYPE_NUMBERS[mask.dtype]
     packed.mask_strides[:] = mask.stride()
     return mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.visibility import visible, with_four_dims
 
 
 class RowMask:
@@ -16,29 +17,21 @@ class RowMask:
 
     def __init__(self, request: AttentionRequest) -> None:
         self.request = request
-        self.mask = None if request.mask is None else self._by_head(request.mask)
         self.queries = request.query.shape[2]
-        self.first_position = request.pair.key.length - self.queries
 
     def apply(self, scores: torch.Tensor, start: int) -> torch.Tensor:
         """Return scores `[B, H, R, T]` of the tokens from position `start` on, scaled, capped and masked."""
         scores = self._scale(scores)
-        stop = start + scores.shape[-1]
-        if self.mask is not None:
-            return self._add(scores, self.mask[..., start:stop])
-        if self.request.is_causal and stop > self.first_position + 1:
-            positions = torch.arange(start, stop, device=scores.device)
-            last_seen = torch.arange(self.first_position, self.first_position + self.queries, device=scores.device)
-            return self._add(scores, positions <= last_seen[:, None])
-        return scores
+        mask = visible(self.request, start, start + scores.shape[-1])
+        return scores if mask is None else self._add(scores, self._by_head(mask))
 
     def apply_at(self, scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Return scores `[B, H, R, T]` of tokens at `positions`, int64 `[B, T]`, all before the first query."""
         scores = self._scale(scores)
-        if self.mask is None:
+        if self.request.mask is None:
             return scores
-        places = positions[:, None, None, None]
-        return self._add(scores, torch.take_along_dim(self.mask.expand(len(positions), -1, -1, -1, -1), places, dim=-1))
+        mask, places = self._by_head(with_four_dims(self.request.mask)), positions[:, None, None, None]
+        return self._add(scores, torch.take_along_dim(mask.expand(len(positions), -1, -1, -1, -1), places, dim=-1))
 
     def _scale(self, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.mul_(self.request.scaling)
@@ -46,8 +39,7 @@ class RowMask:
         return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
     def _by_head(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return a view `[B or 1, H or 1, queries per head or 1, Tq or 1, Tk]`."""
-        mask = mask[(None,) * (4 - mask.dim())]
+        """Return a view `[B or 1, H or 1, queries per head or 1, Tq or 1, T]`."""
         per_head = self.request.queries_per_head if mask.shape[1] > 1 else 1
         by_head: torch.Tensor = mask.unflatten(1, (-1, per_head))
         return by_head
