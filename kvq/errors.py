@@ -2,25 +2,25 @@
 
     KVQError
     ├── ConfigError (ValueError)             a configuration is wrong; `.faults` lists every reason
-    ├── BackendError                         a backend cannot be had
+    ├── BackendError                         a backend is unavailable
     │   ├── UnknownBackendError (LookupError)
     │   ├── BlockedBackendError (LookupError)
     │   ├── BackendConflictError (LookupError)
     │   ├── BrokenBackendError (ImportError)
     │   ├── MissingRequirementError (ImportError)
-    │   └── BackendFailedError (RuntimeError)    its own code raised while it was at work
+    │   └── BackendFailedError (RuntimeError)    its own code raised an error
     ├── QuantizerContractError (TypeError)   a quantizer returned something outside its contract
     ├── StatesError (ValueError)             states handed to `update` do not fit the cache
     ├── ModelError (ValueError)              a model that this cache cannot serve
-    ├── EvaluationError (ValueError)         what was to be measured cannot be, or not like that
-    ├── MissingExtraError (ImportError)      a part of kvq whose extra is not installed
+    ├── EvaluationError (ValueError)         a measurement that cannot be made, or not as it was asked for
+    ├── MissingExtraError (ImportError)      a part of kvq needs an extra that is not installed
     ├── CacheFileError (ValueError)          a file that is no cache, or not the one that was asked for
     ├── ContractViolationError (AssertionError)  a backend fails a check of `kvq.testing`
-    ├── CheckNotApplicableError (LookupError)    a check of `kvq.testing` has nothing to look at in this backend
+    ├── CheckNotApplicableError (LookupError)    a check of `kvq.testing` does not apply to this backend
     └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state
 
-Each class is also the built-in that a caller would expect, so that either can be caught. None is a `KeyError`, which
-prints its message quoted.
+Each class is also the built-in that a caller would expect: catch either. None is a `KeyError`, which prints its message
+quoted.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from dataclasses import dataclass, replace
 MAX_MESSAGE_LENGTH = 2000
 MAX_MESSAGE_LINES = 24
 MAX_PART_LENGTH = 600
-"""Characters of the place of a fault, of what it says, and of the name of a file: several of them fit on a screen."""
+"""Most characters of a fault's place, of its problem, and of a file's name, for several of them to fit on a screen."""
 MAX_STEP_LENGTH = 80
-"""Characters of one key on the way to a fault."""
+"""Most characters of one key in a fault's path."""
 
 
 def shorten(text: str, length: int = MAX_MESSAGE_LENGTH, lines: int = MAX_MESSAGE_LINES) -> str:
-    """Return a text that fits on a screen: cut where it is longer, with how much was left out."""
+    """Return a text that fits on a screen: a longer one is cut, and says how much was left out."""
     rows = text.split("\n")
     if len(rows) > lines:
         text = "\n".join([*rows[: lines - 1], f"... {len(rows) - lines + 1:,} more lines"])
@@ -51,7 +51,7 @@ def shorten(text: str, length: int = MAX_MESSAGE_LENGTH, lines: int = MAX_MESSAG
 class KVQError(Exception):
     """Root of all errors that kvq raises on purpose.
 
-    What a message quotes may be of any length; `str` of an error fits on a screen, `args` hold all of it.
+    A message may quote text of any length: `str` of an error is cut to fit on a screen, `args` hold all of it.
     """
 
     def __str__(self) -> str:
@@ -63,9 +63,9 @@ class Fault:
     """One thing wrong with a configuration.
 
     Attributes:
-        path: where, outermost first, e.g. `("layers", "0-3", "nbits_k")`.
-        problem: what was given, what is accepted and what to do, in one line.
-        cause: the backend's own error, where that is the reason.
+        path: the keys that lead to it, outermost first, e.g. `("layers", "0-3", "nbits_k")`.
+        problem: the value given, the values accepted and what to do, in one line.
+        cause: the backend's own error, if that is the reason.
     """
 
     path: tuple[str | int, ...]
@@ -116,7 +116,7 @@ class ConfigError(KVQError, ValueError):
 
 
 class BackendError(KVQError):
-    """A backend cannot be had; the subclasses say why."""
+    """A backend is unavailable; the subclasses say why."""
 
 
 class UnknownBackendError(BackendError, LookupError):
@@ -124,7 +124,7 @@ class UnknownBackendError(BackendError, LookupError):
 
 
 class BlockedBackendError(BackendError, LookupError):
-    """The backend is installed, but `KVQ_PLUGINS` or `KVQ_BLOCK_PLUGINS` keeps it out."""
+    """The backend is installed, but `KVQ_PLUGINS` or `KVQ_BLOCK_PLUGINS` blocks it."""
 
 
 class BackendConflictError(BackendError, LookupError):
@@ -132,7 +132,7 @@ class BackendConflictError(BackendError, LookupError):
 
 
 class BrokenBackendError(BackendError, ImportError):
-    """The plugin failed to import, or what it returned is not a valid `BackendSpec`."""
+    """The plugin failed to import, or did not return a valid `BackendSpec`."""
 
 
 class MissingRequirementError(BackendError, ImportError):
@@ -156,7 +156,7 @@ class ModelError(KVQError, ValueError):
 
 
 class EvaluationError(KVQError, ValueError):
-    """What was to be measured cannot be: no such text, model or gate."""
+    """A measurement cannot be made as it was asked for, e.g. there is no such text, model or gate."""
 
 
 class MissingExtraError(KVQError, ImportError):
@@ -164,7 +164,7 @@ class MissingExtraError(KVQError, ImportError):
 
 
 class CacheFileError(KVQError, ValueError):
-    """A file of a cache cannot be written, or is refused; the message says why."""
+    """A cache's file cannot be written, or is refused; the message says why."""
 
 
 class ContractViolationError(KVQError, AssertionError):
@@ -172,8 +172,8 @@ class ContractViolationError(KVQError, AssertionError):
 
 
 class CheckNotApplicableError(KVQError, LookupError):
-    """A check has nothing to look at: a device that is not here, a capability that the backend has not."""
+    """A check does not apply: the device is not here, or the backend lacks the capability."""
 
 
 class CacheStateError(KVQError, RuntimeError):
-    """An operation that the cache cannot do in its present state."""
+    """The cache cannot do this operation in its present state."""

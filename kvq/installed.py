@@ -1,4 +1,4 @@
-"""Installed versions against requirements, from metadata alone: it works where nothing can be imported."""
+"""Compare installed versions with requirements, by metadata alone: this works even if nothing can be imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion
 def find_version(distribution: str) -> str | None:
     """Return the installed version of a distribution, or None."""
     try:
-        # None, or a KeyError in newer Pythons, where an installation is damaged and its metadata lacks the version.
+        # The metadata of a damaged installation lacks the version: None, or a KeyError in newer Pythons.
         return metadata.version(distribution) or None
     except (metadata.PackageNotFoundError, KeyError):
         return None
@@ -21,7 +21,7 @@ def find_version(distribution: str) -> str | None:
 def is_accepted(version: str, specifier: SpecifierSet) -> bool:
     """Return whether a version is in a range.
 
-    A pre-release counts; what is not even a version is only in a range that takes everything.
+    A pre-release counts. A text that is no version at all is only in the range that accepts everything.
     """
     try:
         return specifier.contains(version, prereleases=True)
@@ -35,6 +35,6 @@ def applies(requirement: Requirement, extra: str = "") -> bool:
 
 
 def is_met(requirement: Requirement) -> bool:
-    """Return whether what is required is installed in a version that is accepted."""
+    """Return whether the required distribution is installed in a version that the requirement accepts."""
     installed = find_version(requirement.name)
     return installed is not None and is_accepted(installed, requirement.specifier)

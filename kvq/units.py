@@ -27,7 +27,7 @@ def parse_bytes(text: str) -> int:
     """Read a number of bytes with its unit, e.g. `24GiB`, `80 GB` or `1.5TiB`.
 
     Raises:
-        ValueError: it is none, or less than one byte.
+        ValueError: the text is not a size, or is less than one byte.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*", text, re.ASCII)
     factor = _POWERS.get(found[2].upper()) if found else None

@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's own line, however deep in the package their reason is found."""
+"""Warnings that point at the caller's own line, however deep in the package they are raised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _told: set[str] = set()
 
 
 def warn_user_once(message: str) -> None:
-    """Warn as `warn_user`, but only the first time in a process that there is that to say."""
+    """Warn as `warn_user`, but each message only once in a process."""
     if message not in _told:
         _told.add(message)
         warn_user(message)

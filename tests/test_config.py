@@ -364,7 +364,7 @@ class TestLayers:
         config = make_config(layers={"last:2": {"nbits_k": 8}})
         assert config.needs_layer_count
         assert not make_config(layers={"0": {}, "first:3": {}}).needs_layer_count
-        with pytest.raises(ConfigError, match=r"'last:2' counts from the end; pass `model=`"):
+        with pytest.raises(ConfigError, match=r"'last:2' counts .* needs the number of layers; pass `model=`"):
             config.for_layer(0)
 
     @pytest.mark.parametrize("selector", ["8", "8-9", "-9"])
@@ -413,7 +413,7 @@ class TestLayers:
     def test_full_precision_stands_alone(self):
         assert make_config(layers={0: {"full_precision": True}}).for_layer(0).full_precision is True
         assert refusal(layers={0: {"full_precision": True, "nbits_k": 4}}).startswith(
-            "layers['0']: full_precision=True quantizes nothing, so that nbits_k would have no effect"
+            "layers['0']: full_precision=True quantizes nothing, so nbits_k would have no effect"
         )
         assert refusal(layers={0: {"full_precision": 1}}) == (
             "layers['0'].full_precision: 1 is not accepted: true or false"

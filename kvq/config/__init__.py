@@ -1,4 +1,4 @@
-"""The configuration of a cache: what users write, checked as a whole, and what one layer reads of it."""
+"""The configuration of a cache: the fields that users write, checked as a whole, and the settings of each layer."""
 
 from kvq.config.cache_config import DEFAULT_BACKEND, KVQCacheConfig
 from kvq.config.field_types import KeyValue

@@ -1,6 +1,7 @@
 """The backend that a configuration chooses: a name or a `BackendSpec`, for both sides or one each.
 
-Owns how a choice is read, looked up and written out; what the chosen backend accepts is in `kvq.config.backend_limits`.
+Owns how a choice is read, looked up and written out. The limits of the chosen backend are in
+`kvq.config.backend_limits`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ def get_side_backend(choice: Any, side: Side) -> BackendSpec:
     """Return the backend that is chosen for one side.
 
     Raises:
-        BackendError: it cannot be had.
+        BackendError: the backend is unavailable.
     """
     own = of_side(choice, side)
     return own if isinstance(own, BackendSpec) else get_registry().get_backend(own)
 
 
 def check_backends(choice: Any) -> None:
-    """Check that what is chosen can be had, for both sides.
+    """Check that the backends chosen for both sides are available.
 
     Raises:
-        ConfigError: with the backend's own error as the cause of its fault.
+        ConfigError: one is not; the backend's own error is the cause of the fault.
     """
     faults = FaultCollector()
     for side in SIDES if isinstance(choice, KeyValue) else SIDES[:1]:
@@ -48,7 +49,7 @@ def find_given_spec(choice: Any, name: str) -> BackendSpec | None:
 
 
 def check_writable(choice: Any) -> None:
-    """Check that a file can say what is chosen: every backend is known by its name.
+    """Check that the choice can be written to a file: every backend is registered under its name.
 
     Raises:
         ConfigError: a `BackendSpec` was given that the registry does not know, or knows as another one.
@@ -79,7 +80,7 @@ def _parse_one_choice(value: object, accepted: str) -> str | BackendSpec:
             check_spec(value, value.name, "the object given")
         except BackendError as error:
             raise ConfigError([Fault((), str(error), error)]) from error
-        # By its name where it has one, so that equal configurations are equal however they were written.
+        # A registered backend becomes its name: two configurations that choose it by name and by object are equal.
         return value.name if _is_registered(value) else value
     if not isinstance(value, str) or not value:
         raise not_accepted(value, accepted)

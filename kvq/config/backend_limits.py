@@ -1,4 +1,4 @@
-"""What a backend accepts of bits, axes and group sizes, and the words that its integer axes stand for."""
+"""The bits, axes and group sizes that a backend accepts, and the words that its integer axes mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_nbits(nbits: float, backend: BackendSpec) -> None:
     """Check that the backend has codes of that many bits.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     accepted = backend.capabilities.nbits
     if nbits not in accepted:
@@ -29,7 +29,7 @@ def check_granularity(granularity: Granularity, backend: BackendSpec) -> None:
     """Check that the backend has groups of that direction.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     accepted = backend.capabilities.granularities
     if granularity not in accepted:
@@ -39,17 +39,17 @@ def check_granularity(granularity: Granularity, backend: BackendSpec) -> None:
 
 
 def resolve_axis(axis: Granularity | int, backend: BackendSpec, field: str) -> Granularity:
-    """Return the word for an axis, which in an integer is the meaning of the backend's own library.
+    """Return the word for an axis; an integer has the meaning that the backend's own library gives it.
 
-    Warns once where an integer means the opposite of what it means for transformers' default backend.
+    Warn once if an integer means the opposite of its meaning for transformers' default backend.
 
     Args:
-        axis: a word, returned as it is, or an integer.
-        backend: whose integers they are.
-        field: the name to use in the warning.
+        axis: a word, which is returned as it is, or an integer.
+        backend: the backend that gives integers their meaning.
+        field: the field's name, for the warning.
 
     Raises:
-        ValueError: the integer means nothing to the backend.
+        ValueError: the backend gives this integer no meaning.
     """
     if isinstance(axis, Granularity):
         return axis
@@ -74,7 +74,7 @@ def check_group_size(group_size: int, granularity: Granularity) -> None:
     """Check that groups of that length can be stored in whole bytes.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: they cannot be.
     """
     if granularity is Granularity.PER_CHANNEL and group_size % CHANNEL_GROUP_MULTIPLE:
         raise ValueError(

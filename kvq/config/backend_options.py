@@ -16,7 +16,7 @@ from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.registry import get_registry
 
 MAX_DEPTH = 16
-"""Mappings and lists within each other; YAML can even express one that holds itself."""
+"""How deep mappings and lists may be nested; YAML can even express one that holds itself."""
 
 
 def resolve_options(
@@ -26,10 +26,10 @@ def resolve_options(
 
     Args:
         options: options by backend name.
-        choices: the backends that the configuration chooses, among which one given as an object is found.
+        choices: the backends that the configuration chooses; one given as an object is found among them.
 
     Raises:
-        ConfigError: with every fault of every backend's options.
+        ConfigError: options are wrong; it lists every fault of every backend's options.
     """
     choices = tuple(choices)
     faults = FaultCollector()

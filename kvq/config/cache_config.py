@@ -1,4 +1,4 @@
-"""The configuration of a cache: what users write, checked as a whole.
+"""The configuration of a cache: the fields that users write, checked as a whole.
 
 Owns the fields, their defaults and how they depend on each other. It asks the registry what a backend accepts; it must
 not know how anything is quantized or stored.
@@ -49,11 +49,12 @@ DEFAULT_BACKEND = "quanto"
 class KVQCacheConfig(FrozenModel):
     """Configuration of a `KVQ` cache, from keywords, a mapping, YAML or JSON.
 
-    Frozen; unknown keys are refused. Equal configurations compare equal whatever they were written in.
+    It is frozen, and refuses unknown keys. Equal configurations compare equal, whether they came from keywords or a
+    file.
 
     Raises:
-        ConfigError: listing every fault with its path, what was given and what is accepted.
-        BackendError: where the only fault is that the backend cannot be had.
+        ConfigError: something is wrong; it lists every fault with its path, the value given and the values accepted.
+        BackendError: the only fault is that the backend is unavailable.
     """
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and nothing that a set should hold
@@ -63,36 +64,38 @@ class KVQCacheConfig(FrozenModel):
         default=DEFAULT_BACKEND,
         description="name of a backend (`kvq backends` lists them), a `BackendSpec`, or `{key: ..., value: ...}`",
     )
-    nbits_k: Bits = Field(default=4, description="bits per code of the keys; fractional where the backend says so")
+    nbits_k: Bits = Field(default=4, description="bits per code of the keys; fractional if the backend supports it")
     nbits_v: Bits = Field(default=2, description="bits per code of the values")
     axis_key: Axis = Field(
         default=Granularity.PER_CHANNEL,
-        description="`per_channel` or `per_token`; an integer means what it means in the backend's own library",
+        description="`per_channel` or `per_token`; an integer has the meaning of the backend's own library",
     )
     axis_value: Axis = Field(default=Granularity.PER_TOKEN, description="the same for the values")
     q_group_size: GroupSize = Field(
         default=64, description="elements per scale; one number or `{key: ..., value: ...}`"
     )
-    residual_length: Tokens = Field(default=128, description="tokens; the newest ones, always exact")
-    sink_length: Tokens = Field(default=4, description="tokens; the first real ones of each row, always exact")
+    residual_length: Tokens = Field(default=128, description="how many of the newest tokens stay exact")
+    sink_length: Tokens = Field(default=4, description="how many of the first real tokens of each row stay exact")
     rotation_k: Rotation = Field(default="none", description="`none` or `hadamard`, for affine backends")
     rotation_v: Rotation = Field(default="none", description="the same for the values")
     compute_dtype: Dtype | None = Field(
         default=None,
-        description="dtype that dequantization computes in; default: float32, rounded once to that of the states",
+        description="dtype that dequantization computes in; default: float32, then rounded once to the states' dtype",
     )
     metadata_dtype: Dtype | None = Field(
         default=None,
         description="dtype of scale and mid; default: float16, but float32 for mid above 4 bits or in short groups",
     )
     device: Device | None = Field(
-        default=None, description="where the store lives; default, or the states' own type: with the states"
+        default=None, description="device of the packed store; default, or the states' own device type: with the states"
     )
     sliding: Literal["keep", "quantize"] = Field(
-        default="keep", description="sliding-window layers: keep transformers' bounded layers, or quantize them"
+        default="keep",
+        description="sliding-window layers: `keep` transformers' bounded layers, or `quantize` them",
     )
     cross_attention: Literal["keep", "quantize"] = Field(
-        default="keep", description="encoder-decoder models: cross-attention in full precision, or quantized too"
+        default="keep",
+        description="encoder-decoder models: `keep` cross-attention in full precision, or `quantize` it too",
     )
     layers: dict[str, LayerConfig] = Field(
         default_factory=dict,
@@ -166,7 +169,7 @@ class KVQCacheConfig(FrozenModel):
         return resolve_options(value, [info.data.get("backend"), *(layer.backend for layer in layers.values())])
 
     def model_post_init(self, context: Any) -> None:  # noqa: ARG002  # pydantic passes it
-        """Warn where keys get fewer bits than values, which is usually the wrong way round."""
+        """Warn if keys get fewer bits than values, which is usually the wrong way round."""
         places = {
             "": LayerConfig(nbits_k=self.nbits_k),
             **{f"layers[{text!r}].": own for text, own in self.layers.items()},
@@ -195,7 +198,7 @@ class KVQCacheConfig(FrozenModel):
             source: the file to name in errors.
 
         Raises:
-            ConfigError, BackendError: as the constructor, naming `source`.
+            ConfigError, BackendError: as from the constructor; the message names `source`.
         """
         if not isinstance(values, Mapping):
             raise ConfigError([Fault((), f"a mapping of fields is needed, got {type(values).__name__}")], source)
@@ -211,18 +214,18 @@ class KVQCacheConfig(FrozenModel):
         """Read a configuration from YAML (safe subset) or JSON.
 
         Raises:
-            ConfigError: the file cannot be read or parsed, or what it says is wrong; the file is named.
-            BackendError: as the constructor; the file is named.
+            ConfigError: the file cannot be read or parsed, or its content is wrong; the message names the file.
+            BackendError: as from the constructor; the message names the file.
         """
         return cls.from_mapping(load_mapping(path), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values that YAML and JSON can hold.
 
-        Every field is written out; of `layers`, what each entry says.
+        Every field is written out; an entry of `layers` has only the fields that were set.
 
         Raises:
-            ConfigError: a backend was given as an object that is not registered, so that no file can name it.
+            ConfigError: a backend was given as an object that is not registered, which no file can name.
         """
         faults = FaultCollector()
         with faults.at("backend"):
@@ -235,24 +238,24 @@ class KVQCacheConfig(FrozenModel):
         return {**self.model_dump(mode="json"), "layers": layers}
 
     def to_yaml(self) -> str:
-        """Return the configuration as YAML; raises what `to_dict` raises."""
+        """Return the configuration as YAML; it raises the same errors as `to_dict`."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def replace(self, **changes: Any) -> KVQCacheConfig:
-        """Return a configuration with some fields changed, checked anew."""
+        """Return a configuration with some fields changed; it is checked as a whole again."""
         return type(self)(**{**dict(self), **changes})
 
     @property
     def needs_layer_count(self) -> bool:
-        """Whether a layer is chosen from the end, so that only a model tells which it is."""
+        """Whether a layer is counted from the end, which needs the number of the model's layers."""
         return any(LayerSelector.parse(text).counts_from_end for text in self.layers)
 
     def for_layer(self, layer_idx: int, num_layers: int | None = None) -> ResolvedLayer:
-        """Return what holds for one layer.
+        """Return the settings of one layer.
 
         Args:
             layer_idx: index of the layer, from 0.
-            num_layers: layers of the model; needed where a layer is chosen from the end.
+            num_layers: number of the model's layers; needed if a layer is counted from the end.
 
         Raises:
             ConfigError: `layers` does not fit a model of that length; see `find_selector`.
@@ -263,6 +266,6 @@ class KVQCacheConfig(FrozenModel):
 
 
 def _backend_of_field(info: ValidationInfo) -> BackendSpec | None:
-    """Return the backend of the side that a field is about, or None where the choice itself was refused."""
+    """Return the backend of the side that a field is about, or None if the choice itself was refused."""
     choice = info.data.get("backend")
     return None if choice is None else get_side_backend(choice, SIDE_OF_FIELD[str(info.field_name)])

@@ -1,4 +1,4 @@
-"""From what pydantic and the registry say to the errors of kvq: paths as the user wrote them, one line a fault."""
+"""Turn errors of pydantic and the registry into kvq's: paths as the user wrote them, one line a fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ACCEPTED = {
     "model_type": "a mapping of fields",
     "string_type": "a string",
 }
-"""What pydantic's types of error mean in the words of a configuration file."""
+"""pydantic's types of error in the words of a configuration file."""
 
 _ABSENT = object()
 _shortener = reprlib.Repr()
@@ -27,7 +27,7 @@ _shortener.maxstring = _shortener.maxother = 80
 
 
 def shown(value: object) -> str:
-    """Return `repr(value)`, cut where it is long."""
+    """Return `repr(value)`, cut if it is long."""
     try:
         return _shortener.repr(value)
     except ValueError:  # Python writes out no integer of more than some thousand digits
@@ -37,19 +37,19 @@ def shown(value: object) -> str:
 
 
 def not_accepted(value: object, accepted: str) -> ValueError:
-    """Return the error for a value that is none of `accepted`."""
+    """Return the error for a value that is not accepted; `accepted` says which values are."""
     return ValueError(f"{shown(value)} is not accepted: {accepted}")
 
 
 class FaultCollector:
-    """Gathers faults, so that all of them can be told at once."""
+    """Gathers faults, to report all of them at once."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
 
     @contextmanager
     def at(self, *path: str | int) -> Iterator[None]:
-        """Keep what is raised inside as a fault at `path`."""
+        """Keep an error raised inside the block as a fault at `path`."""
         try:
             yield
         except ConfigError as error:
@@ -60,17 +60,17 @@ class FaultCollector:
             self.faults.append(Fault(path, str(error)))
 
     def raise_faults(self) -> None:
-        """Raise what was gathered, if anything.
+        """Raise the faults that were gathered, if there are any.
 
         Raises:
-            ConfigError: with all faults, in the order in which they were found.
+            ConfigError: there are faults; it lists all of them, in the order in which they were found.
         """
         if self.faults:
             raise ConfigError(self.faults)
 
 
 def as_kvq_error(faults: Sequence[Fault], source: str | None = None) -> ConfigError | BackendError:
-    """Return the error that tells `faults`: the backend's own where its absence is all that is wrong.
+    """Return the error that reports `faults`: the backend's own if its absence is the only fault.
 
     Args:
         faults: at least one.
@@ -92,8 +92,8 @@ def find_faults(error: ValidationError, values: object, fields: Iterable[str]) -
 
     Args:
         error: what pydantic raised.
-        values: what was validated, by which the paths are told from the names of pydantic's own branches.
-        fields: the names that are known at the top.
+        values: the values that were validated; they tell the user's paths from the names of pydantic's own branches.
+        fields: the field names that are known at the top level.
     """
     known = tuple(fields)
     faults: list[Fault] = []

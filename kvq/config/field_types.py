@@ -1,6 +1,6 @@
-"""The types of single fields: what each accepts, what it is turned into and how it is written out.
+"""The types of single fields: which values each accepts, how it converts them and how it writes them out.
 
-Every type refuses with one line that shows the value and says what is accepted. Nothing here knows a backend.
+Every type refuses a wrong value with one line that shows it and says what is accepted. Nothing here knows a backend.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class KeyValue(FrozenModel):
 
 
 def of_side(setting: Any, side: Side) -> Any:
-    """Return what `setting` says of one side; a setting that is no `KeyValue` holds for both."""
+    """Return the setting of one side; a setting that is no `KeyValue` holds for both."""
     return getattr(setting, side) if isinstance(setting, KeyValue) else setting
 
 
@@ -43,9 +43,9 @@ def parse_sides(value: object, parse: Callable[[object, str], T], accepted: str)
     """Read one setting for both sides, or `{key: ..., value: ...}`; two equal ones become one.
 
     Args:
-        value: what was given.
-        parse: reads the setting of one side; its second argument is what to say is accepted.
-        accepted: what one side accepts.
+        value: the value given.
+        parse: reads the setting of one side; its second argument is the description of accepted values.
+        accepted: describes the values that one side accepts.
 
     Raises:
         ValueError: the value is not accepted.
@@ -66,7 +66,7 @@ def parse_sides(value: object, parse: Callable[[object, str], T], accepted: str)
 
 
 def dump_sides(setting: Any) -> Any:
-    """Return what `parse_sides` reads back."""
+    """Return plain values that `parse_sides` reads back."""
     return {side: of_side(setting, side) for side in SIDES} if isinstance(setting, KeyValue) else setting
 
 

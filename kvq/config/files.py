@@ -16,8 +16,8 @@ def load_mapping(path: str | Path) -> dict[Any, Any]:
     """Read the mapping that a file holds; an empty file holds an empty one.
 
     Args:
-        path: a file whose name ends in `.json`, or any other one with YAML, of which tags that build Python objects
-            are refused.
+        path: a JSON file if its name ends in `.json`, else a YAML file. YAML tags that build Python objects are
+            refused.
 
     Raises:
         ConfigError: the file cannot be read or parsed, repeats a key, or holds no mapping.
@@ -43,10 +43,10 @@ def load_mapping(path: str | Path) -> dict[Any, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, of which YAML silently takes the last."""
+    """A safe loader that refuses a key given twice; YAML itself would silently take the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Checked before merge keys ("<<") are worked in, by which a key may well be overridden.
+        # Checked before merge keys ("<<") are applied, which may well override a key.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[Hashable] = set()
         for key_node, _ in node.value:

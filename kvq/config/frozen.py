@@ -37,8 +37,8 @@ class FrozenModel(BaseModel):
     """A frozen model that knows all its keys and raises kvq's own errors.
 
     Raises:
-        ConfigError: with every fault, not only the first.
-        BackendError: where the only fault is that a backend cannot be had.
+        ConfigError: something is wrong; it lists every fault, not only the first.
+        BackendError: the only fault is that a backend is unavailable.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, validate_default=True)
@@ -54,5 +54,5 @@ class FrozenModel(BaseModel):
             raise refused from (refused.__cause__ or error)
 
     def __deepcopy__(self: Model, memo: dict[int, Any] | None = None) -> Model:
-        # What a configuration holds is frozen too, and a `BackendSpec` in it need not be copyable.
+        # The values of a configuration are frozen too, and a `BackendSpec` among them need not be copyable.
         return self.__copy__()

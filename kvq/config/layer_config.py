@@ -1,4 +1,4 @@
-"""What differs in some layers, and how it is checked against the configuration around it."""
+"""Settings of some layers, and how they are checked against the configuration around them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIDE_OF_FIELD: dict[str, Side] = {
 
 
 class LayerConfig(FrozenModel):
-    """What differs in some layers; a field that is None is taken from the cache's configuration."""
+    """Settings of some layers; a field that is None is taken from the cache's configuration."""
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and nothing that a set should hold
 
@@ -45,7 +45,7 @@ class LayerConfig(FrozenModel):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The fields that say something, by name."""
+        """The fields that are set, by name."""
         return {name: value for name, value in self if value is not None and value is not False}
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
@@ -56,7 +56,7 @@ class LayerConfig(FrozenModel):
         others = sorted(self.given.keys() - {"full_precision"})
         if self.full_precision and others:
             raise ValueError(
-                f"full_precision=True quantizes nothing, so that {', '.join(others)} would have no effect; drop one"
+                f"full_precision=True quantizes nothing, so {', '.join(others)} would have no effect; drop one"
             )
         return self
 
@@ -69,7 +69,7 @@ def resolve_layers(layers: Mapping[str, LayerConfig], outer: Mapping[str, Any]) 
         outer: the fields of the configuration around them that are valid.
 
     Raises:
-        ConfigError: with every fault of every entry.
+        ConfigError: entries are wrong; it lists every fault of every entry.
     """
     faults = FaultCollector()
     selectors: list[LayerSelector] = []
@@ -103,7 +103,7 @@ def _resolve_layer(layer: LayerConfig, outer: Mapping[str, Any]) -> LayerConfig:
 def _resolve_side(
     side: Side, layer: LayerConfig, merged: Mapping[str, Any], faults: FaultCollector
 ) -> dict[str, Granularity]:
-    """Check one side of a layer with what it inherits; return the word for its axis, if it has one of its own."""
+    """Check one side of a layer, inherited fields included; return the word for its axis, if it sets one itself."""
     backend = get_side_backend(merged["backend"], side)
     nbits_field, axis_field = NBITS_FIELDS[side], AXIS_FIELDS[side]
     touched = layer.given.keys()

@@ -1,6 +1,6 @@
 """Which layers an entry of `layers` is about: an index, a range, or a number of layers from either end.
 
-It knows numbers only; what is configured for the layers is none of its business.
+It knows numbers only, and must not know the settings of the layers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class LayerSelector:
 
     Attributes:
         text: the key as it was written.
-        start: the first layer; where negative, both ends count from the end of the model.
-        stop: one past the last layer; 0 is the end of the model where `start` is negative.
+        start: the first layer; if it is negative, both ends count from the end of the model.
+        stop: one past the last layer; 0 is the end of the model if `start` is negative.
         rank: 0 for an index, 1 for a range, 2 for first and last; the lowest wins.
     """
 
@@ -57,7 +57,7 @@ class LayerSelector:
         """Return the chosen layers that exist.
 
         Args:
-            num_layers: layers of the model; None: not known, every layer exists.
+            num_layers: number of the model's layers; None: it is not known, and every layer exists.
 
         Raises:
             ConfigError: the layers are counted from the end and `num_layers` is None.
@@ -65,7 +65,7 @@ class LayerSelector:
         if not self.counts_from_end:
             return range(self.start, self.stop if num_layers is None else min(self.stop, num_layers))
         if num_layers is None:
-            problem = f"{self.text!r} counts from the end; pass `model=`, so that the number of layers is known"
+            problem = f"{self.text!r} counts from the end, which needs the number of layers; pass `model=`"
             raise ConfigError([Fault(("layers",), problem)])
         return range(max(0, num_layers + self.start), max(0, num_layers + self.stop))
 
@@ -77,7 +77,7 @@ class LayerSelector:
 
 
 def check_overlaps(selectors: Iterable[LayerSelector]) -> None:
-    """Refuse entries of one kind of which it is known without a model that they choose the same layer.
+    """Refuse entries of one kind that choose the same layer in every model long enough.
 
     Raises:
         ConfigError: two entries of equal rank overlap.
@@ -101,7 +101,7 @@ def find_selector(texts: Iterable[str], layer_idx: int, num_layers: int | None) 
     Args:
         texts: the keys of `layers`.
         layer_idx: index of the layer, from 0.
-        num_layers: layers of the model, or None where that is not known.
+        num_layers: number of the model's layers, or None if it is not known.
 
     Raises:
         ConfigError: two keys of equal rank choose the layer, a key chooses no layer of a model of that length, or

@@ -1,7 +1,7 @@
-"""What a configuration may be made of, looked at before any field is: names as keys, no deeper than a person writes.
+"""The form of a configuration, checked before any field: keys are names, and nesting is no deeper than a person writes.
 
-A YAML file can express a mapping that holds itself, a few lines that stand for billions of values, and keys that are no
-strings; what reads single fields would recurse, run out of memory or raise errors of its own there.
+A YAML file can express a mapping that holds itself, a few lines that mean billions of values, and keys that are no
+strings. The code that reads single fields would recurse, run out of memory or raise its own errors there.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from kvq.config.faults import shown
 from kvq.errors import Fault
 
 MAX_DEPTH = 20
-"""Mappings and lists within each other."""
+"""How deep mappings and lists may be nested."""
 MAX_VALUES = 10_000
-"""Values in all, those that an alias repeats counted each time."""
+"""Most values in all; those that an alias repeats count each time."""
 
 Path = tuple[str | int, ...]
 
 
 def find_strange_values(fields: Mapping[str, object]) -> list[Fault]:
-    """Return what is wrong with the form of a configuration, whatever its fields mean.
+    """Return the problem with a configuration's form, or None; the meaning of its fields does not matter.
 
     Args:
         fields: the configuration; the keys of `layers` are left to that field, which takes numbers as well.

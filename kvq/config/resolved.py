@@ -1,4 +1,4 @@
-"""What holds for one layer, after names are looked up and per-layer settings applied: all that a layer reads."""
+"""The settings of one layer, after names are looked up and per-layer settings applied: all that a layer reads."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from kvq.plugin_api.quantizer import Side
 
 @dataclass(frozen=True)
 class ResolvedSide:
-    """Everything that holds for one side of one layer.
+    """All settings of one side of one layer.
 
     Attributes:
-        backend: what quantizes it.
+        backend: the backend that quantizes it.
         options: the backend's own options, validated.
         nbits: bits per code.
         granularity: direction of the groups.
         group_size: elements per scale, as configured.
-        rotation: what the states are rotated by before they are quantized.
-        metadata_dtype: dtype of scale and mid, or None: for the core to choose.
+        rotation: the rotation applied to the states before they are quantized.
+        metadata_dtype: dtype of scale and mid, or None: the core chooses.
     """
 
     backend: BackendSpec
@@ -40,7 +40,7 @@ class ResolvedSide:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], side: Side) -> ResolvedSide:
-        """Take what concerns one side from the fields of a configuration."""
+        """Take the settings of one side from the fields of a configuration."""
         backend = get_side_backend(fields["backend"], side)
         return cls(
             backend=backend,
@@ -58,14 +58,14 @@ class ResolvedSide:
 
 @dataclass(frozen=True)
 class ResolvedLayer:
-    """Everything that holds for one layer.
+    """All settings of one layer.
 
     Attributes:
-        key, value: what holds for one side.
+        key, value: the settings of each side.
         residual_length: newest tokens that are always exact.
         sink_length: first real tokens of each row that are always exact.
-        compute_dtype: what dequantization computes in, or None: float32.
-        device: where the store lives, or None: with the states.
+        compute_dtype: dtype that dequantization computes in, or None: float32.
+        device: device of the packed store, or None: with the states.
         full_precision: whether nothing of the layer is quantized.
     """
 
@@ -91,7 +91,7 @@ class ResolvedLayer:
         )
 
     def side(self, name: Side) -> ResolvedSide:
-        """Return what holds for the keys or for the values."""
+        """Return the settings of the keys or of the values."""
         return self.key if name == "key" else self.value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedLayer:

@@ -1,4 +1,4 @@
-"""How backends are found by name: entry points, requirements, checks of what a plugin declares."""
+"""How backends are found by name: entry points, requirements, checks of a plugin's declaration."""
 
 from kvq.registry.registry import BackendInfo, BackendRegistry, available_backends, get_registry, register_backend
 

@@ -17,8 +17,8 @@ class Claim:
     """One entry point, and the distribution that it came with.
 
     Attributes:
-        entry_point: what to load.
-        distribution: name of the distribution, or an empty string where metadata has none.
+        entry_point: the entry point to load.
+        distribution: name of the distribution, or an empty string if its metadata lacks it.
         version: its version, or an empty string.
     """
 

@@ -1,8 +1,8 @@
 """Backends by name: listing, loading, registering; the only file that touches pluggy's manager.
 
 Names come from entry-point metadata, without an import. A plugin is imported when its name is asked for, and a vendor's
-library when a quantizer is built. What goes wrong in one plugin stays there: it is kept as that backend's state and
-raised only to whoever names it.
+library when a quantizer is built. An error in one plugin stays there: it is kept as that backend's state, and raised
+only for a caller who names that backend.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from kvq.registry.requirements import check_requirements
 from kvq.registry.spec_validation import check_spec
 
 ALLOW_VARIABLE = "KVQ_PLUGINS"
-"""Environment variable: the names, separated by commas, that alone may be loaded; set but empty: none may."""
+"""Environment variable: the only names that may be loaded, separated by commas; set but empty: none may."""
 
 BLOCK_VARIABLE = "KVQ_BLOCK_PLUGINS"
-"""Environment variable: the names, separated by commas, that may not be loaded, whatever the other one says."""
+"""Environment variable: names that may not be loaded, separated by commas; it wins over the other one."""
 
 State = Literal["available", "ready", "blocked", "conflict", "broken", "missing requirement"]
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What is known of one backend.
+    """A backend as it is listed.
 
     Attributes:
         name: the name that users write.
-        origin: the distribution that offers it, or where it was registered.
+        origin: the distribution that offers it, or `register_backend`.
         version: that distribution's version, or an empty string.
         state: `available` (named by an entry point, not imported yet), `ready` (imported, valid, requirements met),
             or why it cannot be used.
-        reason: the reason in words, empty where there is nothing to say.
-        spec: the backend's own description, once it is imported.
+        reason: the reason in words; empty if there is none.
+        spec: the backend's own description, once its plugin is imported.
     """
 
     name: str
@@ -67,7 +67,7 @@ class BackendRegistry:
 
     Args:
         finder: returns the entry points; asked once, at the first use.
-        environment: where the allow and deny lists are read, at every use; `os.environ` by default.
+        environment: holds the allow and deny lists, which are read at every use; `os.environ` by default.
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class BackendRegistry:
         """List every backend, sorted by name.
 
         Args:
-            load: import each plugin, so that faults and capabilities are known; otherwise metadata is all that is read.
+            load: import each plugin, to know its faults and capabilities; otherwise only metadata is read.
         """
         with self._lock:
             return [self._describe(name, load=load) for name in self._names()]
 
     def check_requirements(self, spec: BackendSpec) -> None:
-        """Check from metadata, without an import, that what `spec` requires is installed.
+        """Check from metadata, without an import, that the requirements of `spec` are installed.
 
         Raises:
             MissingRequirementError: a requirement is absent or too old; the message names it and the remedy.
@@ -148,7 +148,7 @@ class BackendRegistry:
             return self._registered[name]
         claim = self._get_owner(name)
         if name in self._failures:
-            # A new error, so that no traceback grows, without the first one's, which would keep its frames alive.
+            # A new error: a stored one would grow its traceback at every raise, and keep the first one's frames alive.
             raise BrokenBackendError(self._failures[name])
         if name not in self._loaded:
             try:
@@ -159,9 +159,9 @@ class BackendRegistry:
         return self._loaded[name]
 
     def _alternatives(self) -> str:
-        """Return the end of a message about a backend that cannot be had: those that need kvq alone.
+        """Return the end of a message about an unavailable backend: the backends that need nothing but kvq.
 
-        Foreign plugins that nobody has named stay unimported, so only those already known are among them.
+        Foreign plugins that nobody has named stay unimported, so the list has only those that are already loaded.
         """
         own = {name for name, claimed in self._find_claims().items() if claimed.is_own}
         names = [name for name in sorted({*own, *self._loaded, *self._registered}) if self._needs_nothing(name)]
@@ -248,7 +248,7 @@ class _PluginLoader:
         self._manager.add_hookspecs(hooks)
 
     def load(self, claim: Claim) -> BackendSpec:
-        """Return what the plugin offers; a plugin that fails leaves nothing behind.
+        """Return the plugin's backend; a plugin that fails leaves nothing behind.
 
         Raises:
             BrokenBackendError: it cannot be imported, has no hook, or its hook fails or returns no valid spec.
@@ -262,7 +262,7 @@ class _PluginLoader:
                 self._manager.unregister(name=plugin_name)
             if isinstance(error, (BrokenBackendError, KeyboardInterrupt)):
                 raise
-            # Foreign code: whatever it raises, also sys.exit or a panic of a native extension, stays with its name.
+            # Foreign code may raise anything, even sys.exit or a panic of a native extension; it stays with its name.
             raise BrokenBackendError(
                 f"backend {name!r} from {claim} cannot be loaded: {type(error).__name__}: {error}; "
                 "repair or uninstall that distribution"

@@ -1,4 +1,4 @@
-"""Whether what a backend requires is installed, told from metadata without an import."""
+"""Check from metadata, without an import, that a backend's requirements are installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from kvq.errors import MissingRequirementError
 from kvq.installed import applies, find_version, is_met
 
-if TYPE_CHECKING:  # it imports torch, and this file should also serve where that cannot be imported
+if TYPE_CHECKING:  # it imports torch, and this file must also work if that cannot be imported
     from kvq.plugin_api.backend_spec import BackendSpec
 
 
@@ -35,6 +35,6 @@ def check_requirements(spec: BackendSpec) -> None:
 
 
 def find_versions(others: Sequence[str] = ()) -> dict[str, str]:
-    """Return the versions of kvq, of what it depends on, and of `others` that are installed."""
+    """Return the installed versions of kvq, its dependencies and `others`."""
     names = [re.split(r"[^\w.-]", text)[0] for text in metadata.requires("kvq") or () if "extra ==" not in text]
     return {name: version for name in ("kvq", *names, *others) if (version := find_version(name))}

@@ -1,6 +1,6 @@
-"""What a `BackendSpec` must look like before anything is done with it.
+"""Validate a `BackendSpec` before anything else reads it.
 
-A dataclass checks nothing that it is given, and a spec comes from foreign code: every field is looked at here, once.
+A dataclass checks none of its values, and a spec comes from foreign code: every field is checked here, once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from kvq.plugin_api.granularity import Granularity
 
 
 def check_spec(spec: object, name: str, origin: str) -> BackendSpec:
-    """Return `spec` as what it should be.
+    """Return `spec` if it is valid.
 
     Args:
-        spec: what a plugin returned, or a user gave.
-        name: the name that it is to have.
-        origin: where it came from, for the error.
+        spec: the object that a plugin returned or a user gave.
+        name: the name that it must have.
+        origin: its source, for the error.
 
     Raises:
         BrokenBackendError: it is no valid spec of that name; the message lists every reason.
@@ -29,7 +29,7 @@ def check_spec(spec: object, name: str, origin: str) -> BackendSpec:
     if not isinstance(spec, BackendSpec):
         reasons = [f"a BackendSpec is needed, got {type(spec).__name__}"]
     elif spec.api_version != API_VERSION:
-        # The fields may have another meaning there, so that nothing else is worth a look.
+        # The fields may have another meaning in that API: checking the rest would mislead.
         reasons = [
             f"it was written for plugin API {spec.api_version!r}, this kvq has {API_VERSION}; install a release for it"
         ]
