@@ -1,7 +1,7 @@
-"""Full precision as fast as plain torch has it: a preallocated buffer, and attention with packed queries.
+"""The fastest full precision in plain torch: a preallocated buffer, and attention with packed queries.
 
-Packed: the query heads that share a key-value head stand as its query tokens, so that neither keys and values are
-repeated nor SDPA takes the slow way that it has for grouped queries on a CPU.
+Packed: the query heads that share a key-value head become its query tokens. This avoids repeating keys and values, and
+SDPA's slow path for grouped queries on a CPU.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def packed_attention_forward(
         query: `[B, Hq, Tq, D]`.
         key: `[B, H, Tk, D]`.
         value: `[B, H, Tk, D_v]`.
-        attention_mask: what `sdpa_mask` made, or None.
-        **options: what the model passes.
+        attention_mask: the mask that `sdpa_mask` made, or None.
+        **options: all other arguments of the model.
 
     Returns:
         The output `[B, Tq, Hq, D_v]`, and None for the weights.
@@ -51,7 +51,7 @@ def packed_attention_forward(
 
 
 def register_packed_attention() -> None:
-    """Make the attention known to transformers."""
+    """Register the attention with transformers."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
@@ -60,7 +60,7 @@ class BufferLayer(CacheLayerMixin):
     """Keys and values in one allocation each, made at the first update.
 
     Args:
-        capacity: tokens that there is room for.
+        capacity: tokens that fit.
     """
 
     is_sliding = False
@@ -81,7 +81,7 @@ class BufferLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write states `[B, H, T, D]` behind those held and return views of all."""
+        """Write states `[B, H, T, D]` after those held and return views of all."""
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

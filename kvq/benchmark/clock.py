@@ -25,10 +25,11 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
 
 
 def transient_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Return by how much memory rises during `call` above what remains after it.
+    """Return the rise of memory during `call` above its level afterwards.
 
-    On a CPU it is called twice, and the second call counts: the allocations of torch, event by event. What a library
-    takes from the system by itself is not seen. On a GPU it is called once, and the peak of torch's allocator counts.
+    On a CPU it is called twice, and the second call counts: the allocations of torch, event by event. Memory that a
+    library takes from the system by itself is not seen. On a GPU it is called once, and the peak of torch's allocator
+    counts.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -37,7 +38,7 @@ def transient_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        call()  # so that what the counted call gives back was taken under the profiler, which else would not see it
+        call()  # the counted call may free this call's memory: the profiler must have seen its allocation
         with record_function(_COUNTED):
             call()
     results: Any = profiled.profiler.kineto_results
@@ -48,7 +49,7 @@ def transient_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_above_end(changes: list[int]) -> int:
-    """Return how far the running sum of changes in bytes rises above where it ends."""
+    """Return how far the running sum of changes in bytes rises above its end."""
     alive = peak = 0
     for change in changes:
         alive += change
@@ -57,7 +58,7 @@ def peak_above_end(changes: list[int]) -> int:
 
 
 def memory_tool(device: torch.device) -> str:
-    """Return the name of what `transient_bytes` measures with."""
+    """Return the name of the tool that `transient_bytes` measures with."""
     return CUDA_TOOL if device.type == "cuda" else CPU_TOOL
 
 

@@ -1,4 +1,4 @@
-"""What is compared: full precision in three forms, transformers' quantized caches, and kvq."""
+"""The caches to compare: full precision in three forms, transformers' quantized caches, and kvq's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["full precision", "transformers", "kvq"]
 DYNAMIC = "DynamicCache"
 DYNAMIC_PACKED = "DynamicCache, packed queries"
 BUFFER = "buffer, packed queries"
-"""The baseline that every ratio is taken against: full precision as fast as plain torch has it."""
+"""The baseline of every ratio: the fastest full precision in plain torch."""
 SDPA = "sdpa"
 FORMS = (("fused", ATTENTION_NAME, None), ("eager", ATTENTION_NAME, REFERENCE.name), ("materialized", SDPA, None))
 """How a cache of ours is read: label, attention implementation and kernel."""
@@ -32,12 +32,12 @@ class Contender:
     """A cache together with the attention that reads it.
 
     Attributes:
-        label: what the tables call it.
-        kind: what it belongs to.
+        label: its name in the tables.
+        kind: the group that it belongs to.
         attention: the attention implementation, by its name in transformers.
-        build: makes an empty cache for a model of this configuration, with room for so many tokens where it asks.
-        settings: what it was made from, as plain values.
-        kernel: the kernel that must read it, by name; None for the one that is the default here.
+        build: makes an empty cache for a model of this configuration, preallocated for that many tokens if it can.
+        settings: the settings that it was made from, as plain values.
+        kernel: name of the kernel that must read it; None: the default of this machine.
     """
 
     label: str
@@ -49,7 +49,7 @@ class Contender:
 
     @property
     def is_variant(self) -> bool:
-        """Whether it is a cache of ours that is not read as it is by default under "kvq" attention."""
+        """Whether it is a cache of ours that is read in another way than the default of "kvq" attention."""
         return self.kind == "kvq" and (self.attention != ATTENTION_NAME or self.kernel is not None)
 
 
@@ -59,7 +59,7 @@ class ContenderChoice:
 
     Attributes:
         configs: configurations of ours by label, as mappings.
-        bits: of the peers.
+        bits: bits of the peers.
         peers: whether transformers' quantized caches are among them.
     """
 
@@ -78,14 +78,14 @@ class ContenderChoice:
 
 
 def list_baselines() -> Iterator[Contender]:
-    """Yield full precision: as transformers has it, with packed queries, and in a preallocated buffer."""
+    """Yield full precision: transformers' own, with packed queries, and in a preallocated buffer."""
     yield Contender(DYNAMIC, "full precision", SDPA, _build_dynamic)
     yield Contender(DYNAMIC_PACKED, "full precision", PACKED_ATTENTION, _build_dynamic)
     yield Contender(BUFFER, "full precision", PACKED_ATTENTION, build_buffer_cache)
 
 
 def list_peers(nbits: int) -> Iterator[Contender]:
-    """Yield transformers' quantized caches of that many bits, and those that have no choice of bits."""
+    """Yield transformers' quantized caches of that many bits, and those with a fixed number of bits."""
     for label, options in PEERS.items():
         if options.get("nbits", nbits) == nbits:
             yield Contender(label, "transformers", SDPA, _peer_builder(options), {"transformers": dict(options)})

@@ -1,7 +1,7 @@
 """Time from a prompt to its first and second token: in a fresh process, and in one that has done it before.
 
-The first token pays for quantizing the prompt; cold, it pays for libraries that are only imported when needed, too. The
-second is the first decode step, where a kernel is compiled or loaded.
+The first token includes quantizing the prompt and, in a fresh process, importing libraries that are only imported when
+needed. The second is the first decode step, where a kernel is compiled or loaded.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from kvq.evaluation.model_loading import load_model
 from kvq.transformers_seams.private_names import pass_cache
 
 SPARE_TOKENS = 2
-"""Tokens that follow the prompt, for which a buffer needs room."""
+"""Tokens after the prompt, for which a buffer needs room."""
 
 
 @dataclass
 class FirstTokens:
-    """What one contender took.
+    """Times of one contender.
 
     Attributes:
-        label: of the contender.
+        label: the contender's label.
         cold_ms: milliseconds to the first token and from there to the second, in a fresh process.
-        warm_ms: the same for each round.
-        failure: why nothing was measured.
+        warm_ms: the same for each warm round.
+        failure: the reason if nothing was measured.
     """
 
     label: str
@@ -67,15 +67,15 @@ def measure_first_tokens(
     limit_s: float = math.inf,
     on_progress: Callable[[str, int], None] = lambda label, work: None,  # noqa: ARG005
 ) -> dict[str, Any]:
-    """Return what every contender takes, as plain values: each cold first, then in turns.
+    """Return the times of every contender, as plain values: first each one cold, then all in turns.
 
     Args:
         setting: the prompt's length, rows, dtype and device, and the shape of the random model.
-        choice: of contenders.
-        rounds: of warm runs.
-        model_name: of a model of the user's; a random one of the setting's shape unless given.
-        limit_s: seconds that the warm runs of one contender may take, by its cold one.
-        on_progress: called with a label and tokens read.
+        choice: the contenders.
+        rounds: number of warm runs.
+        model_name: the user's model; a random one of the setting's shape unless given.
+        limit_s: seconds that the warm runs of one contender may take, estimated from its cold one.
+        on_progress: called with a label and the number of tokens read.
     """
     contenders = choose_for_prompts(choice.contenders())
     found = [FirstTokens(one.label) for one in contenders]
@@ -96,7 +96,7 @@ def measure_first_tokens(
 
 
 def choose_for_prompts(contenders: Sequence[Contender]) -> list[Contender]:
-    """Return those that read a prompt each in a way of its own: the three forms of full precision read it alike."""
+    """Return the contenders that read a prompt differently: of full precision, whose three forms read alike, one."""
     return [one for one in contenders if not one.is_variant and one.label not in (DYNAMIC_PACKED, BUFFER)]
 
 

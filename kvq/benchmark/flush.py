@@ -1,4 +1,4 @@
-"""When a cache quantizes: how many tokens may come before the step that does."""
+"""When a cache quantizes: how many tokens come before the step that does."""
 
 from __future__ import annotations
 

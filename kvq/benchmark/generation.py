@@ -1,4 +1,4 @@
-"""What users wait for beside a single step: several tokens in one forward, and hundreds of steps in a row."""
+"""Time forwards of several tokens, and hundreds of decode steps in a row."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kvq.benchmark.trial import ModelTrial
 OnProgress = Callable[[str, int], None]
 
 REJECTED_SHARE = 0.5
-"""Of the tokens of a draft, what the model takes back."""
+"""The share of a draft's tokens that the model rejects."""
 WARMUPS = 2
-"""Forwards that are not timed: the first one of a kind is checked against the reference."""
+"""Forwards that are not timed, since the first one of a kind is checked against the reference."""
 PROFILED = 2
-"""Forwards that counting memory takes."""
+"""Forwards needed to count memory."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Forward:
     """One kind of forward.
 
     Attributes:
-        tokens: in each row.
-        is_draft: whether they are the proposals of assisted decoding, of which a part is taken back, and the cache
-            records its past; else they stay, as in chunked prefill.
+        tokens: tokens in each row.
+        is_draft: whether they are proposals of assisted decoding, where a part is taken back and the cache records its
+            past; else they stay, as in chunked prefill.
     """
 
     tokens: int
@@ -47,14 +47,14 @@ class Forward:
 
 @dataclass
 class Times:
-    """What one contender took.
+    """Time and memory of one contender.
 
     Attributes:
-        label: of the contender.
-        times_ms: in order.
-        transient_bytes: by how much memory rises in one forward above what remains; None if not measured.
-        kernel: what read the packed states; empty where nothing did.
-        failure: why nothing was measured.
+        label: the contender's label.
+        times_ms: milliseconds of each forward, in order.
+        transient_bytes: rise of memory in one forward above its level afterwards; None if not measured.
+        kernel: name of the kernel that read the packed states; empty if none did.
+        failure: the reason if nothing was measured.
     """
 
     label: str
@@ -74,9 +74,9 @@ class Effort:
 
     Attributes:
         count: timed forwards of each contender.
-        limit_s: seconds that those of one contender may take, by the last before them.
+        limit_s: seconds that these may take for one contender, estimated from the forward before them.
         make_trial: puts a contender to work.
-        on_progress: called with a label and forwards done.
+        on_progress: called with a label and the number of forwards done.
     """
 
     count: int
@@ -89,13 +89,13 @@ class Effort:
 def measure_forwards(
     contenders: Sequence[Contender], setting: Setting, forward: Forward, effort: Effort
 ) -> dict[str, Any]:
-    """Return what forwards of several tokens take behind a history, as plain values; the contenders take turns.
+    """Return the times of forwards of several tokens after a history, as plain values; the contenders take turns.
 
     Args:
-        contenders: full precision as transformers has it must be among them.
+        contenders: the caches; `DynamicCache` must be among them.
         setting: the history, and the shape of the model.
-        forward: of which kind.
-        effort: how many.
+        forward: the kind of forward.
+        effort: the number of forwards.
     """
     found = [Times(one.label) for one in contenders]
     trials = [_prepare(one, setting, forward, effort) for one in contenders]
@@ -116,12 +116,12 @@ def measure_forwards(
 
 @torch.inference_mode()
 def measure_steps(contenders: Sequence[Contender], setting: Setting, effort: Effort) -> dict[str, Any]:
-    """Return how the times of many decode steps in a row are spread, flushes included, as plain values.
+    """Return the distribution of the times of many decode steps in a row, flushes included, as plain values.
 
     Args:
-        contenders: what is measured, in turns.
+        contenders: the caches, which take turns.
         setting: the history before the first step, and the shape of the model.
-        effort: how many.
+        effort: the number of steps.
     """
     found = [Times(one.label) for one in contenders]
     _take_turns(found, [_prepare(one, setting, Forward(1), effort) for one in contenders], effort)
@@ -134,12 +134,12 @@ def measure_steps(contenders: Sequence[Contender], setting: Setting, effort: Eff
 
 
 def choose_for_forwards(contenders: Sequence[Contender]) -> list[Contender]:
-    """Return full precision as it is and as fast as torch has it, and ours read packed."""
+    """Return `DynamicCache`, the fastest full precision of torch, and our caches read packed."""
     return [one for one in contenders if one.label in (DYNAMIC, BUFFER) or _is_fused(one)]
 
 
 def choose_for_steps(contenders: Sequence[Contender]) -> list[Contender]:
-    """Return the buffer, and ours read packed."""
+    """Return the buffer, and our caches read packed."""
     return [one for one in contenders if one.label == BUFFER or _is_fused(one)]
 
 

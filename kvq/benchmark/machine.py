@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, threads, device and the versions of what ran."""
+"""The machine that a figure was measured on: processor, threads, device and versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from kvq.registry.requirements import find_versions
 
 OPTIONAL_DISTRIBUTIONS = ("numba", "triton")
-"""Which kernels may use where they are installed."""
+"""Distributions that kernels use if they are installed."""
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def find_cpu_name() -> str:
-    """Return the name of the processor, as far as the system tells it."""
+    """Return the name of the processor, as the system gives it."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -48,7 +48,7 @@ def find_cpu_name() -> str:
 
 
 def find_available_bytes(device: torch.device) -> int | None:
-    """Return the memory that a run may take on the device; None where the system does not tell."""
+    """Return the memory that a run may take on the device; None if the system does not say."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free

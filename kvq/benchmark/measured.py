@@ -1,4 +1,4 @@
-"""What was measured of one contender under one setting."""
+"""The results of one contender under one setting."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from kvq.benchmark.statistics import Spread, is_tie, ratio
 
 @dataclass
 class Measured:
-    """Figures of one contender, as they come in.
+    """Figures of one contender, filled in as they are measured.
 
     Attributes:
-        contender: what was measured.
+        contender: the cache and the attention that reads it.
         steps_ms: for each round, the milliseconds of a step that does not flush.
-        flushes_ms: of the steps that flush.
+        flushes_ms: milliseconds of the steps that flush.
         flush_interval: tokens from one flush to the next; None if it never flushes.
-        fill_s: seconds for handing over the history.
-        transient_bytes: by how much memory rises in a step above what remains; None if not measured.
-        held_bytes: what the cache holds after the history.
-        kernel: what read the packed states; empty where nothing did.
-        relative_error: of a step against dequantize-then-attend in float32; None where that is what the step does.
-        failure: why nothing, or nothing more, was measured.
+        fill_s: seconds to hand over the history.
+        transient_bytes: rise of memory in a step above its level afterwards; None if not measured.
+        held_bytes: bytes that the cache holds after the history.
+        kernel: name of the kernel that read the packed states; empty if none did.
+        relative_error: error of a step against dequantize-then-attend in float32; None if the step does just that.
+        failure: the reason if nothing, or nothing more, was measured.
     """
 
     contender: Contender
@@ -62,7 +62,7 @@ class Measured:
         return ratio(self.steps_ms, other.steps_ms)
 
     def to_dict(self, buffer: Measured | None, dynamic: Measured | None = None) -> dict[str, Any]:
-        """Return plain values, with the ratios to the buffer and to `DynamicCache` where these were measured."""
+        """Return plain values, with the ratios to the buffer and to `DynamicCache` if these were measured."""
         compared = self.ratio_to(buffer) if buffer else None
         to_dynamic = self.ratio_to(dynamic) if dynamic else None
         return {

@@ -1,4 +1,4 @@
-"""The models of the benchmark: a small random Llama, the same weights at every call, or one of the user's."""
+"""The models of the benchmark: a small random Llama, with the same weights at every call, or the user's model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelTrials:
     """Puts contenders to work in whole models.
 
     Args:
-        model: of the user; random ones, of which the latest is kept, unless given.
+        model: the user's model; random ones, of which the latest is kept, unless given.
     """
 
     def __init__(self, model: PreTrainedModel | None = None) -> None:

@@ -16,7 +16,7 @@ _COLOURS = {
 }
 _MARKERS = {"full precision": "s", "transformers": "^", "kvq": "o"}
 _LINES = {"materialized": "--", "eager": ":"}
-"""By the form in which a cache of ours is read; the default one has a line without gaps."""
+"""Line style by the form in which a cache of ours is read; the default form has a solid line."""
 _QUANTITIES = (("step_ms", "a step without a flush (ms)"), ("flush_ms", "a step with a flush (ms)"))
 
 
@@ -26,7 +26,7 @@ def draw_results(results: Sequence[Mapping[str, Any]], path: Path, title: str) -
     Args:
         results: as `describe_results` returns them.
         path: the file.
-        title: above the picture.
+        title: text above the picture.
 
     Raises:
         EvaluationError: matplotlib is not installed, or nothing was measured.
@@ -48,7 +48,7 @@ def draw_results(results: Sequence[Mapping[str, Any]], path: Path, title: str) -
 
 
 def series(results: Sequence[Mapping[str, Any]], label: str, quantity: str) -> list[tuple[int, Mapping[str, float]]]:
-    """Return length and spread wherever a contender has that quantity, shortest first."""
+    """Return length and spread of each result in which a contender has that quantity, shortest first."""
     found = [
         (facts["length"], one[quantity])
         for facts in results

@@ -1,4 +1,4 @@
-"""What a run proves of a kernel: how far it is from dequantize-then-attend, and how fast against full precision."""
+"""The proof that a run gives of a kernel: its error against dequantize-then-attend, and its speed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from kvq.attention.proving.benchmark_records import device_class
 
 SHORTEST_LENGTH = 8192
-"""Tokens from which on speed counts."""
+"""Fewest tokens at which speed counts."""
 REFERENCE_KERNEL = "eager"
-"""Needs no proof."""
+"""The kernel that needs no proof."""
 
 
 def summarize_proof(results: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Any] | None:
     """Return the largest error and the least speed of the kernel that read the layers; None without one.
 
     Args:
-        results: of one layer, as `describe_results` returns them.
-        device: on which.
+        results: results of one layer, as `describe_results` returns them.
+        device: the device that was measured.
     """
     fused = [
         (facts, one)

@@ -17,7 +17,7 @@ from kvq.units import format_bytes
 
 FIRST_TOKEN_COLUMNS = ("cache", "first token cold s", "second ms", "first token warm s", "second ms")
 FORMAT = 1
-"""Of the JSON document."""
+"""Version of the JSON document's format."""
 
 FORWARD_COLUMNS = ("cache", "ms", f"time against {DYNAMIC}", f"against the {BUFFER}", "transient", "read by")
 STEPS_COLUMNS = ("cache", "median ms", "99th percentile ms", "longest ms", "percentile / median")
@@ -41,12 +41,12 @@ def describe_results(results: Sequence[SettingResult]) -> list[dict[str, Any]]:
 def describe_run(
     device: torch.device, options: Mapping[str, Any], parts: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """Return everything measured, and what it was measured with, as plain values.
+    """Return all results and the conditions of the run, as plain values.
 
     Args:
-        device: on which.
-        options: of the command.
-        parts: results by what they are of: `layer`, `model`, `deep`, `first_token`.
+        device: the device that was measured.
+        options: the command's options.
+        parts: results by part: `layer`, `model`, `deep`, `first_token`.
     """
     return {
         "format": FORMAT,
@@ -71,7 +71,7 @@ def table_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def list_failures(facts: Mapping[str, Any]) -> Iterable[str]:
-    """Yield a line for what was left out of one result."""
+    """Yield a line for each contender that was left out of one result, with the reason."""
     if facts.get("failure"):
         yield f"{title(facts)}: {facts['failure']}"
     for one in facts["contenders"]:

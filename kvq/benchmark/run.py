@@ -1,6 +1,6 @@
-"""Measuring contenders side by side: in every round each takes one step, in an order that turns from round to round.
+"""Measure contenders round-robin: in every round each takes one step, in an order that rotates from round to round.
 
-What disturbs the machine for a while then disturbs all of them, and ratios are taken within a round.
+A disturbance of the machine then affects all of them, and ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ OnProgress = Callable[[str, int], None]
 MakeTrial = Callable[[Contender, Setting, int], Trial]
 
 MEMORY_STEPS = 3
-"""Steps that measuring memory and the error takes."""
+"""Steps needed to measure memory and the error."""
 MEMORY_SHARE = 0.8
-"""Of the memory that is available, what a run may take."""
+"""The share of the available memory that a run may take."""
 FULL_PRECISION_COPIES = 6
-"""Histories in full precision that exist at once at the peak: three baselines, the source, and what concatenates."""
+"""Histories in full precision that exist at once at the peak: three baselines, the source, and two to concatenate."""
 QUANTIZED_SHARE = 0.4
-"""Of a history in full precision, what a quantized one takes at the most at 4 bits with float32 metadata."""
+"""The most that a quantized history takes, as a share of full precision: 4 bits with float32 metadata."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class BenchmarkPlan:
     """How much is measured.
 
     Attributes:
-        contenders: in the order of the tables; the buffer must be among them.
-        settings: shortest history first, so that what is too slow is noticed early.
+        contenders: the caches, in the order of the tables; the buffer must be among them.
+        settings: the conditions, shortest history first: a contender that is too slow is noticed early.
         rounds: timed steps of each contender.
         warmups: steps before them that are not timed.
         flushes: timed flushes.
-        limit_s: seconds that filling a cache, or all its flushes, may take.
+        limit_s: seconds allowed to fill a cache, and again for all its flushes.
         make_trial: puts a contender to work under a setting.
     """
 
@@ -58,7 +58,7 @@ class BenchmarkPlan:
 
     @property
     def work(self) -> int:
-        """All that progress is counted in: tokens read."""
+        """Units of progress in all: tokens read."""
         return sum(setting.tokens for setting in self.settings) * len(self.contenders) * self._visits
 
     @property
@@ -68,12 +68,12 @@ class BenchmarkPlan:
 
 @dataclass
 class SettingResult:
-    """What one setting gave.
+    """The results of one setting.
 
     Attributes:
         setting: the conditions.
         measured: the contenders in their order; empty if the setting was left out.
-        failure: why it was left out.
+        failure: the reason if it was left out.
     """
 
     setting: Setting
@@ -81,7 +81,7 @@ class SettingResult:
     failure: str | None = None
 
     def find(self, label: str) -> Measured | None:
-        """Return what was measured of a contender, or None."""
+        """Return the results of a contender, or None."""
         return next((one for one in self.measured if one.contender.label == label), None)
 
 
@@ -125,7 +125,7 @@ def _measure(
 
 
 def _fill(plan: BenchmarkPlan, one: Measured, setting: Setting) -> Trial | None:
-    """Return the contender with its history; None, and the reason in the record, if that is impossible."""
+    """Return the contender with its history; if that is impossible, None, and the result has the reason."""
     try:
         trial = plan.make_trial(one.contender, setting, plan.rounds + plan.warmups + MEMORY_STEPS)
         start = time.perf_counter()
@@ -142,7 +142,7 @@ def _fill(plan: BenchmarkPlan, one: Measured, setting: Setting) -> Trial | None:
 
 
 def _take_step(one: Measured, trial: Trial, number: int) -> None:
-    """Take one step; a flush that comes due now is let pass untimed first, so that rounds stay comparable."""
+    """Take one step; if a flush is due, let it pass untimed first, to keep rounds comparable."""
     if steps_before_flush(trial.cache) == 0:
         trial.extend(1)
     trial.prepare(number)
@@ -188,7 +188,7 @@ def _find_lack_of_memory(plan: BenchmarkPlan, setting: Setting) -> str | None:
 def _find_slowness(
     plan: BenchmarkPlan, contender: Contender, setting: Setting, seen: Sequence[SettingResult]
 ) -> str | None:
-    """Return why a contender is left out: filling it would take too long, by its speed at fewer tokens."""
+    """Return the reason to leave a contender out: by its speed at fewer tokens, filling it would take too long."""
     for earlier in seen:
         for one in earlier.measured:
             if one.contender.label == contender.label and one.fill_s is not None:

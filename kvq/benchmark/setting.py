@@ -1,4 +1,4 @@
-"""What is measured: shapes, lengths, dtypes, and the states that every cache gets alike."""
+"""The conditions of a measurement: shapes, lengths, dtypes, and the states, equal for every cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PretrainedConfig
 from kvq.errors import EvaluationError
 
 POSITIONS = 1 << 20
-"""Positions of the random models; more than any run takes."""
+"""Positions of the random models; more than any run needs."""
 CHANNEL_OFFSET = 2.0
 """Spread of the means of the key channels, in standard deviations: real keys are not centred either."""
 
@@ -30,16 +30,16 @@ def find_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Shape:
-    """A random model; one layer of it is what the layer runs measure.
+    """The shape of a random model; the layer runs measure one layer of it.
 
     Attributes:
-        layers: decoder layers.
-        query_heads: Hq.
-        heads: key-value heads (H).
-        head_dim: D.
-        hidden_size: of the residual stream.
-        intermediate_size: of the feed-forward part.
-        vocabulary: tokens.
+        layers: number of decoder layers.
+        query_heads: number of query heads (Hq).
+        heads: number of key-value heads (H).
+        head_dim: elements of one head (D).
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the feed-forward part.
+        vocabulary: number of tokens.
     """
 
     layers: int = 1
@@ -55,7 +55,7 @@ class Shape:
         """Return the shape of a model of transformers.
 
         Raises:
-            EvaluationError: not all of its layers attend to all tokens, which is what the baselines do.
+            EvaluationError: a layer of it does not attend to all tokens, as the baselines do.
         """
         config = config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -92,20 +92,20 @@ class Shape:
 
     @classmethod
     def deep(cls, layers: int) -> Shape:
-        """Return a shape whose layers compute so little that what the cache does besides shows in a step."""
+        """Return a shape whose layers compute so little that the cache's other work shows in a step."""
         return cls(layers, query_heads=4, heads=2, head_dim=64, hidden_size=64, intermediate_size=64)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of conditions.
+    """One set of conditions.
 
     Attributes:
-        shape: of the layer or model.
+        shape: shape of the layer or model.
         length: tokens of history.
         batch: rows (B).
-        dtype: of the states.
-        device: where everything lives.
+        dtype: dtype of the states.
+        device: device of model, states and caches.
     """
 
     shape: Shape

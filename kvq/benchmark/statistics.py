@@ -16,12 +16,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """A median and where it lies.
+    """A median and its interval.
 
     Attributes:
-        median: of the values.
-        low: lower end of its 95 % interval; the least value where there are too few for one.
-        high: upper end, likewise.
+        median: the values' median.
+        low: lower end of its 95 % interval; the least value if there are too few for an interval.
+        high: upper end of the interval; the greatest value if there are too few.
         count: number of values.
     """
 
@@ -45,8 +45,8 @@ class Spread:
 def interval_rank(count: int) -> int:
     """Return how many of `count` sorted values may be left out at either end of the interval of their median.
 
-    The interval from the value with that index to its mirror image holds the true median with at least 95 %; 0, which
-    means the whole range, where no interval does.
+    The interval from the value with that index to its mirror image holds the true median with at least 95 %. If no
+    interval does, the index is 0, which means the whole range.
     """
     rank, tail = 0, 0.5**count
     while rank + 1 < count / 2:
@@ -58,7 +58,7 @@ def interval_rank(count: int) -> int:
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> Spread:
-    """Return the spread of the ratios of values to others of the same round; what disturbs a round disturbs both."""
+    """Return the spread of the ratios of values to others of the same round; a disturbance of a round affects both."""
     return Spread.of([value / other for value, other in zip(values, others, strict=True)])
 
 

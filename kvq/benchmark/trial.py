@@ -20,8 +20,8 @@ class Trial(ABC):
     """A contender under one setting.
 
     Attributes:
-        contender: what is measured.
-        setting: under which conditions.
+        contender: the cache and the attention that reads it.
+        setting: the conditions.
         spare: tokens that will follow the history.
         cache: holds the history once `fill` has run.
     """
@@ -53,7 +53,7 @@ class Trial(ABC):
 
     @abstractmethod
     def prepare(self, seed: int) -> None:
-        """Draw what the next step reads; the same for every contender with the same seed."""
+        """Draw the input of the next step; it is the same for every contender with the same seed."""
 
     @abstractmethod
     def step(self) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Trial(ABC):
 
     @property
     def kernel(self) -> str:
-        """What read the first quantized layer the last time; empty where nothing read it packed."""
+        """Name of the kernel that last read the first quantized layer; empty if none read it packed."""
         layers = self._quantized_layers()
         return layers[0].kernel_cache.last_reader if layers else ""
 
@@ -69,7 +69,7 @@ class Trial(ABC):
         return [layer for layer in self.cache.layers if isinstance(layer, KVQLayer)]
 
     def find_error(self) -> float | None:
-        """Return the distance of a step from dequantize-then-attend; None where that is what the step does."""
+        """Return the distance of a step from dequantize-then-attend; None if the step does just that."""
         return None
 
 
@@ -93,7 +93,7 @@ class LayerTrial(Trial):
         return self._attend(*self.cache.update(self.key, self.value, 0))
 
     def find_error(self) -> float | None:
-        """Return the largest difference from attention in float32 over the dequantized states, relative to that."""
+        """Return the largest relative difference from attention in float32 over the dequantized states."""
         keys, values = self.cache.update(self.key, self.value, 0)
         if not isinstance(keys, PackedStates) or not isinstance(values, PackedStates):
             return None
@@ -113,12 +113,12 @@ class ModelTrial(Trial):
     """A whole model: a forward of `width` tokens for each row, one unless set; the last `rejected` are taken back.
 
     Args:
-        contender: what is measured.
-        setting: under which conditions.
+        contender: the cache and the attention that reads it.
+        setting: the conditions.
         spare: tokens that will follow the history.
-        model: the model; its attention is changed to the contender's whenever that has its turn.
-        reads_prompt: whether the history comes from the model reading random tokens, rather than from random states,
-            which spare a prefill.
+        model: the model; its attention is changed to the contender's at each of its turns.
+        reads_prompt: whether the model reads random tokens to make the history; else it is made of random states, which
+            needs no prefill.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ModelTrial(Trial):
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's own configuration, which has the contender's attention only while its turn lasts."""
+        """The model's own configuration, which has the contender's attention only during its turn."""
         return self.model.config
 
     def fill(self) -> None:
@@ -165,7 +165,7 @@ class ModelTrial(Trial):
 
 
 class _AttentionModule(nn.Module):
-    """What attention functions read of a model's attention module."""
+    """The attributes of a model's attention module that attention functions read."""
 
     is_causal = True
     layer_idx = 0

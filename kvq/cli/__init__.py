@@ -1,6 +1,7 @@
-"""The command line: which commands there are, and how an error leaves them.
+"""The command line: its commands, and how an error ends one.
 
-A command's module is imported here, so that `kvq --help` knows it; what is heavy, torch above all, it imports inside.
+Every command's module is imported here, which `kvq --help` needs. It imports heavy things, torch above all, inside its
+functions.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _root(
 ) -> None:
     """Quantize the KV cache of Hugging Face transformers.
 
-    Exit codes: 0 fine; 1 what was looked at is wrong or cannot be used; 2 wrong usage.
+    Exit codes: 0 fine; 1 the thing checked is wrong or cannot be used; 2 wrong usage.
     """
     del version
 
@@ -73,6 +74,6 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print_error(f"what was to be printed could not be written: {error.strerror}")
+        print_error(f"the output could not be written: {error.strerror}")
         sys.stdout = io.StringIO()  # or Python tries once more to write it at its end, and complains
         sys.exit(1)

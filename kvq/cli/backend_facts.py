@@ -1,6 +1,6 @@
-"""What is known of backends, as plain values that both the tables and the JSON are made of.
+"""Facts about backends, as plain values that both the tables and the JSON are made from.
 
-Heavy: it imports torch, and for a backend that is asked for by name its vendor's library.
+Heavy: it imports torch, and the vendor's library of a backend that is asked for by name.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kvq.registry import BackendInfo, available_backends, get_registry
 
 
 def collect_backends() -> list[dict[str, Any]]:
-    """Return what is known of every backend, each plugin imported, no vendor's library."""
+    """Return the short form of every backend; it imports each plugin, but no vendor's library."""
     with contextlib.redirect_stdout(sys.stderr):  # a plugin that prints must not end up in the JSON
         return [summarize(info) for info in available_backends(load=True)]
 
 
 def collect_backend(name: str) -> dict[str, Any]:
-    """Return all that is known of one backend.
+    """Return the long form of one backend.
 
     Raises:
         UnknownBackendError: there is none of that name.
@@ -58,7 +58,7 @@ def find_info(name: str) -> BackendInfo:
 
 
 def summarize(info: BackendInfo) -> dict[str, Any]:
-    """Return the short form; what only the spec says is None or empty where there is no spec."""
+    """Return the short form; values from the spec are None or empty if there is no spec."""
     spec = info.spec
     return {
         "name": info.name,
@@ -74,7 +74,7 @@ def summarize(info: BackendInfo) -> dict[str, Any]:
 
 
 def describe_spec(spec: BackendSpec) -> dict[str, Any]:
-    """Return what the long form adds."""
+    """Return the facts that the long form adds."""
     return {
         "device_types": list(spec.capabilities.device_types),
         "states_dtypes": list(spec.capabilities.states_dtypes),

@@ -12,14 +12,14 @@ from kvq.errors import UnknownBackendError
 
 def backends(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Show everything about it.")
+        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="A backend to show in full.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
     """List the backends, or show everything about one.
 
-    The list imports the plugins, not the vendors' libraries. A backend that cannot be used is listed with the reason.
-    With NAME the library is imported too, since the effective bits are those of the real codec.
+    The list imports the plugins, but not the vendors' libraries. A backend that cannot be used is listed with the
+    reason. With NAME the library is imported too, to measure the effective bits of the real codec.
 
     Exit codes: 0 fine; 1 the backend NAME cannot be used here; 2 there is no backend of that name.
 

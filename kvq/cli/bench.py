@@ -1,4 +1,4 @@
-"""`kvq bench`: how long decoding takes and what it holds, beside full precision and transformers' quantized caches."""
+"""`kvq bench`: time and memory of decoding, beside full precision and transformers' quantized caches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ USUAL: dict[str, Any] = {
     "draft": [5],
     "steps": 512,
 }
-"""What is measured unless something else is asked for."""
+"""The settings measured unless others are asked for."""
 QUICK: dict[str, Any] = {
     "length": [2048],
     "batch": [1],
@@ -55,7 +55,7 @@ QUICK: dict[str, Any] = {
     "draft": [],
     "steps": 0,
 }
-"""What `--quick` measures."""
+"""The settings that `--quick` measures."""
 DEEP_LENGTH = 16384
 """Tokens of history in the random model of many cheap layers."""
 MAX_THREADS = 1024
@@ -69,63 +69,69 @@ _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 def bench(
     length: Annotated[
-        list[int] | None, typer.Option(min=64, help="Tokens of history; may be given several times.")
+        list[int] | None, typer.Option(min=64, help="Tokens of history; repeatable. Default: 2048, 8192, 32768.")
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; may be given several times.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16 or float16; several times.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows of the batch; repeatable. Default: 1, 4.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, float16; repeatable. Default: the first two.")
+    ] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="A backend of kvq; may be given several times. All that work unless given.")
+        list[str] | None, typer.Option(help="A backend of kvq; repeatable. Default: all that work here.")
     ] = None,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="A configuration, in place of backends; several times.")
+        list[Path] | None, typer.Option("--config", "-c", help="A configuration file, instead of backends; repeatable.")
     ] = None,
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Of keys and values, for kvq and its peers.")] = 4,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of keys and values, for kvq and its peers.")] = 4,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
-    rounds: Annotated[int | None, typer.Option(min=3, help="Timed steps of each cache (21).")] = None,
-    flushes: Annotated[int | None, typer.Option(min=0, help="Timed flushes of each cache (5).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=3, help="Timed steps of each cache. Default: 21.")] = None,
+    flushes: Annotated[int | None, typer.Option(min=0, help="Timed flushes of each cache. Default: 5.")] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_ID", help="A model of yours, in its dtype, in place of a random one.")
+        str | None,
+        typer.Option(metavar="PATH_OR_ID", help="A model of yours, in its dtype, instead of a random one."),
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=0, help="Of the whole random model that is measured too (4); 0: none.")
+        int | None,
+        typer.Option(min=0, help="Layers of a whole random model, measured too; 0: none. Default: 4."),
     ] = None,
     deep: Annotated[
         int | None,
-        typer.Option(min=0, help="Layers of a random model of cheap layers, read after 16,384 tokens (32); 0: none."),
+        typer.Option(min=0, help="Layers of a model of cheap layers, after 16,384 tokens; 0: none. Default: 32."),
     ] = None,
     prompt: Annotated[
-        list[int] | None, typer.Option(min=256, help="Tokens of a prompt to time up to the first token; several times.")
+        list[int] | None, typer.Option(min=256, help="Prompt length to time the first token for; repeatable.")
     ] = None,
     chunk: Annotated[
-        list[int] | None, typer.Option(min=2, help="Tokens of a chunk of a prompt to time behind the history; several.")
+        list[int] | None, typer.Option(min=2, help="Length of a prompt's chunk to time after the history; repeatable.")
     ] = None,
     draft: Annotated[
-        list[int] | None, typer.Option(min=2, help="Tokens of a draft to time the verdict on; several times.")
+        list[int] | None, typer.Option(min=2, help="Draft length to time verification for; repeatable.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps in a row of which median and 99th percentile are told (512).")
+        int | None, typer.Option(min=0, help="Steps in a row, for their median and 99th percentile. Default: 512.")
     ] = None,
     limit: Annotated[
         float,
-        typer.Option(min=1, help="Seconds to fill one cache, and for its flushes; a prompt has 6 times that."),
+        typer.Option(min=1, help="Seconds to fill one cache, and again for its flushes; six times that for prompts."),
     ] = 60,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads; torch's own choice unless given.")
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: torch's own choice.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: a GPU if there is one.")] = None,
     quick: Annotated[
         bool, typer.Option(help="One layer, 2,048 tokens, batch 1, float32, few rounds: a minute.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw time against context into this PNG file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw time against context: a PNG, SVG or PDF file.")] = None,
 ) -> None:
-    """Measure what one decode step takes with each cache, on the same states, side by side.
+    """Time decode steps of each cache against full precision.
 
-    In every round each cache takes one step; ratios are taken within a round, against full precision in a preallocated
-    buffer whose attention packs the queries: the fastest that plain torch has. A ratio stands with the 95 % interval of
-    its median; a difference within it is called a tie. Steps that quantize are measured apart.
+    In every round each cache takes one step on the same states. Ratios are taken within a round, against the fastest
+    full precision in plain torch: a preallocated buffer whose attention packs the queries. Each ratio has the 95 %
+    interval of its median; a difference within it is called a tie. Steps that quantize are measured separately.
 
-    Exit codes: 0 fine; 2 wrong usage, or something that is not there.
+    Exit codes: 0 fine; 2 wrong usage, or something is missing.
     """
     given: dict[str, Any] = {"length": length, "batch": batch, "dtype": dtype, "rounds": rounds, "flushes": flushes}
     given |= {"layers": layers, "deep": deep, "prompt": prompt, "bits": bits, "limit": limit, "peers": peers}
@@ -134,7 +140,7 @@ def bench(
     with show_progress("loading") as progress:
         with usage_errors():
             if math.isnan(limit):  # which older versions of click take for a number of at least 1
-                raise EvaluationError("'--limit' nan is no number of seconds")
+                raise EvaluationError("--limit nan is not a number of seconds")
             check_outputs(out, picture)
             _quieten_libraries()
             where = _find_device(device, threads)
@@ -152,7 +158,7 @@ def bench(
 
 
 def _quieten_libraries() -> None:
-    """Keep stderr for the bar: caches that are materialized, which is hinted at elsewhere, are so on purpose here."""
+    """Keep stderr for the bar: the hint about materialized caches has no use here, where they are so on purpose."""
     logging.getLogger("kvq").setLevel(logging.ERROR)
     if "torch" not in sys.modules:
         for name, value in _QUIET_LIBRARIES.items():
@@ -180,7 +186,7 @@ def _choose_contenders(
     if files:
         configs = {file.stem: KVQCacheConfig.from_file(file) for file in files}
         if len(configs) < len(files):
-            raise EvaluationError("two configurations have the same file name, by which the table tells them apart")
+            raise EvaluationError("two configurations have the same file name; rename one, the table needs two names")
     else:
         configs = backend_configs(backends or _usable_backends(bits), bits)
     return ContenderChoice({label: config.to_dict() for label, config in configs.items()}, bits, peers)
@@ -194,7 +200,7 @@ def _usable_backends(bits: int) -> list[str]:
 
 
 def _load(name: str | None, device: torch.device, asked: dict[str, Any]) -> PreTrainedModel | None:
-    """Return the user's model, if there is one; its dtype and layers are then what is measured."""
+    """Return the user's model, if there is one; then its dtype and layers are measured."""
     if name is None:
         return None
     from kvq.benchmark.setting import Shape
@@ -206,14 +212,14 @@ def _load(name: str | None, device: torch.device, asked: dict[str, Any]) -> PreT
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     too_long = [length for length in (*asked["length"], *asked["prompt"]) if longest and length + SPARE > longest]
     if too_long:
-        raise EvaluationError(f"{max(too_long):,} tokens and what follows them are more than the model's {longest:,}")
+        raise EvaluationError(f"{max(too_long):,} tokens and the steps after them exceed the model's {longest:,}")
     return model
 
 
 def _make_plans(
     choice: ContenderChoice, asked: dict[str, Any], device: torch.device, model: PreTrainedModel | None
 ) -> dict[str, BenchmarkPlan]:
-    """Return what is measured of one layer, of a whole model, and of one of many layers that compute little."""
+    """Return the plans for one layer, for a whole model, and for a model of many layers that compute little."""
     from kvq.benchmark.baselines import register_packed_attention
     from kvq.benchmark.generation import choose_for_forwards
     from kvq.benchmark.models import ModelTrials
@@ -249,7 +255,7 @@ def _list_settings(shape: Shape, asked: dict[str, Any], device: torch.device) ->
 
 
 class _Parts:
-    """What is measured so far, which the file has at any time."""
+    """The results so far; the file has them at any time."""
 
     def __init__(self, device: torch.device, options: dict[str, Any], names: list[str], out: Path | None) -> None:
         self._device, self._options, self._out = device, options, out

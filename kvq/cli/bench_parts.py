@@ -22,11 +22,11 @@ Keep = Callable[[str, "dict[str, Any]"], None]
 PROMPT_ROUNDS = 7
 """Warm runs of each prompt, and timed forwards of several tokens."""
 PATIENCE = 6
-"""Times the limit, what prompts, forwards of several tokens or steps in a row of one contender may take."""
+"""Times the limit: the time that prompts, forwards of several tokens or steps in a row of one contender may take."""
 
 
 def run_plan(name: str, plan: BenchmarkPlan, progress: Progress, keep: Keep) -> list[dict[str, Any]]:
-    """Measure the part of that name; returns what was kept."""
+    """Measure the part of that name; return its results."""
     from kvq.benchmark.report import COLUMNS, describe_results, list_failures, table_rows, title
     from kvq.benchmark.run import run
 
@@ -70,7 +70,7 @@ def time_generation(
 ) -> None:
     """Measure forwards of several tokens and many steps in a row, at each length and the first batch and dtype.
 
-    What took too long, or too much memory, for single steps is left out here as well.
+    A contender that took too long, or too much memory, for single steps is left out here as well.
     """
     from kvq.benchmark.generation import (
         WARMUPS,

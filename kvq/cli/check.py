@@ -19,27 +19,25 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def check(
-    target: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A configuration, YAML or JSON; or a backend.")],
+    target: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A YAML or JSON configuration, or a backend.")],
     head_dim: Annotated[
-        int, typer.Option("--head-dim", min=1, help="FILE: elements of one head of the model that it is meant for.")
+        int, typer.Option("--head-dim", min=1, help="For FILE: elements of one head of the model.")
     ] = 128,
-    only: Annotated[
-        list[str] | None, typer.Option("--only", help="NAME: only this check; may be given several times.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="For NAME: run only this check; repeatable.")] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", help="NAME: an option of the backend, KEY=VALUE; several times.")
+        list[str] | None, typer.Option("--option", help="For NAME: an option of the backend, KEY=VALUE; repeatable.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="NAME: print JSON, and nothing else, on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For NAME: print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
-    """Check a configuration file, or that a backend keeps the contract.
+    """Check a configuration file, or a backend against the contract.
 
-    FILE: every fault is told at once, with its place. The backends are built, so that a library that is missing is a
-    fault, and so are groups that would take as much memory as full precision.
+    FILE: prints every fault at once, with its place. The backends are built: a missing library is a fault, and so are
+    groups that would take as much memory as full precision.
 
-    NAME: the checks of kvq.testing are run at every width and granularity of the backend (a minute or two). What has a
-    suffix or a slash, or exists, is a file.
+    NAME: runs the checks of kvq.testing at every width and granularity of the backend (a minute or two). An argument
+    that has a suffix or a slash, or exists, is a file.
 
-    Exit codes: 0 all is right; 1 the file has faults, or the backend fails a check; 2 there is no such file or backend.
+    Exit codes: 0 no faults; 1 the file has faults, or the backend fails a check; 2 there is no such file or backend.
 
     Keys of --json: "backend", "passed" (true or false), and "results", a list of objects with "check", "case",
     "outcome" ("passed", "failed" or "not applicable") and "reason".
@@ -69,7 +67,7 @@ def _is_name(text: str) -> bool:
 
 
 def _refuse_backend_options(target: str, given: dict[str, object]) -> None:
-    """End the command where an option was given that only a backend has: a program would wait for JSON in vain."""
+    """End the command if an option was given that only a backend has: a program would wait for JSON in vain."""
     unused = [name for name, value in given.items() if value]
     if unused:
         print_error(f"{' and '.join(unused)} can be given for a backend only, and {target!r} is a file")
@@ -80,7 +78,7 @@ def _summarize(path: Path, head_dim: int) -> ConfigSummary:
     from kvq.config.files import load_mapping
 
     values = load_mapping(path)
-    # What is no YAML or JSON is told before the seconds that it takes to import all that the rest needs.
+    # A file that is no YAML or JSON is refused before the imports of the rest, which take seconds.
     from kvq.cli.config_summary import summarize_mapping
 
     return summarize_mapping(values, str(path), head_dim)

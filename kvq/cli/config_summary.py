@@ -1,4 +1,4 @@
-"""What a configuration comes to: every side of every kind of layer, built as a cache would build it.
+"""A configuration, with every side of every kind of layer built as a cache would build it.
 
 Heavy: it imports torch, and the library of every backend that the configuration chooses.
 """
@@ -21,14 +21,14 @@ from kvq.plugin_api.quantizer import Side
 
 @dataclass(frozen=True)
 class SideSummary:
-    """One side of the layers that one entry is about.
+    """One side of the layers of one entry.
 
     Attributes:
         layers: the key of the entry in `layers`, or an empty string for the rest.
         side: keys or values.
-        settings: what holds for it; None for layers in full precision.
-        effective_bits: stored bits per element; None in full precision, or where no device is here that the backend
-            takes.
+        settings: its settings; None for layers in full precision.
+        effective_bits: stored bits per element; None in full precision, or if the backend takes no device of this
+            machine.
     """
 
     layers: str
@@ -42,9 +42,9 @@ class ConfigSummary:
     """A configuration without faults.
 
     Attributes:
-        config: as read.
+        config: the configuration that was read.
         sides: the rest of the layers first, then the entries of `layers` in the order of the file.
-        warnings: what kvq warned of while it read the file and built the sides.
+        warnings: kvq's warnings while it read the file and built the sides.
     """
 
     config: KVQCacheConfig
@@ -61,8 +61,8 @@ def summarize_mapping(values: Mapping[str, Any], source: str, head_dim: int) -> 
         head_dim: elements of one head.
 
     Raises:
-        ConfigError: something is wrong; with every fault.
-        BackendError: where the only fault is that a backend cannot be had.
+        ConfigError: something is wrong; it lists every fault.
+        BackendError: the only fault is that a backend is unavailable.
     """
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")

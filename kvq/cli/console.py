@@ -1,6 +1,6 @@
 """How commands print: tables and lines on stdout, errors on stderr, JSON for programs.
 
-Nothing is cut or wrapped where the output is no terminal, and nothing printed is read as markup: much of it comes from
+Nothing is cut or wrapped unless the output is a terminal, and nothing printed is read as markup: much of it comes from
 plugins and from users' files.
 """
 
@@ -23,7 +23,7 @@ NO_TERMINAL_WIDTH = 10_000
 COLUMN_GAP = 2
 """Blanks between the columns of a table."""
 LEAST_WIDTH = 12
-"""Characters that the last column of a growing table has at the least."""
+"""Least characters of a growing table's last column."""
 
 
 def get_console(*, stderr: bool = False) -> Console:
@@ -46,13 +46,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 class GrowingTable:
     """A table whose rows are printed as soon as they are known.
 
-    They are aligned because the widths are chosen before: a longer cell is wrapped, never cut. The header is printed at
-    once.
+    The widths of the columns are chosen in advance; a longer cell is wrapped, never cut. The header is printed at once.
 
     Args:
         columns: their names.
-        widths: characters of the widest cell to come, one for each column; a name may be wider. Without one for the
-            last column, it takes what the others leave.
+        widths: characters of the widest cell to come, one for each column; a name may be wider. If the last column has
+            none, it takes the width that the others leave.
     """
 
     def __init__(self, columns: Sequence[str], widths: Sequence[int]) -> None:
@@ -73,7 +72,7 @@ class GrowingTable:
 
 
 def print_fields(rows: Sequence[tuple[str, object]]) -> None:
-    """Print names and what they stand for, in two columns."""
+    """Print names and their values, in two columns."""
     _print_rich_table(_make_table(("", ""), rows, show_header=False))
 
 
@@ -86,7 +85,7 @@ def print_error(message: str, details: Sequence[str] = ()) -> None:
     """Print an error on stderr: one line, and one more for every detail, as many as fit on a screen."""
     _print_labelled("error", "bold red", message)
     lines = [f"  {one_line(detail)}" for detail in details]
-    room = MAX_MESSAGE_LENGTH - len(message) - 50  # the label, ends of lines, and what is said of those left out
+    room = MAX_MESSAGE_LENGTH - len(message) - 50  # the label, ends of lines, and the line about those left out
     shown = 0
     while shown < min(len(lines), MAX_MESSAGE_LINES - 2) and sum(len(line) + 1 for line in lines[: shown + 1]) <= room:
         get_console(stderr=True).print(lines[shown], soft_wrap=True)
@@ -106,7 +105,7 @@ def one_line(text: str) -> str:
 
 
 def make_printable(text: str, stream: TextIO) -> str:
-    """Return a text with what the stream cannot encode spelled out, so that its length is that on the screen."""
+    """Return a text with characters that the stream cannot encode spelled out: its length is that on the screen."""
     encoding = stream.encoding or "utf-8"
     try:
         text.encode(encoding)

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from kvq.testing import BoundCheck, CheckResult
 
 SHOWN_CASES = 3
-"""Failing cases of one check that the table shows; the JSON has all."""
+"""How many failing cases of one check the table shows; the JSON has all."""
 
 
 def check_backend(name: str, *, only: Sequence[str], options: Sequence[str], as_json: bool) -> None:
-    """Run the contract on a backend and print what came of it.
+    """Run the contract on a backend and print the results.
 
     Args:
-        name: of the backend.
+        name: the backend's name.
         only: names of checks; empty: all.
-        options: of the backend, `KEY=VALUE` with a value as in YAML.
+        options: the backend's options, each `KEY=VALUE` with a value as in YAML.
         as_json: print JSON rather than a table.
 
     Raises:
-        typer.Exit: code 1 where a check fails, 2 where there is no such backend, check or option.
+        typer.Exit: code 1 if a check fails, 2 if there is no such backend, check or option.
     """
     with show_progress(f"loading {name}") as progress:
         checks = _list_checks(name, only, options)
@@ -85,7 +85,7 @@ def _run(checks: list[BoundCheck], progress: Progress, *, as_table: bool) -> lis
 
 
 def _run_quietly(checks: list[BoundCheck], progress: Progress) -> Iterator[CheckResult]:
-    """Yield the results; what a vendor's library prints must not end up in the table or the JSON."""
+    """Yield the results; the output of a vendor's library must not end up in the table or the JSON."""
     from kvq.evaluation.one_thread import one_thread
     from kvq.testing import run_checks
 

@@ -21,19 +21,18 @@ COLUMNS = ("backend", "bits", "exact answers", "same tokens", "bits held (K / V)
 
 
 def demo(
-    backend: Annotated[
-        list[str] | None, typer.Option("--backend", "-b", help="Only this backend; may be given several times.")
-    ] = None,
+    backend: Annotated[list[str] | None, typer.Option("--backend", "-b", help="Only this backend; repeatable.")] = None,
     contexts: Annotated[int, typer.Option(min=1, max=256, help="Contexts to ask about, in one batch.")] = 8,
-    questions: Annotated[int, typer.Option(min=1, max=64, help="Questions about each context.")] = 32,
+    questions: Annotated[int, typer.Option(min=1, max=64, help="Questions asked about each context.")] = 32,
     records: Annotated[int, typer.Option(min=16, max=MAX_RECORDS, help="Records in a context, six tokens each.")] = 160,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the contexts and questions.")] = 1,
 ) -> None:
-    """Answer questions from quantized caches with the embedded model, offline (a minute or two).
+    """Answer questions from quantized caches, offline (minutes).
 
-    A small Llama, trained for this task and shipped with kvq, reads a list of records and is asked for some of them.
-    The table shows the share of answers that are right to the last token, the share of tokens that equal those in full
-    precision, and what each cache holds. A row is printed as soon as it is measured.
+    The embedded model, a small Llama that was trained for this task and shipped with kvq, reads a list of records and
+    is asked for some of them. The table shows the share of answers that are right to the last token, the share of
+    tokens that equal those in full precision, and the memory that each cache holds. Each row is printed as soon as it
+    is measured.
     """
     if questions > records:
         print_error(f"--questions {questions} is more than --records {records}; ask fewer questions")
@@ -116,7 +115,7 @@ def _cells(row: DemoRow) -> tuple[str, ...]:
 
 
 def _print_comparisons(rows: list[DemoRow], contexts: int) -> None:
-    """Print what few bits cost, and on which side they cost less, with how sure that is."""
+    """Print how many answers few bits cost, and on which side they cost less, with the intervals."""
     from kvq.evaluation.demo import FULL_PRECISION_BITS, compare_bits
 
     asked = (

@@ -1,7 +1,7 @@
-"""What `kvq doctor` finds: versions, devices, backends, and the problems that are known, with what to do.
+"""Examine an installation for `kvq doctor`: versions, devices, backends, and problems, each with its remedy.
 
-It must work where kvq does not: metadata is read first, and every import of something heavy is an examination of its
-own, whose failure is a problem and not a crash.
+It must work even if kvq does not: metadata is read first, and every heavy import is an examination of its own, whose
+failure is a problem and not a crash.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvq.registry import BackendInfo
 
 LISTED_WITHOUT_METADATA = ("torch", "transformers", "pydantic", "pluggy")
-"""What is listed where kvq's own requirements cannot be read."""
+"""Distributions to list if kvq's own requirements cannot be read."""
 
 REINSTALL = "run `pip install -e .` in the checkout of kvq"
 
@@ -45,8 +45,8 @@ class Problem:
 
     Attributes:
         severity: an `error` stops a backend or the package, a `warning` does not.
-        problem: what is wrong.
-        remedy: what to do.
+        problem: the problem in one line.
+        remedy: how to solve it.
     """
 
     severity: Literal["error", "warning"]
@@ -86,10 +86,10 @@ class Diagnosis:
 
 
 def diagnose(*, prove: bool = False) -> Diagnosis:
-    """Examine everything; what a library prints on the way goes to stderr.
+    """Examine everything; the output of libraries goes to stderr.
 
     Args:
-        prove: try every kernel of attention that can run here, whatever is known of it.
+        prove: try every kernel of attention that can run here, even one that has a verdict already.
     """
     found = Diagnosis(platform=platform.platform())
     with contextlib.redirect_stdout(sys.stderr):
@@ -110,7 +110,7 @@ def _examine_installation(found: Diagnosis) -> bool:
     installed = find_version("kvq")
     found.kvq = {"version": kvq.__version__, "installed": installed, "location": str(Path(kvq.__file__).parent)}
     if installed is None:
-        found.add_error("kvq is not installed, only found on the path, so that no backend is registered", REINSTALL)
+        found.add_error("kvq is not installed, only found on the path, so no backend is registered", REINSTALL)
     elif installed.startswith("0."):
         found.add_error(
             f"the kvq {installed} of the package index is installed, another package, which does not run",
@@ -145,7 +145,7 @@ def _can_import(module: str, found: Diagnosis) -> bool:
     try:
         import_module(module)
     except Exception as error:  # noqa: BLE001  # a broken installation raises anything; telling is what this is for
-        remedy = "repair or reinstall what it names; the versions above say what is supported"
+        remedy = "repair or reinstall the module that it names; the versions above say which are supported"
         found.add_error(f"{module} cannot be imported: {type(error).__name__}: {error}", remedy)
         return False
     return True
@@ -168,11 +168,11 @@ def _examine_devices(found: Diagnosis) -> None:
 
 
 def _examine_kernels(found: Diagnosis, *, prove: bool) -> None:
-    """Note for each device which kernels of attention are defaults there, what speaks for them and what against."""
+    """Note for each device which kernels of attention are defaults there, and the reasons for and against each."""
     try:
         found.kernels = list_kernels([one["device"] for one in found.devices], prove=prove)
     except KVQError as error:
-        found.add_error(str(error), "unset the variable that it names")
+        found.add_error(str(error), "correct or unset the variable that it names")
     for one in found.kernels:
         if one["default"] and one["fault"] is not None:
             problem = f"KVQ_ATTENTION_KERNEL names {one['name']!r}, which was found wrong on {one['device']}"
@@ -189,9 +189,9 @@ def _examine_backends(found: Diagnosis) -> None:
         facts = {key: summarize(info)[key] for key in ("name", "state", "reason", "origin", "version")}
         found.backends.append({**facts, "works": _works(info, found)})
         if info.state not in ("ready", "blocked"):
-            found.add_error(f"{info.state}: {info.reason}", f"`kvq backends {info.name}` shows what is known of it")
+            found.add_error(f"{info.state}: {info.reason}", f"`kvq backends {info.name}` shows the details")
         elif info.state == "ready" and info.reason:
-            found.add_warning(f"backend {info.name!r}: {info.reason}", "uninstall what is ignored")
+            found.add_warning(f"backend {info.name!r}: {info.reason}", "uninstall the ignored distribution")
     if found.kvq["installed"] and not any(info.origin == OWN_DISTRIBUTION for info in infos):
         found.add_error("kvq's own backends are not registered", REINSTALL)
     elif not any(one["works"] for one in found.backends):

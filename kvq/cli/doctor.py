@@ -1,4 +1,4 @@
-"""`kvq doctor`: whether everything is in order, and what to do where it is not."""
+"""`kvq doctor`: check that everything is in order, and say what to do if it is not."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
     prove: Annotated[
-        bool, typer.Option("--prove", help="Try every kernel of attention that can run here, and keep what is found.")
+        bool, typer.Option("--prove", help="Try every kernel of attention that can run here, and keep the verdicts.")
     ] = False,
 ) -> None:
     """Look for problems: versions, devices, backends.
 
-    Every backend that is ready quantizes one block and reads it back, so that its library is imported. Kernels of
-    attention are only tried with --prove, in about two seconds each; else what is known of them is shown.
+    Every backend that is ready quantizes one block and reads it back, which imports its library. Kernels of attention
+    are only tried with --prove, in about two seconds each; without it, the verdicts so far are shown.
 
-    Exit codes: 0 everything can be used; 1 a problem stops a backend or the package; 2 --prove is asked for where
-    KVQ_KERNEL_TRIALS switches trials off, or says neither on nor off.
+    Exit codes: 0 everything can be used; 1 a problem stops a backend or the package; 2 --prove was given, but
+    KVQ_KERNEL_TRIALS switches trials off, or is neither on nor off.
 
     Keys of --json: "kvq" ("version", "installed", "location"), "platform", "distributions" (a list with "name",
     "required", "installed", "met"), "devices" (a list with "device", "name" and, where known, "threads" or
     "memory_bytes"), "kernels" (of attention: a list with "device", "name", "default", "reason", "fault", null or how it
-    was found wrong here, and "proof", null where none is needed, else with "origin", "measured here", "shipped record"
-    or "none", and where there is one "passing", "relative_error", "speedup", "over", which it is faster than, and of a
-    trial here "own_ms", "other_ms", "checks", "seconds", "made_at"), "backends" (a list with "name", "state", "reason",
-    "origin", "version", "works"),
+    was found wrong here, and "proof", null if none is needed, else with "origin", "measured here", "shipped record" or
+    "none", and if there is one, "passing", "relative_error", "speedup", "over", the baseline that it is faster than,
+    and of a trial here "own_ms", "other_ms", "checks", "seconds", "made_at"), "backends" (a list with "name", "state",
+    "reason", "origin", "version", "works"),
     "environment" (the variables KVQ_PLUGINS, KVQ_BLOCK_PLUGINS, KVQ_ATTENTION_KERNEL, KVQ_KERNEL_TRIALS, KVQ_CC and
     KVQ_KERNEL_CFLAGS where set), "problems" (a list with "severity", "error" or "warning", "problem", "remedy") and
     "usable".
@@ -51,7 +51,7 @@ def doctor(
 
 
 def _check_that_trials_are_on() -> None:
-    """Refuse to try kernels where the user forbids it; torch need not be there yet."""
+    """Refuse to try kernels if the user forbids it; torch need not be imported yet."""
     from kvq.attention.machine.variables import ON_OFF, TRIALS_VARIABLE, read_variable
 
     text = read_variable(TRIALS_VARIABLE)

@@ -1,4 +1,4 @@
-"""`kvq eval`: what configurations cost in quality and save in memory, on a model and a text of the user's."""
+"""`kvq eval`: the cost in quality and the savings in memory of configurations, on the user's model and text."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def evaluate(
         str, typer.Option(metavar="PATH_OR_ID", help="A causal model of transformers, or 'embedded'.")
     ] = EMBEDDED,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="A configuration; may be given several times.")
+        list[Path] | None, typer.Option("--config", "-c", help="A configuration file; repeatable.")
     ] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="A text file; may be given several times.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A text file; repeatable.")] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -48,34 +48,35 @@ def evaluate(
         ),
     ] = None,
     gate: Annotated[
-        str | None, typer.Option(help="Conditions on every configuration, e.g. 'kl<0.05,top1>0.97'.")
+        str | None, typer.Option(help="Conditions that every configuration must meet, e.g. 'kl<0.05,top1>0.97'.")
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, max=MAX_SEQUENCES, help="Sequences that are read.")] = 16,
-    length: Annotated[int, typer.Option(min=160, help="Tokens of each.")] = 1024,
-    prefill: Annotated[int, typer.Option(min=16, help="Tokens of each that are read at once; later ones count.")] = 128,
-    step: Annotated[int, typer.Option(min=1, help="Tokens of each later forward; 1 as in generation.")] = 1,
+    sequences: Annotated[int, typer.Option(min=1, max=MAX_SEQUENCES, help="Sequences to read.")] = 16,
+    length: Annotated[int, typer.Option(min=160, help="Tokens of each sequence.")] = 1024,
+    prefill: Annotated[int, typer.Option(min=16, help="First tokens of each, read at once and not scored.")] = 128,
+    step: Annotated[int, typer.Option(min=1, help="Tokens of each later forward; 1: as in generation.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences read together.")] = 8,
     needles: Annotated[
-        int, typer.Option(min=0, max=MAX_NEEDLES, help="Questions for each of five depths about a hidden fact.")
+        int, typer.Option(min=0, max=MAX_NEEDLES, help="Questions about a hidden fact, at each of five depths.")
     ] = 8,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
     dtype: Annotated[str, typer.Option(help="auto (the model's own), float16, bfloat16 or float32.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu; a GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: a GPU if there is one.")] = None,
     details: Annotated[
-        bool, typer.Option("--details", help="Print too: KL by position, error by distance, answers by depth.")
+        bool, typer.Option("--details", help="Also print KL by position, error by distance, answers by depth.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw quality against size into this PNG file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw quality against size: a PNG, SVG or PDF file.")] = None,
 ) -> None:
-    """Measure what configurations cost and save, against full precision on the same tokens.
+    """Measure quality and memory of caches against full precision.
 
-    A text is read in decode-sized steps, so that a quantized history grows as in generation. The table shows the
-    perplexity and its change, the divergence (KL) of the next-token distribution with its 95 % interval over the
-    sequences, the share of equal most likely tokens, exact answers about a fact hidden in the text, and what is held.
+    Every cache reads the same tokens. A text is read in decode-sized steps: a quantized history grows as in generation.
+    The table shows the perplexity and its change, the divergence (KL) of the next-token distribution with its 95 %
+    interval over the sequences, the share of equal most likely tokens, exact answers about a fact hidden in the text,
+    and the memory held.
 
-    With --out an interrupted run goes on where it stopped. Under `accelerate launch` all processes share the work.
+    With --out an interrupted run resumes where it stopped. Under `accelerate launch` all processes share the work.
 
-    Exit codes: 0 fine; 1 the gate is not met; 2 wrong usage, or something that is not there.
+    Exit codes: 0 fine; 1 the gate is not met; 2 wrong usage, or something is missing.
     """
     from kvq.evaluation.quality.processes import Processes
 
@@ -103,7 +104,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _TextChoice:
-    """What of the command line says which text is read."""
+    """The options that choose the text."""
 
     files: list[Path] | None
     dataset: str | None
@@ -124,7 +125,7 @@ def _load_candidates(files: list[Path] | None, peers: bool) -> list[Candidate]:
 
     configs = {file.stem: KVQCacheConfig.from_file(file) for file in files or []} or {"defaults": KVQCacheConfig()}
     if files and len(configs) < len(files):
-        raise EvaluationError("two configurations have the same file name, by which the table tells them apart")
+        raise EvaluationError("two configurations have the same file name; rename one, the table needs two names")
     own = [make_candidate(label, config) for label, config in configs.items()]
     return [*own, *list_peers()] if peers else own
 
@@ -163,12 +164,12 @@ def _make_plan(
         needles = build_task(tokenizer, text.sequences, length=chosen.length, per_depth=chosen.needles)
     for candidate in candidates:
         if not candidate.is_peer:
-            candidate.build(model)  # refuses now what could only fail after full precision was measured
+            candidate.build(model)  # an error now, and not only after full precision was measured
     return EvaluationPlan(model, text, candidates, needles, **sizes)
 
 
 class _Shown:
-    """What is printed of a run while it goes on: the table, row by row."""
+    """Prints a run while it goes on: the table, row by row."""
 
     def __init__(self, plan: EvaluationPlan, model: str) -> None:
         self._plan = plan
@@ -208,7 +209,7 @@ def _run(
         records = measure(plan, parts=parts, processes=processes, on_progress=progress.advance, on_record=on_record)
     except KeyboardInterrupt:
         if parts is not None and processes.is_main:
-            print_error(f"stopped; the same command goes on where this one was (finished parts: {parts})")
+            print_error(f"stopped; the same command resumes where this one was (finished parts: {parts})")
         raise typer.Exit(130) from None
     if parts is not None and processes.is_main:
         shutil.rmtree(parts, ignore_errors=True)
@@ -239,7 +240,7 @@ def _draw(records: list[QualityRecord], picture: Path, title: str) -> None:
 
 
 def _apply_gate(records: list[QualityRecord], conditions: tuple[Condition, ...], *, quiet: bool) -> None:
-    """Print what fails the gate, and end the command with exit code 1 if anything does."""
+    """Print the conditions that are not met, and then end the command with exit code 1."""
     from kvq.evaluation.quality.gate import find_failures
 
     if not conditions:

@@ -1,4 +1,4 @@
-"""Paths as they are typed: none is so odd that looking whether it is there raises."""
+"""Paths as they are typed: checking whether one exists never raises, however odd it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def expand(text: str) -> Path:
-    """Return a path with `~` worked in; that of a user who does not exist stays as it is."""
+    """Return a path with `~` expanded; the `~` of a user who does not exist stays as it is."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -14,7 +14,7 @@ def expand(text: str) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is such a file or folder; what cannot be the name of one (too long, a NUL) is none."""
+    """Return whether there is such a file or folder; False for a text that can name none (too long, a NUL)."""
     try:
         return path.exists()
     except (OSError, ValueError):

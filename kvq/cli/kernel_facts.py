@@ -1,4 +1,4 @@
-"""What `kvq doctor` says of the kernels of attention: which are defaults, what speaks for them and what against."""
+"""The kernels of attention for `kvq doctor`: which are defaults, and the reasons for and against each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def list_kernels(devices: Sequence[str], *, prove: bool = False) -> list[dict[st
     """Return plain values for each kernel on each device.
 
     Args:
-        devices: as torch names them.
-        prove: try the kernels that need a benchmark and can run, whatever is known of them, and keep the verdicts.
+        devices: names of devices, as torch has them.
+        prove: try the kernels that need a benchmark and can run, even those with a verdict, and keep the new ones.
 
     Raises:
-        ConfigError: an environment variable names no kernel, or says neither yes nor no.
+        ConfigError: an environment variable names no kernel, or is neither on nor off.
     """
     from kvq.attention.dispatch.kernel_registry import get_kernel_registry
     from kvq.attention.dispatch.standing import are_trials_on

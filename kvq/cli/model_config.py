@@ -1,4 +1,4 @@
-"""The configuration of a model that a command is told of: a folder, an id on the hub, or the embedded model.
+"""The configuration of a model that a command names: a folder, an id on the hub, or the embedded model.
 
 Heavy: it imports transformers.
 """
@@ -18,7 +18,7 @@ from kvq.errors import ModelError
 from kvq.evaluation.embedded_model import EMBEDDED_MODEL_PATH
 
 EMBEDDED = "embedded"
-"""The word for the model that ships with kvq."""
+"""The name of the model that ships with kvq."""
 
 
 def load_model_config(model: str) -> PretrainedConfig:
@@ -28,7 +28,7 @@ def load_model_config(model: str) -> PretrainedConfig:
         model: a folder, an id on the hub, or `EMBEDDED`.
 
     Raises:
-        ModelError: there is none, it cannot be had, or transformers does not know what it describes.
+        ModelError: there is none, the hub cannot be reached, or transformers does not know the model.
     """
     if model == EMBEDDED:
         model = str(EMBEDDED_MODEL_PATH)
@@ -45,7 +45,7 @@ def _explain(model: str, path: Path, error: Exception) -> str:
     cause = one_line(str(error)).partition(". ")[0].rstrip(".")
     if not exists(path):
         return (
-            f"{model!r} is no folder, and no configuration of that name could be had from the hub ({cause}); give a "
+            f"{model!r} is no folder, and the hub gave no configuration of that name ({cause}); give a "
             f"folder with a config.json, an id on the hub, or {EMBEDDED!r}"
         )
     if path.is_dir() and not (path / "config.json").is_file():

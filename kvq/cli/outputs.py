@@ -1,6 +1,6 @@
-"""Files that a command writes at its end: what could not be written is told before the minutes of measuring.
+"""Files that a command writes at its end: a path that cannot be written is refused before minutes of measuring.
 
-Owns the checks of their paths, and writing them. It must not know what is in them.
+Owns the checks of their paths, and writing them. It must not know their content.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_outputs(out: Path | None, picture: Path | None) -> None:
-    """Check that what was asked for could be written.
+    """Check that the files asked for can be written.
 
     Args:
-        out: a JSON file.
-        picture: a picture.
+        out: path of a JSON file, or None.
+        picture: path of a picture, or None.
 
     Raises:
-        EvaluationError: a path is a folder, or in none that may be written to; or no picture of the kind can be drawn.
+        EvaluationError: a path is a folder, or its folder is missing or not writable; or no such picture can be drawn.
     """
     for file in (out, picture):
         problem = None if file is None else _find_problem(file)
@@ -43,7 +43,7 @@ def check_outputs(out: Path | None, picture: Path | None) -> None:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write a file; where the disk has run full meanwhile, or the folder is gone, end the command with exit code 1."""
+    """Write a file; if the disk is full by now, or the folder is gone, end the command with exit code 1."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`kvq plan`: what a cache will hold, from the configuration of the model alone."""
+"""`kvq plan`: the memory that a cache will take, from the model's configuration alone."""
 
 from __future__ import annotations
 
@@ -26,37 +26,39 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def plan(
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="A folder with a config.json, an id on the hub, or `embedded`.")
+        str, typer.Option(metavar="MODEL", help="A folder with a config.json, an id on the hub, or 'embedded'.")
     ],
     context: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of the prompt.")],
     config: Annotated[
-        str | None, typer.Option(metavar="FILE", show_default=False, help="Configuration of the cache: YAML or JSON.")
+        str | None,
+        typer.Option(metavar="FILE", show_default=False, help="The cache's configuration: YAML or JSON."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows, each with that many tokens.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch, each with that many tokens.")] = 1,
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", show_default=False, help="Memory of the device, e.g. 24GiB.")
     ] = None,
     weights_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", show_default=False, help="Of the weights, where they are quantized, e.g. 5.5GiB."),
+        typer.Option(metavar="SIZE", show_default=False, help="Memory of quantized weights, e.g. 5.5GiB."),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="DTYPE",
             show_default=False,
-            help=f"{', '.join(DTYPES)}: of weights and states; default: the model's.",
+            help=f"Dtype of weights and states: {', '.join(DTYPES)}. Default: the model's.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
-    """Plan the cache of a model: what each layer gets and why, its bytes, the largest context that fits.
+    """Plan a model's cache: its bytes, and the context that fits.
 
-    Only the model's configuration is read. The bytes are those that `cache.memory()` counts after a prompt of that many
-    tokens. The largest context leaves room for the weights and for what generating opens ahead; what is not counted is
-    said.
+    The table shows what each layer gets and why. Only the model's configuration is read, no weights. The bytes are
+    those that `cache.memory()` counts after a prompt of that many tokens. The largest context leaves room for the
+    weights, and for the room that generation allocates ahead. The last line lists the memory that is not counted.
 
-    Exit codes: 0 fine; 1 the cache cannot serve this model; 2 the model, the file or a size cannot be had.
+    Exit codes: 0 fine; 1 the cache cannot serve this model; 2 wrong usage, or the model or the file is missing or
+    wrong.
 
     Keys of --json: "model", "context", "batch", "dtype", "total_bytes", "full_precision_bytes", "compression",
     "horizon" (tokens generated after the prompt), "later_bytes", "later_full_precision_bytes" and "peak_bytes" (up to
@@ -99,7 +101,7 @@ def _exit(code: int, *errors: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Print what kvq warns of as lines, and keep what a plugin prints off stdout."""
+    """Print kvq's warnings as lines, and keep a plugin's output off stdout."""
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         yield

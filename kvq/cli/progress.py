@@ -1,6 +1,6 @@
 """Progress of long commands, on stderr: a bar in a terminal, a line every few seconds elsewhere.
 
-Owns when and how progress is told. It must not know what is measured, nor touch stdout, which belongs to results.
+Owns when and how progress is shown. It must not know the work itself, nor touch stdout, which belongs to results.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 LINE_INTERVAL_S = 8.0
 """Seconds between lines: a line every ten, with room for a machine that is busy."""
 LINE_LABEL = "progress: "
-"""What each line begins with, so that a program can tell it from warnings and errors."""
+"""The start of each line, by which a program tells it from warnings and errors."""
 
 
 class Progress(Protocol):
-    """Where a command stands."""
+    """How far a command is."""
 
     def begin(self, label: str, total: int, unit: str) -> None:
         """Start a part of the work.
 
         Args:
-            label: what is done first.
+            label: names the first task.
             total: units of work in this part.
-            unit: what they are, in the plural.
+            unit: the units' name, in the plural.
         """
 
     def advance(self, label: str, done: int = 1) -> None:
-        """Note that units are done, and what comes next."""
+        """Note that units are done, and name the next task."""
 
 
 class ProgressLines:
     """Progress in words, for a file or a program that reads stderr.
 
     Args:
-        label: what is done before the first part begins.
-        clock: seconds that never go back.
+        label: names the task before the first part begins.
+        clock: returns seconds that never go back.
     """
 
     def __init__(self, label: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -67,7 +67,7 @@ class ProgressLines:
             self._done += done
 
     def describe(self) -> str:
-        """Return what is running, how much is done, the time since the start and the time left, as far as known."""
+        """Return the task, the units done, the time since the start, and the time left if it is known."""
         with self._lock:
             now = self._clock()
             parts = [self._label]
@@ -84,7 +84,7 @@ class ProgressBar:
     """Progress as a bar, for a terminal; it is gone at the end.
 
     Args:
-        label: what is done before the first part begins.
+        label: names the task before the first part begins.
     """
 
     def __init__(self, label: str) -> None:
@@ -93,7 +93,7 @@ class ProgressBar:
 
         count = TaskProgressColumn(), TextColumn("{task.fields[count]}")
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-        # rich would send what is printed meanwhile to the bar's own stream, also where stdout is a file.
+        # rich would send all output to the bar's own stream meanwhile, even if stdout is a file.
         to_terminal = sys.stdout.isatty()
         console = get_console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), *count, *times
@@ -113,11 +113,11 @@ class ProgressBar:
 
 @contextmanager
 def show_progress(label: str, *, hidden: bool = False) -> Iterator[Progress]:
-    """Tell on stderr how far the block is.
+    """Show on stderr how far the block is.
 
     Args:
-        label: what is done before the first part begins.
-        hidden: tell nothing, as in all processes of several but one.
+        label: names the task before the first part begins.
+        hidden: show nothing, as in all processes of several but one.
     """
     if not hidden and sys.stderr.isatty():
         bar = ProgressBar(label)
@@ -144,10 +144,10 @@ def show_progress(label: str, *, hidden: bool = False) -> Iterator[Progress]:
 
 
 def tell_until(wait: Callable[[], bool], tell: Callable[[], None]) -> None:
-    """Call `tell` after each `wait` that returns False; end quietly where nobody reads any more.
+    """Call `tell` after each `wait` that returns False; end quietly if nobody reads any more.
 
     Args:
-        wait: lets an interval pass; True where the work is over.
+        wait: lets an interval pass; returns True once the work is over.
         tell: writes one line.
     """
     while not wait():

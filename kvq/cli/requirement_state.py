@@ -1,4 +1,4 @@
-"""Requirements as the plain values that tables and JSON are made of; `kvq.installed` says what is met."""
+"""Requirements as plain values for tables and JSON; `kvq.installed` decides which are met."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def describe_requirements(texts: Sequence[str], extra: str = "") -> list[dict[st
     """Return the requirements that hold here as `name`, `required`, `installed` (a version or None) and `met`.
 
     Args:
-        texts: requirements as in metadata.
+        texts: requirements, written as in metadata.
         extra: the extra whose requirements are listed too.
     """
     requirements = [one for one in map(Requirement, texts) if applies(one, extra)]

@@ -1,4 +1,4 @@
-"""Building the codec that a cache would build, to tell what it stores and whether it works at all.
+"""Build the codec that a cache would build, to measure its bits and to try it on one block.
 
 Heavy: it imports torch and, through the backend, the vendor's library.
 """
@@ -20,7 +20,7 @@ GROUP_SIZE = 64
 
 
 def plain_settings(backend: BackendSpec, nbits: float, granularity: Granularity) -> ResolvedLayer:
-    """Return what holds for a layer whose keys and values are quantized alike, everything else by default."""
+    """Return the settings of a layer whose keys and values are quantized alike, everything else by default."""
     config = KVQCacheConfig(
         backend=backend,
         nbits_k=nbits,
@@ -36,7 +36,7 @@ def measure_effective_bits(settings: ResolvedLayer, side: Side, head_dim: int = 
     """Return the bits per element that one side of a layer takes in the store, codes and metadata.
 
     Args:
-        settings: of the layer.
+        settings: the layer's settings.
         side: keys or values.
         head_dim: elements of one head.
 
@@ -52,7 +52,7 @@ def try_backend(backend: BackendSpec) -> None:
 
     Raises:
         KVQError: the result is not finite, or kvq refuses what the backend does.
-        Exception: whatever the backend or its library raises.
+        Exception: the backend or its library raises any error.
     """
     settings = plain_settings(backend, backend.capabilities.nbits[0], backend.capabilities.granularities[0])
     codec = build_codec(settings, "key", 0, make_states(backend, length=0))
@@ -60,14 +60,14 @@ def try_backend(backend: BackendSpec) -> None:
     restored = torch.empty_like(states)
     codec.decode_into(codec.encode(states), restored)
     if not restored.isfinite().all():
-        raise KVQError(f"backend {backend.name!r} turns a block of random numbers into some that are not finite")
+        raise KVQError(f"backend {backend.name!r} returns numbers that are not finite for a block of random ones")
 
 
 def make_states(backend: BackendSpec, *, length: int, head_dim: int = HEAD_DIM) -> torch.Tensor:
     """Return random states `[1, 1, length, head_dim]` of a dtype and on a device that the backend takes.
 
     Raises:
-        KVQError: no device that it takes is here.
+        KVQError: this machine has no device that the backend takes.
     """
     if not runs_here(backend):
         choices = ", ".join(backend.capabilities.device_types)
@@ -84,7 +84,7 @@ def runs_here(backend: BackendSpec) -> bool:
 
 
 def _find_devices(backend: BackendSpec) -> list[str]:
-    """Return the types of device that the backend takes and that are here, the CPU first."""
+    """Return the types of device that the backend takes and this machine has, the CPU first."""
     accepted = backend.capabilities.device_types or ("cpu",)
     return [device for device in sorted(accepted, key=lambda device: device != "cpu") if _is_here(device)]
 

@@ -1,4 +1,4 @@
-"""How a command ends whose options ask for something that is wrong or not there."""
+"""How a command ends if its options are wrong, or name something that is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvq.errors import BackendError, ConfigError, EvaluationError, ModelError
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """End the command with one line and exit code 2 if the block raises an error about what was asked for."""
+    """End the command with one line and exit code 2 if the block raises an error about the user's options."""
     try:
         yield
     except (EvaluationError, ConfigError, BackendError, ModelError) as error:

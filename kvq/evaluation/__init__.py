@@ -1,1 +1,1 @@
-"""What quantizing the cache costs in answers, measured against full precision."""
+"""Measure how much quality a quantized cache costs, against full precision."""

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations, read from the cache as in generation.
 
-One forward over context and continuation would never read what a cache holds: the states of the current forward are
-exact. So the context but for its last token is read at once, as `generate` reads a prompt, and then every token whose
-successor is scored in steps of decode size, behind a history that is stored already.
+One forward over context and continuation would never read the stored history: the states of the current forward are
+exact. So the context but for its last token is read at once, as `generate` reads a prompt; then every token whose
+successor is scored is read in steps of decode size, after a history that is stored already.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BuildCache = Callable[[Sequence[int]], Cache]
 
 @dataclass(frozen=True)
 class ContinuationScore:
-    """How likely a continuation is.
+    """The score of a continuation.
 
     Attributes:
         log_likelihood: sum over its tokens, in nats.
@@ -37,12 +37,12 @@ class ContinuationScore:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one row of a batch reads, and what is scored behind it.
+    """The tokens that one row of a batch reads, and those scored after it.
 
     Attributes:
         prompt: tokens read at once, not scored.
         steps: tokens read in steps; the one after each is scored.
-        endings: last tokens of the continuations, by the place of the request; all else they share with `steps`.
+        endings: last tokens of the continuations, by the place of the request; `steps` has the tokens they share.
     """
 
     prompt: tuple[int, ...]
@@ -54,13 +54,13 @@ class Reading:
 
 
 def plan_readings(requests: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> list[Reading]:
-    """Return what has to be read to score each continuation after its context, longest first.
+    """Return the readings that score each continuation after its context, longest first.
 
-    Requests that differ in the very last token alone, as the choices "A" to "D" do, are read once.
+    Requests that differ only in the very last token, such as the choices "A" to "D", are read once.
 
     Args:
         requests: token ids of context and continuation, each at least one.
-        max_length: tokens that the model takes; of a longer text the beginning is left out.
+        max_length: most tokens that the model takes; the beginning of a longer text is left out.
     """
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], Reading] = {}
     for place, (context, continuation) in enumerate(requests):
@@ -82,16 +82,16 @@ def score_readings(
 ) -> Iterator[tuple[int, ContinuationScore]]:
     """Read a batch and yield place and score of each request.
 
-    Prompts are padded on the left, so that all rows begin their steps together; steps on the right, where what is read
-    after a row's end changes nothing before it. As under `generate`, padding on the left shifts where a row's groups
-    begin, so that its quantized states, and scores, are not bit for bit those of the row alone.
+    Prompts are padded on the left: all rows begin their steps together. Steps are padded on the right, where tokens
+    after a row's end change nothing before it. As under `generate`, padding on the left shifts where a row's groups
+    begin: its quantized states, and its scores, are not bit for bit those of the row alone.
 
     Args:
         model: a causal model.
         readings: the rows.
-        build_cache: makes the cache that they are read into.
+        build_cache: makes the cache that the tokens are read into.
         step: tokens of each forward after the prompts; they see each other exactly, so that only 1 reads as generation.
-        softmax_dtype: dtype of the log-probabilities; that of the logits unless given.
+        softmax_dtype: dtype of the log-probabilities; the logits' dtype unless given.
     """
     batch = _Batch.pad(readings, model.device)
     cache = build_cache(batch.padding)
@@ -115,7 +115,7 @@ class _Batch:
 
     @classmethod
     def pad(cls, readings: Sequence[Reading], device: torch.device) -> _Batch:
-        """Pad to the longest prompt, the longest steps and the most endings; token 0 fills up, and nothing sees it."""
+        """Pad to the longest prompt, the longest steps and the most endings, with token 0, which nothing sees."""
         before = max(len(reading.prompt) for reading in readings)
         after = max(len(reading.steps) for reading in readings)
         answers = max(len(reading.endings) for reading in readings)
@@ -154,12 +154,12 @@ class _Batch:
 
 
 class _Forward:
-    """Forwards of a model behind each other on one cache.
+    """Consecutive forwards of a model on one cache.
 
     Args:
-        model: the model.
+        model: a causal model.
         cache: its cache, empty at first.
-        mask: int64 `[B, T]`, 1 at the real ones among all tokens that will be read.
+        mask: int64 `[B, T]` over all tokens that will be read, 1 at the real ones.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, mask: torch.Tensor) -> None:

@@ -20,13 +20,13 @@ from kvq.plugin_api.backend_spec import BackendSpec
 BIT_PAIRS = ((8, 8), (4, 4), (4, 2), (2, 4), (2, 2))
 """Bits of keys and values that the demo compares."""
 QUESTIONS_AT_ONCE = 4
-"""Questions in one forward: 28 tokens, far less than the window that is exact in any case."""
+"""Questions in one forward: 28 tokens, far less than the window, which is always exact."""
 FULL_PRECISION_BITS = "16 bit"
 
 
 @dataclass(frozen=True)
 class DemoCase:
-    """One row of the demo; full precision where `config` is None."""
+    """One row of the demo; full precision if `config` is None."""
 
     backend: str
     config: KVQCacheConfig | None = None
@@ -50,8 +50,8 @@ class Comparison:
     """How many more questions one case answers than another.
 
     Attributes:
-        backend: of the case, or of both.
-        difference: share of the questions; its interval comes from the contexts, which were drawn independently.
+        backend: backend of the case, or of both.
+        difference: difference as a share of the questions, with its interval over the independently drawn contexts.
     """
 
     backend: str
@@ -75,9 +75,9 @@ def list_cases(backends: Sequence[BackendSpec]) -> list[DemoCase]:
 
 
 def build_case_config(backend: str, nbits_k: float, nbits_v: float) -> KVQCacheConfig | None:
-    """Return the default configuration at these bits; None where the backend lacks the default granularities."""
+    """Return the default configuration at these bits; None if the backend lacks the default granularities."""
     with warnings.catch_warnings():
-        # K2V4 is compared on purpose; what it costs stands in the table.
+        # K2V4 is compared on purpose; the table shows its cost.
         warnings.filterwarnings("ignore", message=".*nbits_k.*below.*nbits_v.*")
         try:
             return KVQCacheConfig(backend=backend, nbits_k=nbits_k, nbits_v=nbits_v)
@@ -105,9 +105,9 @@ def compare_bits(rows: Sequence[DemoRow], bits: str, others: str) -> list[Compar
     """Compare two pairs of bits of each backend that has both, context by context.
 
     Args:
-        rows: what was measured, on the same questions.
-        bits: such as `K4V2`.
-        others: what to subtract; `16 bit` is full precision, whichever backend.
+        rows: measured rows, on the same questions.
+        bits: the pair of bits, such as `K4V2`.
+        others: the pair to subtract; `16 bit` is full precision, for every backend.
     """
     found = {(row.case.backend, row.case.bits): row.score.exact_by_context for row in rows}
     plain = next((score for (_, own), score in found.items() if own == FULL_PRECISION_BITS), None)

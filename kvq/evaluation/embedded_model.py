@@ -19,7 +19,7 @@ def load_embedded_model(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrained
     """Return the embedded model, ready to generate, and its tokenizer; nothing is downloaded.
 
     Args:
-        dtype: of weights and states.
+        dtype: dtype of weights and states.
     """
     with without_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL_PATH, dtype=dtype).eval()
@@ -28,7 +28,7 @@ def load_embedded_model(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrained
 
 @contextmanager
 def without_progress_bar() -> Iterator[None]:
-    """Keep the bar of `from_pretrained`, over before it is seen, off the terminal."""
+    """Keep the progress bar of `from_pretrained`, too short to be of use, off the terminal."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -20,9 +20,9 @@ def load_model(
     """Return a model, ready to generate, and its tokenizer.
 
     Args:
-        name: a folder, an identifier of the hub, or `embedded`.
-        dtype: of weights and states; `auto`: as the model was saved.
-        device: where to; a GPU where there is one unless given.
+        name: a folder, an id on the hub, or `embedded`.
+        dtype: dtype of weights and states; `auto`: the dtype in which the model was saved.
+        device: device to load it on; a GPU if there is one, unless given.
 
     Raises:
         EvaluationError: there is no such model, it cannot be reached, or dtype or device do not exist.
@@ -42,10 +42,10 @@ def load_model(
 
 
 def find_device(device: str | None) -> torch.device:
-    """Return the device of that name; a GPU where there is one, unless given.
+    """Return the device of that name; a GPU if there is one, unless given.
 
     Raises:
-        EvaluationError: there is no such device here.
+        EvaluationError: this machine has no such device.
     """
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -58,4 +58,4 @@ def find_device(device: str | None) -> torch.device:
 def _where_it_was_looked_for(name: str) -> str:
     if Path(name).exists():
         return ""
-    return f" (there is no folder {name!r} either; give a path, an identifier of the hub, or {EMBEDDED_NAME!r})"
+    return f" (there is no folder {name!r} either; give a path, an id on the hub, or {EMBEDDED_NAME!r})"

@@ -1,11 +1,11 @@
-"""Scores of a cache on the recall task: answers, agreement with full precision, and what the cache holds.
+"""Scores of a cache on the recall task: answers, agreement with full precision, and bytes held.
 
 Questions are asked one after another on the cache that holds the context, each with its right answer in one forward:
 the quantized history is read and grows as in generation. A greedy answer is exact if and only if every token of it is
 the most likely one given the right ones before, so the exact-answer rate is that of generation, while a wrong answer
 does not spoil the questions after it. That the tokens of one forward see each other exactly is no advantage as long as
-they are fewer than the `residual_length` newest ones, which are exact in any case; only what becomes old enough during
-a forward is quantized a few tokens later.
+they are fewer than the `residual_length` newest ones, which are always exact; only the tokens that become old enough
+during a forward are quantized a few tokens later.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from kvq.layers.memory_report import MemoryReport, report_memory
 from kvq.transformers_seams.private_names import pass_cache
 
 NAME_POSITION = 1
-"""Place of the name in a question: after it the model answers."""
+"""Position of the name in a question: the model answers after it."""
 
 
 @dataclass(frozen=True)
 class RecallScore:
-    """How one cache did.
+    """The score of one cache.
 
     Attributes:
         predictions: most likely tokens, int64 `[B, Q, ANSWER_LENGTH + 1]`: the answer and the full stop.
         exact: whether the whole answer is right, bool `[B, Q]`.
         agreement: share of the predictions that equal those in full precision; 1.0 for full precision itself.
-        held_bytes: what the cache held at the end.
-        memory: the report on it, or None for a cache that is not ours.
+        held_bytes: bytes that the cache held at the end.
+        memory: the cache's memory report, or None for a cache that is not ours.
     """
 
     predictions: torch.Tensor
@@ -71,7 +71,7 @@ def score_recall(
         model: a model of the recall task.
         batch: contexts and questions.
         cache: an empty cache.
-        reference: the score of full precision on the same batch, for the agreement.
+        reference: full precision's score on the same batch, for the agreement.
         at_once: questions in one forward.
     """
     with without_hint():  # full precision and every cache are read by the same attention
@@ -98,6 +98,6 @@ def score_config(
 
 
 def _ask(model: PreTrainedModel, questions: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Feed questions `[B, Q, QUESTION_LENGTH]` with their answers and return what the model says after each name."""
+    """Feed questions `[B, Q, QUESTION_LENGTH]` with their answers and return the model's tokens after each name."""
     said: torch.Tensor = model(questions.flatten(1), **pass_cache(model, cache)).logits.argmax(-1)
     return said.view(questions.shape)[..., NAME_POSITION : NAME_POSITION + ANSWER_LENGTH + 1]

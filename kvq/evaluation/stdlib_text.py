@@ -1,7 +1,7 @@
 """Text that every machine has: the source of Python's standard library, split by file.
 
-A file belongs to the same part whatever the version of Python, since the hash of its path decides. So a model that was
-trained on one version's training files has seen none of another version's held-out files, but for what moved.
+A file belongs to the same part in every version of Python, since the hash of its path decides. So a model that was
+trained on one version's training files has seen none of another version's held-out files, unless a file moved.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def read_stdlib(part: StdlibPart, root: Path | None = None) -> Iterator[tuple[st
     """Yield path and text of each file of one part, in the order of the paths' hashes.
 
     Args:
-        part: which files.
-        root: the library's folder; that of the running interpreter unless given.
+        part: the part whose files are read.
+        root: the library's folder; the running interpreter's unless given.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     for name in sorted(_python_files(root), key=_digest):

@@ -1,4 +1,4 @@
-"""The contract kit: what every backend must do, as functions that raise where one does not.
+"""The contract kit: every rule for backends, as a function that raises if a backend breaks it.
 
 Run from the command line, `kvq check NAME`, or under pytest:
 

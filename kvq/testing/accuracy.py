@@ -1,8 +1,8 @@
-"""Checks of the error against what information theory allows, which no code under test computes.
+"""Checks of the error against the bounds of information theory, which no code under test computes.
 
 A code of R bits per element cannot bring the mean squared error of independent normal numbers below `4 ** -R` of their
 variance (the distortion-rate function of a Gaussian source). Rounding evenly between the extremes of 64 of them loses
-1.0 to 1.4 bits against that, symmetric rounding at 2 bits 1.9; `ALLOWED_LOSS_BITS` is what anybody may lose.
+1.0 to 1.4 bits against that, symmetric rounding at 2 bits 1.9; any backend may lose `ALLOWED_LOSS_BITS`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALLOWED_LOSS_BITS = 2.0
 LEAST_BITS = 2.0
 """Below, rounding to the extremes of a group is worse than storing nothing; only its own error bounds it there."""
 SAMPLING_MARGIN = 0.9
-"""Of the Shannon bound: what a sample of a hundred thousand numbers may lie below its expectation, and more."""
+"""Least error, as a share of Shannon's bound; a sample of a hundred thousand numbers stays above it."""
 NOT_WORSE = 1.02
 
 
@@ -76,7 +76,7 @@ def _largest_error(case: ContractCase, quantizer: Quantizer) -> float:
     bits = effective_bits(quantizer, ACCURACY_HEAD_DIM)
     packed = find_packed_format(quantizer)
     if packed is not None:
-        bits -= packed.bits - case.nbits  # what a code of three levels leaves unused of two bits
+        bits -= packed.bits - case.nbits  # two bits less the bits that a code of three levels uses
     if bits < LEAST_BITS:
         extreme = math.sqrt(2 * math.log(2 * ACCURACY_HEAD_DIM))  # about the largest of so many normal numbers
         return 1 + extreme**2 - 2 * extreme * math.sqrt(2 / math.pi)  # E(|x| - extreme)^2
@@ -84,7 +84,7 @@ def _largest_error(case: ContractCase, quantizer: Quantizer) -> float:
 
 
 def _range_bits(quantizer: Quantizer) -> float:
-    """Return the bits of an element that say how large it is rather than what: the exponent of floating-point codes.
+    """Return the bits of an element that encode its magnitude alone: the exponent of floating-point codes.
 
     One less than its width, since the first bit of the mantissa is implied.
     """

@@ -1,6 +1,6 @@
 """Attention over one stored layer in the ways that models ask for it, against float64 on the states it decodes to.
 
-It must not know what is done about a difference.
+It must not know how a difference is judged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAYS = {
 
 
 def measure_attention(case: ContractCase) -> Iterator[tuple[str, float]]:
-    """Yield each way of asking, and how far the output is off, as a share of the largest number of float64."""
+    """Yield each kind of request, and the error of its output as a share of the largest number of float64."""
     for way, (queries, is_padded, order) in WAYS.items():
         request = _request(case, queries, is_padded=is_padded, order=order)
         chosen, expected = get_kernel_registry().choose(request).kernel, _attend_in_float64(request)
@@ -42,7 +42,7 @@ def measure_attention(case: ContractCase) -> Iterator[tuple[str, float]]:
 
 
 def _request(case: ContractCase, queries: int, *, is_padded: bool, order: tuple[int, ...] | None) -> AttentionRequest:
-    """Return a step of `queries` tokens on a layer of which some is stored, some in the window."""
+    """Return a step of `queries` tokens on a layer with some tokens stored and some in the window."""
     layer = quantized_layer(case.filled_cache(case.tokens_for(FLUSHES), batch=BATCH, seed=90))
     if order is not None:
         layer.reorder_cache(torch.tensor(order))
@@ -50,7 +50,7 @@ def _request(case: ContractCase, queries: int, *, is_padded: bool, order: tuple[
     handle, _ = layer.update(keys, values, packed=True)
     query = case.states(queries, batch=BATCH, heads=SHARING * keys.shape[1], seed=94)
     scaling = query.shape[3] ** -0.5
-    # `update` returned what `packed` asked for: the handle, which leads to the pair.
+    # `packed` made `update` return a handle, which leads to the pair.
     pair = handle.pair  # type: ignore[attr-defined]  # declared as any tensor
     return AttentionRequest(query, pair, _seen(pair.key.length, queries, query) if is_padded else None, scaling)
 

@@ -1,6 +1,6 @@
-"""What a check is run on: one backend at one width in one direction, with its options.
+"""The case that a check runs on: one backend at one width in one direction, with its options.
 
-Owns how a case becomes configurations, caches, quantizers and states. It must not know what is checked.
+Owns how a case becomes configurations, caches, quantizers and states. It must not know the checks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvq.registry import get_registry
 GROUP_SIZE = 64
 HEAD_DIM = 64
 RESIDUAL_LENGTH = 32
-"""Tokens of the window in the caches of a case: few, so that little has to be fed before something is stored."""
+"""Tokens of the window in the caches of a case: few, for tokens to be stored early."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,7 +37,7 @@ class ContractCase:
         backend: the backend under test.
         nbits: bits per code.
         granularity: direction of the groups.
-        options: what stands under `backend_options`.
+        options: the backend's options, as under `backend_options`.
     """
 
     backend: BackendSpec
@@ -51,10 +51,10 @@ class ContractCase:
 
     @property
     def device(self) -> torch.device:
-        """The first device that the backend takes and that is here, the CPU before others.
+        """The first device of this machine that the backend takes, the CPU before others.
 
         Raises:
-            CheckNotApplicableError: there is none.
+            CheckNotApplicableError: this machine has none.
         """
         accepted = self.backend.capabilities.device_types or ("cpu",)
         for kind in sorted(accepted, key=lambda kind: kind != "cpu"):
@@ -89,7 +89,7 @@ class ContractCase:
     def config(self, **fields: Any) -> KVQCacheConfig:
         """Return a configuration of this case; keywords win."""
         with warnings.catch_warnings():
-            # Widths are chosen by the kit, so that a warning about them would tell the author of a backend nothing.
+            # The kit chooses the widths: a warning about them would tell the author of a backend nothing.
             warnings.simplefilter("ignore")
             return KVQCacheConfig(**self.config_fields(**fields))
 
@@ -106,12 +106,12 @@ class ContractCase:
     def quantizer(
         self, side: Side = "key", layer_idx: int = 0, *, like: torch.Tensor | None = None, head_dim: int = HEAD_DIM
     ) -> Quantizer:
-        """Build what a cache would build for one side of one layer.
+        """Build the codec that a cache would build for one side of one layer.
 
         Args:
             side: keys or values.
             layer_idx: index of the layer.
-            like: states that give heads, head dim, dtype and device; default: those of `states`.
+            like: states whose heads, head dim, dtype and device to take; default: those of `states`.
             head_dim: elements of one head of the default states.
         """
         like = self.states(0, head_dim=head_dim) if like is None else like
@@ -149,10 +149,10 @@ def list_cases(backend: BackendSpec | str, options: Mapping[str, Any] | None = N
 
     Args:
         backend: a spec, or the name of an installed or registered backend.
-        options: what stands under `backend_options`.
+        options: the backend's options, as under `backend_options`.
 
     Raises:
-        BackendError: the backend cannot be had.
+        BackendError: the backend is unavailable.
     """
     spec = get_registry().get_backend(backend) if isinstance(backend, str) else backend
     offered = spec.capabilities
@@ -164,7 +164,7 @@ def list_cases(backend: BackendSpec | str, options: Mapping[str, Any] | None = N
 
 
 def feed(cache: KVQ, keys: torch.Tensor, values: torch.Tensor, sizes: list[int] | None = None) -> None:
-    """Bring states to layer 0 of a cache in updates of those sizes; what `update` returns is not materialized."""
+    """Feed states to layer 0 of a cache in updates of those sizes, without materializing the results."""
     for key_piece, value_piece in zip(split(keys, sizes), split(values, sizes), strict=True):
         if not cache.layers:
             cache.update(key_piece, value_piece, 0)
@@ -189,7 +189,7 @@ def encode_blocks(quantizer: Quantizer, states: torch.Tensor) -> dict[str, torch
 
 
 def quantized_layer(cache: KVQ, layer_idx: int = 0) -> KVQLayer:
-    """Return a layer of a cache as what it must be."""
+    """Return a layer of a cache, which must be a quantized one."""
     layer: object = cache.layers[layer_idx]
     if not isinstance(layer, KVQLayer):
         raise ContractViolationError(f"layer {layer_idx} is not quantized")

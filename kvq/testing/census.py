@@ -1,7 +1,7 @@
 """The bytes that the process holds, counted from outside: no object under test is asked.
 
-Tensors are found by walking the garbage collector's lists, whoever holds them; arrays of NumPy, bytes, lists and all
-else that Python allocates are counted by `tracemalloc`.
+Tensors are found by walking the garbage collector's lists, no matter which object holds them; arrays of NumPy, bytes,
+lists and all else that Python allocates are counted by `tracemalloc`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 
 
 class Census:
-    """What has come alive since it was begun; see `begin_census`."""
+    """Counts the memory allocated since it began; see `begin_census`."""
 
     def __init__(self) -> None:
         known = [thing for thing in gc.get_objects() if _holds_storage(thing)]
         self._before = dict(_storages(known))
-        # One of them may be resized, and thereby hold more than before, while the walks leave it out.
+        # An object that the walks leave out may still be resized, and then hold more than before.
         self._known = [weakref.ref(thing) for thing in known]
         self._traced = tracemalloc.get_traced_memory()[0]
 
     def count(self) -> int:
-        """Return the bytes of tensors that are new and alive, and of what Python has allocated on top."""
+        """Return the bytes of new, live tensors plus Python's own new allocations."""
         gc.collect()
         python_bytes = max(0, tracemalloc.get_traced_memory()[0] - self._traced)
         new = [thing for thing in gc.get_objects() if _holds_storage(thing)]
@@ -38,7 +38,7 @@ class Census:
 
 @contextmanager
 def begin_census() -> Iterator[Census]:
-    """Give a census that begins now; what exists already is left out of its walks, which makes them quick."""
+    """Give a census that begins now; its walks leave out all objects that exist already, which makes them quick."""
     gc.collect()
     was_tracing, was_frozen = tracemalloc.is_tracing(), gc.get_freeze_count() > 0
     if not was_tracing:

@@ -43,9 +43,9 @@ BACKEND_CHECKS: tuple[Check, ...] = (
     check_options,
     check_requirements,
 )
-"""About the backend as such: run on its first case."""
+"""Checks of the backend as such: run on its first case."""
 DIRECTION_CHECKS: tuple[Check, ...] = (check_more_bits,)
-"""About all widths in one direction: run on the first case of each direction."""
+"""Checks of all widths in one direction: run on the first case of each direction."""
 CASE_CHECKS: tuple[Check, ...] = (
     check_configuration,
     check_layout,
@@ -73,20 +73,20 @@ CASE_CHECKS: tuple[Check, ...] = (
     check_fused_attention,
     check_generation,
 )
-"""Run on every case."""
+"""Checks that run on every case."""
 CHECKS: tuple[Check, ...] = (*BACKEND_CHECKS, *DIRECTION_CHECKS, *CASE_CHECKS)
 """Every check of the contract, in the order in which they are run."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of one check on one case.
+    """The result of one check on one case.
 
     Attributes:
         check: name of the check.
         case: the case as it is shown, e.g. `4-per_token`.
         outcome: `passed`, `failed` or `not applicable`.
-        reason: what is wrong, or why there was nothing to look at.
+        reason: the fault, or why the check does not apply.
     """
 
     check: str
@@ -97,7 +97,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class BoundCheck:
-    """A check and the case that it is to be run on; calling it runs it."""
+    """A check and the case to run it on; calling it runs the check."""
 
     check: Check
     case: ContractCase
@@ -106,8 +106,8 @@ class BoundCheck:
         """Run the check.
 
         Raises:
-            ContractViolationError: the backend does not do what the contract says.
-            CheckNotApplicableError: there is nothing to look at.
+            ContractViolationError: the backend breaks the contract.
+            CheckNotApplicableError: the check does not apply.
         """
         self.check(self.case)
 
@@ -127,11 +127,11 @@ def list_checks(
 
     Args:
         backend: a spec, or the name of an installed or registered backend.
-        options: what stands under `backend_options`.
+        options: the backend's options, as under `backend_options`.
         only: names of checks; empty: all.
 
     Raises:
-        BackendError: the backend cannot be had.
+        BackendError: the backend is unavailable.
         LookupError: `only` names a check that does not exist.
     """
     wanted = set(only)
@@ -148,7 +148,7 @@ def list_checks(
 
 
 def run_checks(checks: Iterable[BoundCheck]) -> Iterator[CheckResult]:
-    """Run checks in turn; whatever a backend raises becomes a result, so that the others are run too."""
+    """Run checks in turn; an error of any kind becomes a result, and the other checks still run."""
     for one in checks:
         outcome, reason = _run(one)
         yield CheckResult(one.name, str(one.case), outcome, reason)

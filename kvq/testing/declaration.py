@@ -1,4 +1,4 @@
-"""Checks of what a backend says of itself, and of how it is configured."""
+"""Checks of a backend's declaration, and of its configuration."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - b
 
 
 def check_spec(case: ContractCase) -> None:
-    """The spec is valid for this plugin API, says what the backend is, and its requirements can be read."""
+    """The spec is valid for this plugin API, has a summary, and its requirements can be parsed."""
     backend = case.backend
     try:
         validate_spec(backend, backend.name, "the backend under test")
     except BrokenBackendError as error:
         require(False, str(error))
     require(backend.api_version == API_VERSION, f"api_version={backend.api_version}, this kvq has {API_VERSION}")
-    require(backend.summary.strip(), "summary is empty: `kvq backends` has nothing to show; say in a line what it does")
+    require(
+        backend.summary.strip(),
+        "summary is empty: `kvq backends` has nothing to show; describe the backend in a line",
+    )
     require("\n" not in backend.summary, "summary has more than one line")
     require(
         len(set(backend.capabilities.nbits)) == len(backend.capabilities.nbits), "capabilities.nbits repeats itself"
@@ -51,7 +54,7 @@ def check_spec(case: ContractCase) -> None:
 
 
 def check_light_import(case: ContractCase) -> None:
-    """The module with the hook imports nothing but kvq, what kvq has imported anyway, and its own distribution."""
+    """The module with the hook imports only kvq, modules that kvq itself imports, and its own distribution."""
     claimed = group_claims(find_entry_points()).get(case.backend.name)
     if claimed is None:
         raise CheckNotApplicableError(f"{case.backend.name} has no entry point; it was registered from code")
@@ -87,22 +90,22 @@ def check_options(case: ContractCase) -> None:
 
 
 def check_configuration(case: ContractCase) -> None:
-    """Keywords, a mapping and a file mean the same; widths that are not offered are refused with their path."""
+    """Keywords, a mapping and a file mean the same; an unsupported width is refused with its path."""
     config = case.config()
-    require(KVQCacheConfig.from_mapping(case.config_fields()) == config, "a mapping means something else than keywords")
+    require(KVQCacheConfig.from_mapping(case.config_fields()) == config, "a mapping does not mean the same as keywords")
     if _is_named(case.backend):
         text = config.to_yaml()
-        require(KVQCacheConfig.from_mapping(yaml.safe_load(text)) == config, "YAML is read as something else")
+        require(KVQCacheConfig.from_mapping(yaml.safe_load(text)) == config, "YAML does not mean the same as keywords")
         for suffix, written in ((".yaml", text), (".json", json.dumps(config.to_dict()))):
-            require(_read_file(written, suffix) == config, f"a {suffix} file is read as something else")
+            require(_read_file(written, suffix) == config, f"a {suffix} file does not mean the same as keywords")
     offered = case.backend.capabilities.nbits
     absent = next(bits for bits in (7.25, 5.125, 9.5) if bits not in offered)
     fault = _find_fault(case, nbits_k=absent)
-    require(fault == ("nbits_k",), f"nbits_k={absent}, which is not offered, is refused at {fault}")
+    require(fault == ("nbits_k",), f"nbits_k={absent}, which is not supported, is refused at {fault}")
 
 
 def check_requirements(case: ContractCase) -> None:
-    """What `build` needs is declared: it builds, and everything that `requires` names is installed."""
+    """`requires` names all that `build` needs: it is installed, and a quantizer is built."""
     try:
         get_registry().check_requirements(case.backend)
     except KVQError as error:
@@ -146,7 +149,7 @@ def _modules_imported_by(module: str) -> list[str]:
 
 
 def _find_fault(case: ContractCase, **fields: Any) -> tuple[str | int, ...] | None:
-    """Return the path of the one fault of a configuration, or None where it is taken."""
+    """Return the path of the one fault of a configuration, or None if it is accepted."""
     try:
         case.config(**fields)
     except ConfigError as error:

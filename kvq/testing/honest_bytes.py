@@ -1,4 +1,4 @@
-"""The check that a backend holds what it says: a census of the process against its declared effective bits."""
+"""The check of declared memory: a census of the process against the backend's declared effective bits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DECODE_FLUSHES = 2
 TOLERANCE = 0.05
 """Share of the declared bytes by which the census may differ."""
 PYTHON_BYTES = 64 * 1024
-"""What the objects around the tensors may take."""
+"""Bytes that the objects around the tensors may take."""
 MOST_OF_HALF_PRECISION = 0.75
 """Share of the same states in 16 bits that a cache of at most 8 bits may take."""
 
 
 def check_honest_bytes(case: ContractCase) -> None:
-    """At 4,096 tokens the process holds what the layout declares and no more, after a prompt and after decode steps."""
-    _run(case, tokens=PROMPT_LENGTH // 8)  # what a library keeps from its first call on is there before the census
+    """At 4,096 tokens the process holds the bytes that the layout declares, after a prompt and after decode steps."""
+    _run(case, tokens=PROMPT_LENGTH // 8)  # memory that a library keeps is there before the census
     _run(case, tokens=PROMPT_LENGTH, checked=True)
 
 
@@ -70,7 +70,7 @@ def _compare(case: ContractCase, cache: KVQ, census: Census, when: str) -> None:
 
 
 def _declared_bytes(case: ContractCase, cache: KVQ) -> tuple[int, int]:
-    """Return the fewest and the most bytes that layout, window, room for tokens to come and constants come to."""
+    """Return the fewest and the most bytes of layout, window, room for future tokens and constants together."""
     layer = quantized_layer(cache)
     token_bytes = _elements(case) * case.dtypes[-1].itemsize
     sinks = cache.config.sink_length * token_bytes

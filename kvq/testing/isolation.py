@@ -1,4 +1,4 @@
-"""Checks that quantizers share nothing: neither two layers, nor two caches, nor two threads."""
+"""Checks that quantizers share no state: neither two layers, nor two caches, nor two threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SWITCH_SECONDS = 1e-5
 
 
 def check_independent(case: ContractCase) -> None:
-    """Layers, sides and caches in turn give what each gives alone."""
+    """Layers, sides and caches that take turns give the same results as each alone."""
     places: tuple[tuple[Side, int], ...] = (("key", 0), ("value", 0), ("key", 1))
     length = case.quantizer().block_length
     states = {place: case.states(length, seed=10 + i) * 10.0**i for i, place in enumerate(places)}
@@ -33,7 +33,7 @@ def check_independent(case: ContractCase) -> None:
 
 
 def check_threads(case: ContractCase) -> None:
-    """Caches filled by threads side by side hold what they hold one after the other."""
+    """Caches filled by threads in parallel hold the same as caches filled one after the other."""
     tokens = case.tokens_for(FLUSHES)
     states = [(case.states(tokens, seed=20 + i), case.states(tokens, seed=40 + i)) for i in range(THREADS)]
     expected = [_run_cache(case, *pair) for pair in states]
@@ -59,7 +59,7 @@ def check_threads(case: ContractCase) -> None:
             require(False, f"in a thread beside others: {type(result).__name__}: {result}")
         else:
             same = all(is_same(one, other) for one, other in zip(result, pair, strict=True))
-            require(same, "threads with a cache each disturb each other: the states read back differ")
+            require(same, "threads with a cache each affect each other: the states read back differ")
 
 
 def _run_block(case: ContractCase, place: tuple[Side, int], states: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks on the embedded model: it answers from a cache of the backend, and attention reads what is stored."""
+"""Checks on the embedded model: it answers from a cache of the backend, and attention reads the packed form."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from kvq.transformers_seams.private_names import pass_cache
 
 CONTEXTS, RECORDS, QUESTIONS = 2, 60, 4
 LEAST_AGREEMENT = ((4.0, 0.95), (3.0, 0.85), (2.0, 0.6))
-"""Bits from which on at least that share of the tokens must be those of full precision; fewer bits promise nothing."""
+"""For a number of bits or more, the least share of tokens that equal full precision; fewer bits promise nothing."""
 LEAST_DISTINCT = 8
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Share of the range of the logits by which two orders of summation may differ."""
+"""By how much two orders of summation may differ, as a share of the range of the logits."""
 SCORE_TOLERANCE = 2e-2
 FORCED_STEPS = 24
 
@@ -48,7 +48,7 @@ def check_generation(case: ContractCase) -> None:
 
 
 def check_fused_attention(case: ContractCase) -> None:
-    """Attention on what is stored gives what it gives on materialized states, with padding and reordered rows too."""
+    """Attention on the packed form agrees with that on materialized states, also with padding and reordered rows."""
     for way, wrong in measure_attention(case):
         tolerance = LOGIT_TOLERANCE[case.dtypes[0]]
         require(wrong <= tolerance, f"{way}: off by {wrong:.3g} of the largest output; {tolerance:g} is rounding")
@@ -64,7 +64,7 @@ def check_fused_attention(case: ContractCase) -> None:
 
 
 def check_fused_scores(case: ContractCase) -> None:
-    """Where a quantizer computes on its packed form, scores and mixes are those of the states that it decodes to."""
+    """A quantizer that computes on its packed form gives the scores and mixes of the states that it decodes to."""
     for side in ("key", "value"):
         quantizer: Any = case.quantizer("key" if side == "key" else "value")
         if not all(hasattr(quantizer, name) for name in ("prepare_query", "scores", "mix", "finish_output")):
@@ -95,7 +95,7 @@ def _prepare(case: ContractCase) -> tuple[PreTrainedModel, RecallBatch, RecallSc
 
 @lru_cache(maxsize=2)
 def _load(dtype: torch.dtype) -> tuple[PreTrainedModel, RecallBatch, RecallScore]:
-    """Return the embedded model, questions, and the answers of full precision, which must be telling."""
+    """Return the embedded model, questions, and the answers of full precision, which must be varied enough."""
     model, _ = load_embedded_model(dtype)
     batch = sample_recall_batch(CONTEXTS, RECORDS, QUESTIONS, generator=torch.Generator().manual_seed(11))
     reference = score_recall(model, batch, DynamicCache(config=model.config))

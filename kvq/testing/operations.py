@@ -1,4 +1,4 @@
-"""Checks of what is done to a cache between updates: each operation against the same one on plain tensors."""
+"""Checks of the operations on a cache between updates: each against the same one on plain tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 
 def check_operations(case: ContractCase) -> None:
-    """Reorder, repeat, select, crop and reset do to a cache what they do to the states that it holds."""
+    """Reorder, repeat, select, crop and reset change a cache as they change the states that it holds."""
     order, chosen = torch.tensor([2, 0, 0]), torch.tensor([2, 1])
     stored = case.flush_length()
     operations: dict[str, tuple[Callable[[KVQ], object], Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -49,7 +49,7 @@ def check_operations(case: ContractCase) -> None:
 
 
 def check_copies(case: ContractCase) -> None:
-    """A fork and a deep copy hold the same, and part from the original in both directions."""
+    """A fork and a deep copy hold the same tokens, and neither changes with the original or changes it."""
     makers: dict[str, Callable[[KVQ], KVQ]] = {"fork": KVQ.fork, "deepcopy": copy.deepcopy}
     for name, make in makers.items():
         original = _fill(case)
@@ -67,11 +67,11 @@ def check_copies(case: ContractCase) -> None:
 
 
 def check_save_and_load(case: ContractCase) -> None:
-    """A saved cache is read back bit for bit, and goes on as the original does."""
+    """A saved cache is read back bit for bit, and continues as the original does."""
     if not hasattr(KVQ, "save"):
         raise CheckNotApplicableError("this version of kvq saves no cache")
     if case.backend.name not in _known_names():
-        raise CheckNotApplicableError(f"{case.backend.name!r} is not registered, so that no file can name it")
+        raise CheckNotApplicableError(f"{case.backend.name!r} is not registered, so no file can name it")
     original = _fill(case)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cache.kvq"
@@ -96,7 +96,7 @@ def _fill(case: ContractCase) -> KVQ:
 
 
 def _feed_more(case: ContractCase, cache: KVQ, *, batch: int, tokens: int, seed: int) -> None:
-    # Rows of unlike magnitude, so that rows that change places cannot go unnoticed.
+    # Rows of different magnitude: rows that change places show.
     scale = torch.arange(1, batch + 1, dtype=torch.float32)[:, None, None, None]
     keys, values = (case.states(tokens, batch=batch, seed=seed + i) for i in (1, 2))
     feed(cache, keys * scale.to(keys), values * scale.to(values))
@@ -109,11 +109,11 @@ def _read(cache: KVQ) -> States:
 
 def _compare(cache: KVQ, expected: States, subject: str) -> None:
     for name, found, wanted in zip(("keys", "values"), _read(cache), expected, strict=True):
-        require(is_same(found, wanted), f"{subject}: the {name} are not what the operation makes of plain tensors")
+        require(is_same(found, wanted), f"{subject}: the {name} differ from the same operation on plain tensors")
 
 
 def _check_goes_on(case: ContractCase, cache: KVQ, name: str) -> None:
-    """Check that the cache takes more tokens, stores them, and keeps what it held."""
+    """Check that the cache takes more tokens, stores them, and keeps the tokens that it held."""
     held = _read(cache)
     rows, length = held[0].shape[0], cache.get_seq_length()
     added = 2 * case.flush_length() + 40

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SkippingCheck:
-    """A check that tells pytest where it has nothing to look at."""
+    """A check that skips its test if it does not apply."""
 
     bound: BoundCheck
 
     def __call__(self) -> None:
-        """Run the check; skips the test where it is not applicable."""
+        """Run the check; skip the test if it does not apply."""
         import pytest
 
         try:
@@ -40,12 +40,12 @@ def parametrize_contract(
 
     Args:
         backend: a spec, or the name of an installed or registered backend.
-        options: what stands under `backend_options`.
+        options: the backend's options, as under `backend_options`.
         expected_failures: reasons by name, of a check (`check_bias`) or of one case of it (`check_bias[4-per_token]`).
             They are strict: one that passes fails the test.
 
     Raises:
-        BackendError: the backend cannot be had.
+        BackendError: the backend is unavailable.
         CheckNotApplicableError: an expected failure names no check of this backend.
 
     Example:

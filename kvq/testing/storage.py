@@ -1,4 +1,4 @@
-"""Checks that what is stored stays, and does not depend on how it arrived."""
+"""Checks that stored tokens never change, and do not depend on how they arrived."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_append_only(case: ContractCase) -> None:
     """A stored token reads the same, bit for bit, however long generation goes on."""
     tokens = case.tokens_for(FLUSHES)
     keys, values = case.states(tokens, seed=1), case.states(tokens, seed=2) * 3
-    keys[:, :, tokens // 2 :] *= 20  # later tokens unlike the earlier ones, which a running scale would follow
+    keys[:, :, tokens // 2 :] *= 20  # later tokens differ from the earlier ones: a running scale would follow them
     cache = case.cache()
     seen: tuple[torch.Tensor, ...] = ()
     step = case.flush_length()
@@ -24,13 +24,13 @@ def check_append_only(case: ContractCase) -> None:
         read = tuple(side[:, :, :stored] for side in cache.materialize(0))
         for name, new, old in zip(("keys", "values"), read, seen, strict=False):
             same = is_same(new[:, :, : old.shape[2]], old)
-            require(same, f"stored {name} read otherwise once {cache.get_seq_length()} tokens are held")
+            require(same, f"stored {name} change by the time {cache.get_seq_length()} tokens are held")
         seen = read
     require(seen[0].shape[2] >= FLUSHES * step, f"only {seen[0].shape[2]} tokens were stored")
 
 
 def check_chunk_invariant(case: ContractCase) -> None:
-    """What is held depends on the states, not on how updates, or the batch, split them."""
+    """The stored bits depend on the states alone, not on how updates or the batch split them."""
     tokens = case.tokens_for(FLUSHES)
     keys, values = case.states(tokens, batch=2, seed=3), case.states(tokens, batch=2, seed=4)
     whole = case.cache()
@@ -47,7 +47,7 @@ def check_chunk_invariant(case: ContractCase) -> None:
         cache = case.cache()
         feed(cache, keys[row : row + 1], values[row : row + 1])
         alone = tuple(side[row : row + 1] for side in expected)
-        _compare(cache, alone, f"row {row} of a batch is stored otherwise than alone, though group_local is True")
+        _compare(cache, alone, f"row {row} of a batch is stored as other bits than alone, though group_local is True")
 
 
 def check_exact_ends(case: ContractCase) -> None:

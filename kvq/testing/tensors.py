@@ -1,4 +1,4 @@
-"""Checks of a quantizer by itself: what goes in, what comes out, and that nothing else matters."""
+"""Checks of a quantizer by itself: its input, its output, and that nothing else matters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from kvq.store.affine import AffineCodec
 from kvq.testing.case import ContractCase, encode_blocks, is_same, require
 
 SHAPES = ((1, 1, 64), (2, 3, 80), (1, 2, 67), (2, 1, 128), (1, 1, 8))
-"""Batch, heads and head dim of the states that a quantizer is tried with; a head of 64 or 128 must be taken."""
+"""Batch, heads and head dim of the states that a quantizer is tried with; it must accept a head of 64 or 128."""
 BLOCKS = 3
 LARGEST = 1e38
-"""Twice that is still a number in float32, in which ranges are computed; float16 is tried up to its end."""
+"""Twice this is still finite in float32, in which ranges are computed; float16 is tried up to its end."""
 SIDES: tuple[Side, Side] = ("key", "value")
 
 
@@ -34,7 +34,7 @@ def check_layout(case: ContractCase) -> None:
 
 
 def check_codes(case: ContractCase) -> None:
-    """An affine quantizer keeps codes below `2 ** ceil(nbits)`, and scale and offset finite, whatever the groups."""
+    """An affine quantizer keeps codes below `2 ** ceil(nbits)`, and scale and offset finite, for any groups."""
     quantizer = case.quantizer()
     if not isinstance(quantizer, AffineCodec):
         raise CheckNotApplicableError("no affine quantizer: its codes are its own")
@@ -52,7 +52,7 @@ def check_codes(case: ContractCase) -> None:
 
 
 def check_input_untouched(case: ContractCase) -> None:
-    """`encode` writes nothing into the states, and what it returns does not change with them later."""
+    """`encode` writes nothing into the states, and its results do not change with them later."""
     quantizer = case.quantizer()
     states = case.states((BLOCKS if quantizer.group_local else 1) * quantizer.block_length)
     kept = states.clone()
@@ -118,7 +118,7 @@ def check_finite(case: ContractCase) -> None:
 
 
 def check_lost_numbers(case: ContractCase) -> None:
-    """What is not finite reads as NaN where it was, never as a plausible number, and other blocks do not notice."""
+    """A state that is not finite reads back as NaN, never as a plausible number, and other blocks do not change."""
     for lost in (math.nan, math.inf):
         quantizer, states = _build(case)
         length = quantizer.block_length
@@ -131,7 +131,7 @@ def check_lost_numbers(case: ContractCase) -> None:
 
 
 def check_decoding(case: ContractCase) -> None:
-    """Any run of blocks decodes to what it is within the whole, and every element of the output is written."""
+    """Any run of blocks decodes to the same numbers as within the whole, and every element of the output is written."""
     for side in SIDES:
         quantizer = case.quantizer(side)
         states = _states_of(case, quantizer, batch=2)
@@ -143,13 +143,13 @@ def check_decoding(case: ContractCase) -> None:
             out = around[:, :, start * length : stop * length]
             quantizer.decode_into({name: part[:, :, start:stop] for name, part in parts.items()}, out)
             same = is_same(out, whole[:, :, start * length : stop * length])
-            require(same, f"blocks {start} to {stop - 1} of the {side}s decode to something else than within the whole")
+            require(same, f"blocks {start} to {stop - 1} of the {side}s decode to other numbers than within the whole")
             others = torch.cat([around[:, :, : start * length], around[:, :, stop * length :]], dim=2)
             require(others.isnan().all(), "decode_into wrote beyond its output")
 
 
 def check_constants(case: ContractCase) -> None:
-    """Constants stay as they are once the first block is encoded, and are all that decoding needs beside the parts."""
+    """Constants never change after the first block is encoded, and decoding needs nothing but them and the parts."""
     for side in SIDES:
         quantizer = case.quantizer(side)
         states = _states_of(case, quantizer)
@@ -165,7 +165,7 @@ def check_constants(case: ContractCase) -> None:
             tensor.copy_(kept[name])
         found = torch.empty_like(states)
         other.decode_into(parts, found)
-        require(is_same(found, expected), "a second quantizer with the same constants decodes the parts otherwise")
+        require(is_same(found, expected), "a second quantizer with the same constants decodes to other numbers")
 
 
 def _check_one_layout(case: ContractCase, quantizer: Quantizer, like: torch.Tensor) -> None:

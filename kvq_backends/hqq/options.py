@@ -1,4 +1,4 @@
-"""What a user may set under `backend_options["hqq"]`."""
+"""The options under `backend_options["hqq"]`."""
 
 from __future__ import annotations
 

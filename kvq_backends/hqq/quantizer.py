@@ -1,7 +1,7 @@
 """hqq's quantization of groups, as an affine quantizer.
 
-Owns the call into hqq and the frame in which hqq sees a group: its guards and its optimizer are made for the weights of
-models, and states may lie outside the range that they assume (hqq 0.2.8).
+Owns the call into hqq and the frame in which hqq sees a group. hqq's guards and its optimizer are made for the weights
+of models, and states may lie outside the range that they assume (hqq 0.2.8).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CONSTANT_RANGE = 1e-4
 """hqq takes a range up to this one for a constant group."""
 
 _LARGEST_INVERSE_SCALE = 2e4
-"""hqq clamps its inverse scale here, which makes the steps of narrow groups coarser than asked for."""
+"""hqq clamps its inverse scale to this, which makes the steps of narrow groups too coarse."""
 
 _LARGEST_MAGNITUDE = 2.0**13
 """Up to here neither a state nor its inverse scale leaves the normal range of float16."""
@@ -69,7 +69,7 @@ class HQQQuantizer(AffineQuantizer):
         )
 
     def _get_working_dtype(self, device: torch.device) -> torch.dtype:
-        """Return what hqq computes in: its optimizer takes to float16 on CUDA, everything else stays in float32."""
+        """Return the dtype that hqq computes in: float16 for its optimizer on CUDA, float32 for everything else."""
         return torch.float16 if self.optimize and device.type == "cuda" else torch.float32
 
     def _call_vendor(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,7 +111,7 @@ def find_frame(rows: torch.Tensor, largest_code: int, working_dtype: torch.dtype
     Args:
         rows: fp32 `[N, G]`.
         largest_code: levels of the code less one, 1 to 255.
-        working_dtype: what hqq will compute in, float32 or float16.
+        working_dtype: dtype that hqq computes in, float32 or float16.
     """
     low, high = rows.amin(dim=-1, keepdim=True), rows.amax(dim=-1, keepdim=True)
     anchor = _find_anchor(low, high, _LARGEST_ZERO[working_dtype] / largest_code)
@@ -121,7 +121,7 @@ def find_frame(rows: torch.Tensor, largest_code: int, working_dtype: torch.dtype
 def _find_anchor(low: torch.Tensor, high: torch.Tensor, largest_bias: float) -> torch.Tensor:
     """Return `low` where a group is more than `largest_bias` ranges away from zero, else 0; all fp32 `[N, 1]`.
 
-    `largest_bias` is above 1, so that all values of such a group lie within a factor of two of each other, where
+    `largest_bias` is above 1: all values of such a group lie within a factor of two of each other, and their
     differences are exact in floating point (Sterbenz).
     """
     nearest = torch.maximum(low, -high).clamp(min=0)
@@ -133,7 +133,7 @@ def _find_unit(low: torch.Tensor, high: torch.Tensor, largest_code: int) -> torc
     extent = high - low
     is_wide_enough = (extent > _CONSTANT_RANGE) & (largest_code / extent <= _LARGEST_INVERSE_SCALE)
     is_small_enough = torch.maximum(high, -low) <= _LARGEST_MAGNITUDE
-    # Bounded so that the unit and its inverse are normal numbers, also where the range is not finite.
+    # Bounded to keep the unit and its inverse normal numbers, even if the range is not finite.
     bounded = extent.clamp(2.0**-120, 2.0**120)
     power = bounded / torch.frexp(bounded).mantissa
     return power.masked_fill(is_wide_enough & is_small_enough, 1.0)

@@ -1,4 +1,4 @@
-"""What a user may set under `backend_options["native"]`."""
+"""The options under `backend_options["native"]`."""
 
 from __future__ import annotations
 

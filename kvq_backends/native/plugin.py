@@ -17,7 +17,7 @@ NBITS = (1, 2, 3, 4, 5, 6, 7, 8)
 """Every width that fits a byte; the core packs each without a wasted bit."""
 
 AXIS_NAMES = {0: Granularity.PER_TOKEN, -1: Granularity.PER_CHANNEL}
-"""The same meaning as for transformers' `QuantizedCache`, so that a configuration may switch to this backend."""
+"""The same meaning as for transformers' `QuantizedCache`: a configuration may switch to this backend."""
 
 
 def build(spec: QuantSpec, options: NativeOptions) -> AffineQuantizer:

@@ -1,7 +1,7 @@
 """Round-to-nearest with torch alone, as an affine quantizer.
 
 Owns the choice of a line for each group, and the arithmetic that keeps it right from denormal ranges to ranges past the
-largest fp32. Nothing depends on the order of a reduction, so that a group gets the same bits in any batch.
+largest fp32. Nothing depends on the order of a reduction: a group gets the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvq.plugin_api import AffineQuantizer
 _LARGEST = torch.finfo(torch.float32).max
 
 _LEAST_UNIT = 2.0**-126
-"""The smallest normal number, so that dividing by a unit is exact."""
+"""The smallest unit: a normal number, to keep the division by it exact."""
 
 _LEAST_SHRINK = 0.2
 """The narrowest range that is tried, relative to the one between the extremes."""
@@ -35,8 +35,8 @@ class NativeQuantizer(AffineQuantizer):
 
     Args:
         nbits: 1 to 8.
-        clip_candidates: how many narrower ranges are tried; 0: the extremes as they are, where no error exceeds half a
-            step and the extremes come back exactly, up to the rounding of fp32.
+        clip_candidates: how many narrower ranges are tried. 0: the extremes as they are; then no error exceeds half a
+            step, and the extremes come back exactly, up to the rounding of fp32.
     """
 
     group_local = True
@@ -141,8 +141,8 @@ class Frame:
 def search_line(frame: Frame, line: Line, candidates: int) -> Line:
     """Return for each group the line with the least squared error.
 
-    Narrower and narrower ranges around the middle are tried, one after another over all groups, and then what least
-    squares make of the winner's codes: the ends of the range move apart from each other, and the mean error vanishes.
+    Narrower and narrower ranges around the middle are tried, one after another over all groups. Then least squares fit
+    a line to the winner's codes: both ends of the range move independently, and the mean error vanishes.
 
     Args:
         frame: the groups.

@@ -1,4 +1,4 @@
-"""What a user may set under `backend_options["quanto"]`."""
+"""The options under `backend_options["quanto"]`."""
 
 from __future__ import annotations
 

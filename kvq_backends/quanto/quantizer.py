@@ -1,7 +1,7 @@
 """quanto's quantization of groups, as an affine quantizer.
 
-Owns the calls into optimum.quanto and what keeps them away from its edges (quanto 0.2.7). It stops at the codes:
-quanto's packed tensors would compile a C++ extension at their first unpacking.
+Owns the calls into optimum.quanto and the guards around its edge cases (quanto 0.2.7). It stops at the codes: quanto's
+packed tensors would compile a C++ extension at their first unpacking.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from kvq.plugin_api import AffineQuantizer
 _QTYPES = {2: qint2, 4: qint4, 8: qint8}
 
 _CODE_OF_ZERO = 128
-"""What is added to an int8 code to make it unsigned."""
+"""Added to an int8 code to make it unsigned."""
 
 _LARGEST = 2.0**120
 """Magnitude from which the difference of two numbers might not be finite in fp32."""
 
 Encoded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""codes uint8 `[N, G]`, scale fp32 `[N, 1]`, offset fp32 `[N, 1]`."""
+"""Codes uint8 `[N, G]`, scale fp32 `[N, 1]`, offset fp32 `[N, 1]`."""
 
 
 class QuantoQuantizer(AffineQuantizer):
@@ -52,7 +52,7 @@ class QuantoQuantizer(AffineQuantizer):
         count = len(rows)
         if count == 1:
             # Along an axis of length 1 quanto quantizes per tensor: MaxOptimizer then returns a scale for every single
-            # element, and quantize_symmetric raises. A group is worth the same beside its double.
+            # element, and quantize_symmetric raises. So a lone group is quantized twice, which does not change its codes.
             rows = rows.expand(2, -1)
         codes, scale, offset = self._encode_rows(rows)
         leading = groups.shape[:-1]
@@ -78,7 +78,7 @@ def _encode_symmetric(rows: torch.Tensor) -> Encoded:
 
 
 def _avoid_zero(scale: torch.Tensor) -> torch.Tensor:
-    """Return `scale` with 1 for 0: quanto would divide 0 by 0 and cast nan to an integer, where any divisor gives 0."""
+    """Return `scale` with 1 for 0: quanto would divide 0 by 0 and cast nan to an integer; by 1 the code is 0."""
     return scale.masked_fill(scale == 0, 1.0)
 
 

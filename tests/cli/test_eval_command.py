@@ -111,7 +111,7 @@ def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130
-    assert "the same command goes on where this one was" in stderr
+    assert "the same command resumes where this one was" in stderr
     assert "Traceback" not in stderr
     assert 1 <= len(list(parts.glob("*.pt"))) < 4
     assert call_eval(*args).returncode == 0

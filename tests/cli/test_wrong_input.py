@@ -106,7 +106,7 @@ class Output:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: what was to be printed could not be written"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: the output could not be written"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
         (KeyboardInterrupt(), 130, ""),
     ],

@@ -34,12 +34,12 @@ class KVQHarnessModel(HFLM):
         pretrained: a model's name or folder, or the model, as for `hf`.
         kvq_config: path of a YAML or JSON file, a mapping, a `KVQCacheConfig`, or None for the defaults.
         kvq_step: tokens of each forward when log-likelihoods are read, at least 1. They see each other exactly: 1 reads
-            as generation does, more is faster and kinder to the cache, by as many exact tokens.
-        **options: everything else that `hf` takes.
+            as generation does; more is faster, but flatters the cache by as many exact tokens.
+        **options: all other options of `hf`.
 
     Raises:
-        ConfigError: the configuration or the step is wrong; before anything is loaded.
-        ModelError: the model cannot be served, e.g. an encoder-decoder model.
+        ConfigError: the configuration or the step is wrong; it is raised before anything is loaded.
+        ModelError: the cache cannot serve the model, e.g. an encoder-decoder model.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class KVQHarnessModel(HFLM):
         self.attachment = attach(self.model, self.kvq_config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-evaluation-harness saves with the results, the cache's configuration included."""
+        """Return the facts that lm-evaluation-harness saves with the results, the cache's configuration included."""
         ours = {"kvq_config": self.kvq_config.to_dict(), "kvq_step": self.kvq_step}
         return {**super().get_model_info(), **ours}
 
@@ -89,7 +89,7 @@ class KVQHarnessModel(HFLM):
                 )
 
     def _find_batch_size(self, readings: list[Reading]) -> int:
-        """Return the batch size asked for; for `auto`, one at which the longest text fits in a single forward."""
+        """Return the batch size asked for; for `auto`, one with which the longest text fits in a single forward."""
         if self.batch_size != "auto" or not readings:
             return int(self.batch_size)
         longest = readings[0]
@@ -108,7 +108,7 @@ def _check_step(step: Any) -> int:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Refuse misspelt options of ours, which `hf` would hand on to the model."""
+    """Refuse misspelt options of ours, which `hf` would pass on to the model."""
     unknown = [name for name in options if name.startswith("kvq")]
     if unknown:
         raise ConfigError([Fault((name,), "no such option: kvq_config and kvq_step are ours") for name in unknown])

@@ -1,4 +1,4 @@
-"""What is evaluated: configurations of kvq, and the quantized caches of transformers beside them."""
+"""The caches to evaluate: configurations of kvq, and the quantized caches of transformers beside them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Candidate:
     """One cache to be measured.
 
     Attributes:
-        label: what the tables call it.
+        label: its name in the tables.
         build: makes an empty cache for a model.
-        settings: what it was made from, as plain values.
-        is_peer: whether it is not ours.
+        settings: the settings that it was made from, as plain values.
+        is_peer: whether it is a cache of transformers.
     """
 
     label: str
@@ -54,7 +54,7 @@ def make_candidate(label: str, config: KVQCacheConfig) -> Candidate:
 
 
 def list_peers() -> Iterator[Candidate]:
-    """Yield transformers' quantized caches; building one that this version lacks raises its own error."""
+    """Yield transformers' quantized caches; building one that this version lacks raises transformers' error."""
     for label, options in PEERS.items():
         yield Candidate(label, _peer_builder(options), {"transformers": dict(options)}, is_peer=True)
 
@@ -81,7 +81,7 @@ def history_errors(cache: Cache, reference: Cache, bins: int) -> list[float] | N
     Args:
         cache: the cache under test.
         reference: full precision, after the same tokens.
-        bins: runs of equal length; the first one has the newest tokens.
+        bins: number of equal runs of tokens; the first run has the newest tokens.
 
     Returns:
         Root mean square error over that of the states, for each run, over all layers that have keys and values, as far

@@ -1,4 +1,4 @@
-"""Reading a text in decode-sized steps, so that every step reads a history that was stored as in generation."""
+"""Read a text in decode-sized steps: every step reads a history that was stored as in generation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kvq.transformers_seams.private_names import pass_cache
 def force_tokens(
     model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, *, prefill: int, step: int
 ) -> Iterator[torch.Tensor]:
-    """Feed tokens through a cache and yield what the model says next.
+    """Feed tokens through a cache and yield the model's predictions.
 
     Args:
         model: a causal model.
         tokens: int64 `[B, L]`, on the model's device.
         cache: an empty cache.
         prefill: tokens of the first forward.
-        step: tokens of each later one.
+        step: tokens of each later forward.
 
     Yields:
         Logits of the tokens from position `prefill` on, float `[B, step, V]`: first one position, then step by step.

@@ -22,7 +22,7 @@ METRICS: Mapping[str, tuple[Callable[[QualityRecord], float], float, float]] = {
     "compression": (lambda record: record.compression, 0, math.inf),
     "held_bytes": (lambda record: record.held_bytes, 0, math.inf),
 }
-"""How each figure is read off a record, and the least and the greatest that it can be."""
+"""For each figure: how to read it off a record, and its least and greatest possible value."""
 
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -39,7 +39,7 @@ class Condition:
     Attributes:
         metric: a name among `METRICS`.
         comparison: `<`, `<=`, `>` or `>=`.
-        bound: what the figure is compared with.
+        bound: the number that the figure is compared with.
     """
 
     metric: str
@@ -50,11 +50,11 @@ class Condition:
         return f"{self.metric}{self.comparison}{self.bound:g}"
 
     def is_met(self, record: QualityRecord) -> bool:
-        """Return whether a record meets it; a figure that was not measured never does."""
+        """Return whether a record meets the condition; a figure that was not measured never does."""
         return _COMPARISONS[self.comparison](METRICS[self.metric][0](record), self.bound)
 
     def describe(self, record: QualityRecord) -> str:
-        """Return the condition with the figure that was found."""
+        """Return the condition with the figure that was measured."""
         return f"{self} is not met: {METRICS[self.metric][0](record):.6g}"
 
 
@@ -68,7 +68,7 @@ def parse_gate(text: str) -> tuple[Condition, ...]:
 
 
 def find_failures(record: QualityRecord, gate: tuple[Condition, ...]) -> Iterator[str]:
-    """Yield what a record fails of a gate."""
+    """Yield the conditions of a gate that a record does not meet."""
     if record.failure:
         yield record.failure
         return

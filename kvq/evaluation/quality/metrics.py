@@ -48,7 +48,7 @@ class TokenScores:
 
     @classmethod
     def concatenate(cls, scores: Sequence[TokenScores], dim: int) -> TokenScores:
-        """Put scores of further tokens (`dim=1`) or sequences (`dim=0`) together."""
+        """Concatenate scores of further tokens (`dim=1`) or sequences (`dim=0`)."""
         return cls(*(torch.cat([getattr(one, name) for one in scores], dim=dim) for name in cls.__dataclass_fields__))
 
 
@@ -61,7 +61,7 @@ class Estimate:
 
     @classmethod
     def of_parts(cls, parts: torch.Tensor) -> Estimate:
-        """Estimate from one number a part, float `[N]`, by Student's t."""
+        """Estimate from one number for each part, float `[N]`, by Student's t."""
         count = len(parts)
         if count < 2:
             return cls(float(parts.mean()), math.nan)

@@ -15,7 +15,7 @@ from kvq.evaluation.quality.forcing import force_tokens
 from kvq.evaluation.quality.text import MAX_RECORDS, is_recall_tokenizer
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where the facts stand, as shares of the context."""
+"""Positions of the facts, as shares of the context."""
 NO_TOKEN = -1
 QUESTION_STEPS = 8
 """Last tokens of the prompt that are read one by one, behind the context."""
@@ -29,7 +29,7 @@ class NeedleTask:
     Attributes:
         prompts: int64 `[N, T]`, context and question.
         answers: int64 `[N, A]`, shorter ones filled up with `NO_TOKEN`.
-        depths: where the fact stands in each prompt, one of `DEPTHS`.
+        depths: the position of the fact in each prompt, one of `DEPTHS`.
     """
 
     prompts: torch.Tensor
@@ -43,11 +43,11 @@ def build_task(
     """Return a task for a model: records and names for the recall model, else sentences hidden in a text.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         filler: int64 `[N, L]`, text that the sentences are hidden in.
-        length: tokens of a prompt and its answer, at most.
+        length: most tokens of a prompt and its answer.
         per_depth: questions for each depth.
-        seed: of names and answers.
+        seed: seed of names and answers.
 
     Raises:
         EvaluationError: the length leaves no room for a context.
@@ -117,7 +117,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _stack(rows: tuple[list[int], ...]) -> torch.Tensor:
-    """Return rows as `[N, T]`, cut at the front where they are longer than the shortest; the first token stays."""
+    """Return rows as `[N, T]`, cut at the front to the length of the shortest; the first token stays."""
     shortest = min(map(len, rows))
     return torch.tensor([[row[0], *row[len(row) - shortest + 1 :]] for row in rows])
 

@@ -13,9 +13,9 @@ from kvq.evaluation.quality.record import QualityRecord
 
 _OURS, _PEER, _FRONT = "#1f5fa8", "#b0532b", "#1f5fa8"
 _LINES = 36
-"""Lines of labels that the height of the points takes, about."""
+"""Lines of labels that fit beside the points, about."""
 _LEAST = 1e-12
-"""Stands for a divergence of 0 on the logarithmic axis."""
+"""Drawn in place of a divergence of 0 on the logarithmic axis."""
 
 
 def draw_records(records: Sequence[QualityRecord], path: Path, title: str) -> None:
@@ -68,7 +68,7 @@ def _draw_axes(axes: Any, records: Sequence[QualityRecord], size: Callable[[Qual
 
 
 def _label_points(axes: Any, records: Sequence[QualityRecord], size: Callable[[QualityRecord], float]) -> None:
-    """Write each name beside its point, on the side where there is room, above those that are already there."""
+    """Write each name beside its point, on the side that has room, above the names that are already there."""
     sizes = [size(record) for record in records]
     heights = [math.log(max(record.kl.mean, _LEAST)) for record in records]
     right, width = min(sizes) + 0.9 * (max(sizes) - min(sizes)), max(sizes) - min(sizes) or 1

@@ -15,8 +15,8 @@ class Processes:
     """This process among those that share a run.
 
     Attributes:
-        index: of this one.
-        count: of all.
+        index: index of this process.
+        count: number of processes.
     """
 
     index: int = 0
@@ -24,7 +24,7 @@ class Processes:
 
     @classmethod
     def find(cls) -> Processes:
-        """Return where this process stands; joins the group that `accelerate launch` or `torchrun` has set up."""
+        """Return this process's place; it joins the group that `accelerate launch` or `torchrun` has set up."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from accelerate import PartialState
@@ -34,7 +34,7 @@ class Processes:
 
     @staticmethod
     def is_first() -> bool:
-        """Return whether this is the process that prints, before anything has been imported that could be asked."""
+        """Return whether this is the process that prints; it works before torch or accelerate is imported."""
         return os.environ.get("RANK", "0") == "0"
 
     @property
@@ -43,7 +43,7 @@ class Processes:
         return self.index == 0
 
     def gather(self, entries: Sequence[T]) -> list[T]:
-        """Return the entries of all processes, in each of them."""
+        """Return the entries of all processes; every process gets all of them."""
         if self.count < 2:
             return list(entries)
         from accelerate.utils import gather_object

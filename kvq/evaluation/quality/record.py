@@ -1,4 +1,4 @@
-"""What was measured of one cache, as figures that a table, a picture, a gate and a JSON file are made from."""
+"""The results of one cache, as figures for a table, a picture, a gate and a JSON file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NeedleAnswer = tuple[float, bool, bool]
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What one batch of sequences showed of one cache.
+    """The results of one cache on one batch of sequences.
 
     Attributes:
         scores: one number for each predicted token.
-        held_bytes: what the cache held after the last token.
-        full_precision_bytes: what the same tokens take in full precision.
+        held_bytes: bytes that the cache held after the last token.
+        full_precision_bytes: bytes that the same tokens take in full precision.
         errors_by_distance: see `history_errors`.
         bits: effective bits of stored keys and values.
     """
@@ -38,16 +38,16 @@ class BatchResult:
 
 @dataclass(frozen=True)
 class QualityRecord:
-    """What a cache costs and saves.
+    """Quality and memory of one cache on a text.
 
     Attributes:
-        label: what it is called.
-        settings: what it was made from.
+        label: its name in the tables.
+        settings: the settings that it was made from.
         is_peer: whether it is a cache of transformers.
-        perplexity: with this cache.
-        reference_perplexity: in full precision on the same tokens.
+        perplexity: perplexity with this cache.
+        reference_perplexity: perplexity in full precision on the same tokens.
         nll_change: change of the mean negative log-likelihood, in nats a token, with its interval over sequences.
-        kl: mean divergence of the next-token distribution, in nats, likewise.
+        kl: mean divergence of the next-token distribution, in nats, with its interval over sequences.
         kl_p99: its 99th percentile over tokens.
         top1: share of tokens whose most likely successor is the same.
         kl_by_position: mean divergence in equal runs of positions, oldest first.
@@ -57,12 +57,12 @@ class QualityRecord:
         reference_needle: the same in full precision.
         bits_key: effective bits of a stored key element, metadata and slack included; None for a peer.
         bits_value: the same for the values.
-        effective_bits: all that is held, window included, for each element of the states.
-        held_bytes: of one sequence, at its end.
-        full_precision_bytes: of the same tokens.
+        effective_bits: bits of all held memory, window included, for each element of the states.
+        held_bytes: bytes held at the end of one sequence.
+        full_precision_bytes: bytes of the same tokens in full precision.
         kl_by_sequence: mean divergence of each sequence, for paired comparisons.
-        nll_by_sequence: mean negative log-likelihood of each.
-        failure: why nothing could be measured; all figures are then nan.
+        nll_by_sequence: mean negative log-likelihood of each sequence.
+        failure: the reason if nothing could be measured; all figures are then nan.
     """
 
     label: str
@@ -95,7 +95,7 @@ class QualityRecord:
 
     @property
     def compression(self) -> float:
-        """How many times smaller than in full precision, window and slack included."""
+        """How many times smaller the cache is than full precision, window and slack included."""
         return self.full_precision_bytes / self.held_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,9 +111,9 @@ def summarize(
 
     Args:
         candidate: the cache.
-        batches: in the order of the sequences.
+        batches: its results, in the order of the sequences.
         needles: the answer to each question.
-        state_bits: bits of one element in full precision.
+        state_bits: bits of one element of the states in full precision.
     """
     scores = TokenScores.concatenate([batch.scores for batch in batches], dim=0)
     rows = len(scores.kl)

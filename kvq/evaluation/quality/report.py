@@ -38,7 +38,7 @@ def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
 
 
 def plain_row(record: QualityRecord) -> tuple[str, ...]:
-    """Return the cells of full precision, which every record was compared with."""
+    """Return the cells of full precision, with which every record was compared."""
     needle, held = _rate(record.reference_needle), _mebibytes(record.full_precision_bytes)
     return "full precision", f"{record.reference_perplexity:.4g}", *["-"] * 4, needle, "-", held, "1.00x"
 
@@ -49,7 +49,7 @@ def column_widths(labels: Sequence[str]) -> tuple[int, ...]:
 
 
 def detail_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
-    """Return a row of cells under `DETAIL_COLUMNS` for each record: whether it drifts, what is lost where."""
+    """Return a row of cells under `DETAIL_COLUMNS` for each record: drift, and the error by place."""
     return [
         (
             record.label,
@@ -68,7 +68,7 @@ def list_failures(records: Sequence[QualityRecord]) -> list[str]:
 
 
 def describe_run(plan: EvaluationPlan, model_name: str, records: Sequence[QualityRecord]) -> dict[str, Any]:
-    """Return everything measured, and what it was measured with, as plain values."""
+    """Return all results and the conditions of the run, as plain values."""
     return {
         "model": model_name,
         "dtype": str(plan.model.dtype).removeprefix("torch."),

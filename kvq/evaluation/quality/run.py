@@ -1,7 +1,7 @@
-"""Measuring caches on a text: batch by batch, each against full precision on the same tokens.
+"""Measure caches on a text: batch by batch, each against full precision on the same tokens.
 
-A run may be stopped at any time: what is finished lies in a folder, a file for each cache and batch, and the next run
-with the same model, text and settings goes on behind it. Several processes share the batches between them.
+A run may be stopped at any time. Finished parts lie in a folder, a file for each cache and batch, and the next run with
+the same model, text and settings resumes after them. Several processes share the batches between them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ DISTANCE_BINS = 8
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is measured, and how.
+    """The caches to measure, and how to measure them.
 
     Attributes:
         model: a causal model.
-        text: the sequences to be read.
+        text: the sequences to read.
         candidates: the caches.
         needles: questions about a fact in a long text, or None.
         prefill: tokens of each sequence that are read at once; later ones are scored.
@@ -65,7 +65,7 @@ class EvaluationPlan:
 
     @property
     def units(self) -> int:
-        """What progress is counted in: one cache on one batch, full precision among them."""
+        """Units of progress: one cache on one batch is one, full precision among them."""
         return self.batches * (len(self.candidates) + 1)
 
     @property
@@ -89,11 +89,11 @@ def evaluate(
     """Measure all candidates of a plan.
 
     Args:
-        plan: what to measure.
-        parts: folder for what is finished, or None; needed to go on after an interruption.
-        processes: among which the batches are shared; this one alone unless given.
-        on_progress: called after each cache and batch with the label of what comes next.
-        on_record: called with each record as soon as it is complete: during the last batch where this process is alone,
+        plan: the caches and the text.
+        parts: folder for finished parts, or None; needed to resume after an interruption.
+        processes: the processes that share the batches; this one alone unless given.
+        on_progress: called after each cache and batch with the label of the next one.
+        on_record: called with each record as soon as it is complete: during the last batch if this process is alone,
             else at the end.
 
     Returns:
@@ -140,7 +140,7 @@ def _measure_batch(
     failures: dict[str, str],
     on_progress: Callable[[str], None],
 ) -> Iterator[tuple[Candidate, Any]]:
-    """Yield the result of each candidate on one batch; full precision is run only where one is missing."""
+    """Yield the result of each candidate on one batch; full precision runs only if a result is missing."""
     reference: _Reference | None = None
     for candidate in plan.candidates:
         on_progress(candidate.label)
@@ -152,7 +152,7 @@ def _measure_batch(
             except Exception as error:
                 if not candidate.is_peer:
                     raise
-                # A peer that this version of transformers lacks, or that cannot serve the model, is told of as such.
+                # A peer that this version of transformers lacks, or that cannot serve the model, is reported as such.
                 failures[candidate.label] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             finished.keep(candidate, index, result)
@@ -168,8 +168,8 @@ class _Reference:
     Attributes:
         tokens: int64 `[B, L]`, on the model's device.
         logits: for each step, in the model's dtype.
-        cache: after the last token.
-        answers: depth and success of each question that falls to this batch.
+        cache: the cache after the last token.
+        answers: depth and success of each question of this batch.
     """
 
     tokens: torch.Tensor
@@ -216,7 +216,7 @@ def _measure(
 
 
 def _answer_needles(plan: EvaluationPlan, build: Callable[[], Cache], index: int) -> list[tuple[float, bool]]:
-    """Answer the share of the questions that falls to this batch."""
+    """Answer this batch's share of the questions."""
     if plan.needles is None:
         return []
     share = math.ceil(len(plan.needles.prompts) / plan.batches)
@@ -225,7 +225,7 @@ def _answer_needles(plan: EvaluationPlan, build: Callable[[], Cache], index: int
 
 
 class _Parts:
-    """Results of single batches on disk; without a folder nothing is kept."""
+    """Results of single batches on disk; it keeps nothing without a folder."""
 
     def __init__(self, folder: Path | None, plan: EvaluationPlan) -> None:
         self.folder = folder
@@ -241,7 +241,7 @@ class _Parts:
         return batch, [tuple(answer) for answer in kept["needles"]]
 
     def keep(self, candidate: Candidate, index: int, result: tuple[BatchResult, list[NeedleAnswer]]) -> None:
-        """Write a result; a file is whole or not there."""
+        """Write a result atomically: its file is whole, or there is none."""
         path = self._path(candidate, index)
         if path is None:
             return

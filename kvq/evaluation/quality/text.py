@@ -18,9 +18,9 @@ from kvq.evaluation.stdlib_text import read_stdlib
 RECALL_SEEDS = {"recall-calibration": 1, "recall-report": 0}
 STDLIB_TEXTS = ("stdlib-calibration", "stdlib-report")
 BUILT_IN_TEXTS = (*STDLIB_TEXTS, *RECALL_SEEDS)
-"""What `--dataset` knows without any download: of each text one part to choose settings on, one to report on."""
+"""Texts that `--dataset` has without a download; each has one part to choose settings on, one to report on."""
 MAX_RECORDS = 160
-"""Most records of a recall text: what the embedded model was trained for."""
+"""Most records of a recall text: as many as the embedded model was trained for."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class TokenText:
     """Token sequences to be read by the model.
 
     Attributes:
-        name: where they come from.
+        name: the name of their source.
         sequences: int64 `[N, L]`, on the CPU.
-        scored: bool `[L]`, the tokens that can be foretold; of the others nothing is reported.
+        scored: bool `[L]`, the tokens that can be predicted; the others are not scored.
     """
 
     name: str
@@ -48,9 +48,9 @@ def load_files(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, seq
 
     Args:
         paths: the files, in order.
-        tokenizer: of the model.
-        sequences: how many (N).
-        length: tokens of each (L), the begin-of-text token included where the tokenizer has one.
+        tokenizer: the model's tokenizer.
+        sequences: number of sequences (N).
+        length: tokens of each (L), the begin-of-text token included if the tokenizer has one.
 
     Raises:
         EvaluationError: a file cannot be read, or they are too short.
@@ -63,8 +63,8 @@ def load_dataset(name: str, tokenizer: PreTrainedTokenizerBase, *, sequences: in
 
     Args:
         name: one of `BUILT_IN_TEXTS`, or `ID[:CONFIGURATION[:SPLIT]]` of a dataset with a column `text`.
-        tokenizer: of the model.
-        sequences: how many (N).
+        tokenizer: the model's tokenizer.
+        sequences: number of sequences (N).
         length: tokens of each (L).
 
     Raises:
@@ -137,7 +137,7 @@ def _cut(name: str, texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, se
 def _sample_recall(name: str, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int) -> TokenText:
     """Draw documents of the recall task: records, then as many questions about them as there is room for.
 
-    Records and names are random and cannot be foretold: only the answers are scored.
+    Records and names are random and cannot be predicted: only the answers are scored.
     """
     if not is_recall_tokenizer(tokenizer):
         raise EvaluationError(f"the text {name!r} is made of the words of the embedded model; use another text")

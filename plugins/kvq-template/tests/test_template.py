@@ -1,4 +1,4 @@
-"""What a backend should prove: the contract, and the bound of its own arithmetic."""
+"""The tests that a backend should have: the contract, and the bound of its own arithmetic."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What users may set under `backend_options: {fp8: ...}`."""
+"""The options under `backend_options: {fp8: ...}`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the backend says of itself; imported when it is named, so it imports nothing heavy."""
+"""The backend's declaration. It is imported when the backend is named, so it imports nothing heavy."""
 
 from __future__ import annotations
 

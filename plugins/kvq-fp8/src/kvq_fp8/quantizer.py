@@ -11,7 +11,7 @@ from kvq.plugin_api import Granularity, Part
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 SCALE_DTYPE = torch.bfloat16
-"""The range of every dtype of states; a scale that is rounded costs nothing, since the codes are made with it."""
+"""Dtype of the scales: it has the range of all dtypes of states; codes are made with the rounded scale."""
 PER_TOKEN_BLOCK_LENGTH = 32
 
 
@@ -56,7 +56,7 @@ class Float8Quantizer:
         return {"codes": codes, "scale": scale.masked_fill(~scale.isfinite(), math.nan)}
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write code times scale into `out` `[B, H, T, D]`; past its largest number it becomes that."""
+        """Write code times scale into `out` `[B, H, T, D]`; a number past the dtype's largest one becomes that."""
         states = parts["codes"].float() * self._spread(parts["scale"].float())
         largest = torch.finfo(out.dtype).max
         out.unflatten(2, (-1, self.block_length)).copy_(states.clamp_(-largest, largest))

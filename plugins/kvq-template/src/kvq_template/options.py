@@ -1,4 +1,4 @@
-"""What users may set under `backend_options: {template: ...}`."""
+"""The options under `backend_options: {template: ...}`."""
 
 from __future__ import annotations
 

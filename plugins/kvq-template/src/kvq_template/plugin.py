@@ -1,4 +1,4 @@
-"""What the backend says of itself; imported when it is named, so it imports nothing heavy."""
+"""The backend's declaration. It is imported when the backend is named, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kvq_template.options import TemplateOptions
 
 
 def build(spec: QuantSpec, options: TemplateOptions) -> AffineQuantizer:
-    """Build the quantizer of one side of one layer; the place to import a vendor's library."""
+    """Build the quantizer of one side of one layer; import a vendor's library here."""
     from kvq_template.quantizer import AbsmaxQuantizer
 
     return AbsmaxQuantizer(nbits=int(spec.nbits), clip=options.clip)
@@ -19,7 +19,7 @@ def kvq_backend() -> BackendSpec:
     return BackendSpec(
         name="template",
         api_version=API_VERSION,
-        # At 2 bits three levels are all that is symmetric about zero: the contract finds that too few for the bytes.
+        # At 2 bits only three levels are symmetric about zero: too inaccurate for the bytes, by the contract.
         capabilities=Capabilities(nbits=(3, 4, 5, 6, 7, 8)),
         build=build,
         options=TemplateOptions,

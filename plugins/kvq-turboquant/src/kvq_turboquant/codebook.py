@@ -2,7 +2,7 @@
 
 A coordinate of a vector that is uniform on the unit sphere of R^n is the cosine of an angle whose density goes with
 `sin(angle) ** (n - 2)` (lemma 1 of arXiv 2504.19874, a shifted Beta distribution). Codebooks here are for vectors of
-length `sqrt(n)`, so that the coordinates have variance 1 and for large n are normal.
+length `sqrt(n)`: their coordinates have variance 1 and are normal for large n.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What users may set under `backend_options: {turboquant: ...}`."""
+"""The options under `backend_options: {turboquant: ...}`."""
 
 from __future__ import annotations
 

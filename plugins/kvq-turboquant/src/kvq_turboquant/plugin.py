@@ -1,4 +1,4 @@
-"""What the backend says of itself; imported when it is named, so it imports nothing heavy."""
+"""The backend's declaration. It is imported when the backend is named, so it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def kvq_backend() -> BackendSpec:
     return BackendSpec(
         name="turboquant",
         api_version=API_VERSION,
-        # A vector is a token's, whatever the axis says: both words are taken, so that the default axes work.
+        # A vector is always a token's. Both axis words are accepted, since the defaults have one of each.
         capabilities=Capabilities(nbits=NBITS),
         build=build,
         options=TurboQuantOptions,

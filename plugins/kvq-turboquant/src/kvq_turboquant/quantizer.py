@@ -17,16 +17,16 @@ BLOCK_LENGTH = 32
 class TurboQuantizer:
     """Quantizes each token's vector by itself.
 
-    At a fractional rate such as 2.5 the channels are parted block by block: those with the most energy, the outliers,
-    make one vector at 3 bits, the others one at 2, each with its own rotation and length. Which they are is stored as
-    one bit per channel and block, so that nothing has to be calibrated.
+    At a fractional rate such as 2.5 the channels are split block by block: those with the most energy, the outliers,
+    make one vector at 3 bits, the others one at 2, each with its own rotation and length. The choice is stored as one
+    bit per channel and block; nothing has to be calibrated.
 
     Args:
         head_dim: elements of a vector, D.
         nbits: bits per element, whole or fractional.
-        device: where the states live.
+        device: device of the states.
         inner_product: see `VectorCode`.
-        seed: of the random matrices.
+        seed: seed of the random matrices.
     """
 
     block_length = BLOCK_LENGTH
@@ -73,7 +73,7 @@ class TurboQuantizer:
         }
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write the vectors into `out` `[B, H, T, D]`, rounding once; past its largest number they become that."""
+        """Write the vectors into `out` `[B, H, T, D]`, rounding once; a number past the largest becomes that."""
         decoded = [code.decode(_unname(name, parts)) for name, code in self.codes.items()]
         blocks = torch.cat(decoded, dim=-1)
         if self.outliers:

@@ -13,19 +13,19 @@ from kvq_turboquant.packing import pack, packed_length, unpack
 from kvq_turboquant.random_matrices import random_projection, random_rotation
 
 LENGTH_DTYPE = torch.bfloat16
-"""Of the lengths of vectors: the range of every dtype of states; its rounding adds 4e-6 to the relative error."""
+"""Dtype of the vectors' lengths: it has the range of all dtypes of states; rounding adds 4e-6 to the relative error."""
 
 
 class VectorCode:
-    """A vector as its length, the codes of its rotated direction and, for dot products, signs of what is left.
+    """A vector as its length, the codes of its rotated direction and, for dot products, signs of the residual.
 
     Args:
         dimension: elements of a vector, n.
         nbits: bits per element, 1 to 4; with `inner_product` at least 2.
-        tokens: vectors of one block; products are computed block by block, so that bits never depend on the batch.
-        device: where the states live.
+        tokens: vectors of one block; products are computed block by block, to make bits independent of the batch.
+        device: device of the states.
         inner_product: whether one of the bits goes to the signs of the projected residual (QJL, arXiv 2406.03482).
-        seed: of the random matrices.
+        seed: seed of the random matrices.
     """
 
     def __init__(
@@ -91,6 +91,6 @@ def _root_mean_square(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _multiply(vectors: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return `vectors @ matrix`, block by block: one product of one shape whatever the batch, so that bits agree."""
+    """Return `vectors @ matrix`, block by block: every product has the same shape in any batch, so bits agree."""
     blocks = vectors.reshape(-1, *vectors.shape[-2:])
     return torch.bmm(blocks, matrix.expand(len(blocks), *matrix.shape)).reshape(vectors.shape)
