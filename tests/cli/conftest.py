@@ -62,10 +62,42 @@ def kvq_backend():
         requires=("no-such-distribution>=3",),
     )
 """
+JUDGED_PLUGIN = """
+import torch
+from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities, Granularity, hookimpl
+
+class Right:
+    group_local = True
+
+    def encode(self, groups):
+        low, high = groups.aminmax(dim=-1)
+        scale = (high - low) / 255
+        codes = (groups - low[..., None]) / torch.where(scale > 0, scale, 1.0)[..., None]
+        return self.finish(codes.round().clamp(0, 255).to(torch.uint8)), scale, low
+
+    def finish(self, codes):
+        return codes
+
+class Wrong(Right):
+    def finish(self, codes):
+        return codes & 254 | torch.randint_like(codes, 2)
+
+@hookimpl
+def kvq_backend():
+    return BackendSpec(
+        name=NAME,
+        api_version=API_VERSION,
+        summary="judged by the kit",
+        capabilities=Capabilities(nbits=(8,), granularities=(Granularity.PER_TOKEN,)),
+        build=lambda spec, options: BUILT(),
+    )
+"""
 FAULTY_PLUGIN = """
 print("noise of a plugin on stdout")
 raise RuntimeError("the plugin is ill")
 """
+PLUGINS = ("toy_plugin", "needy_plugin", "faulty_plugin", "right_plugin", "wrong_plugin")
+"""Modules of the plugins that tests install."""
 
 
 def install(folder: Path, name: str, version: str, entry_points: str = "") -> None:
@@ -124,7 +156,7 @@ def call_kvq(tmp_path, monkeypatch, capsys) -> Run:
             patch.setattr("sys.argv", ["kvq", *args])
             with pytest.raises(SystemExit) as ended:
                 main()
-        for name in ("toy_plugin", "needy_plugin", "faulty_plugin"):
+        for name in PLUGINS:
             sys.modules.pop(name, None)
         printed = capsys.readouterr()
         code = ended.value.code if isinstance(ended.value.code, int) else 0
@@ -142,6 +174,17 @@ def toy_path(tmp_path) -> Path:
     (folder / "toy_plugin.py").write_text(TOY_PLUGIN)
     (folder / "needy_plugin.py").write_text(NEEDY_PLUGIN)
     (folder / "faulty_plugin.py").write_text(FAULTY_PLUGIN)
+    return folder
+
+
+@pytest.fixture
+def judged_path(tmp_path) -> Path:
+    """Return a folder with a distribution of two backends: `right` keeps the contract, `wrong` rounds at random."""
+    folder = tmp_path / "judged"
+    install(folder, "judged", "1.0", "[kvq.backends]\nright = right_plugin\nwrong = wrong_plugin\n")
+    for name in ("right", "wrong"):
+        text = JUDGED_PLUGIN.replace("NAME", repr(name)).replace("BUILT", name.title())
+        (folder / f"{name}_plugin.py").write_text(text)
     return folder
 
 

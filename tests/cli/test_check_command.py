@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from kvq.testing import CHECKS
+
+NAMES = {check.__name__ for check in CHECKS}
 GOOD = """
 backend: toy
 nbits_v: 4
@@ -90,3 +93,48 @@ def test_what_a_backend_prints_while_it_is_checked_is_no_result(call_kvq, monkey
     assert "noise of a vendor" in done.stderr
     if options:
         assert json.loads(done.stdout)["passed"] is True
+
+
+class TestContract:
+    """A backend is held to the contract: what is shown, and the exit code."""
+
+    def test_a_right_backend_keeps_it(self, call_kvq, judged_path):
+        done = call_kvq("check", "right", PYTHONPATH=judged_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = {cells[0]: cells[1:] for line in done.stdout.splitlines() if (cells := line.split())}
+        assert set(rows) >= NAMES
+        assert rows["check_layout"] == ["passed", "1/1"]
+        assert rows["check_fused_scores"][:3] == ["not", "applicable", "-"]
+        assert done.stdout.splitlines()[-1] == f"right keeps the contract: {len(NAMES)} checks, {len(NAMES)} runs"
+
+    def test_the_json_of_a_right_backend(self, call_kvq, judged_path):
+        done = call_kvq(
+            "check", "right", "--only", "check_layout", "--only", "check_fused_scores", "--json", PYTHONPATH=judged_path
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert (found["backend"], found["passed"]) == ("right", True)
+        assert [(row["check"], row["case"], row["outcome"]) for row in found["results"]] == [
+            ("check_layout", "8-per_token", "passed"),
+            ("check_fused_scores", "8-per_token", "not applicable"),
+        ]
+        assert [bool(row["reason"]) for row in found["results"]] == [False, True]
+
+    def test_a_wrong_backend_is_named_with_the_check_and_the_reason(self, call_kvq, judged_path):
+        done = call_kvq(
+            "check", "wrong", "--only", "check_deterministic", "--only", "check_layout", PYTHONPATH=judged_path
+        )
+        assert done.returncode == 1
+        (row,) = [line for line in done.stdout.splitlines() if line.startswith("check_deterministic")]
+        assert row.split()[1:3] == ["failed", "0/1"]
+        assert "8-per_token: " in done.stdout
+        assert done.stdout.splitlines()[-1] == "wrong fails 1 of 2 checks"
+
+    def test_the_json_of_a_wrong_backend(self, call_kvq, judged_path):
+        done = call_kvq("check", "wrong", "--only", "check_deterministic", "--json", PYTHONPATH=judged_path)
+        assert done.returncode == 1
+        found = json.loads(done.stdout)
+        assert found["passed"] is False
+        (row,) = found["results"]
+        assert (row["check"], row["outcome"]) == ("check_deterministic", "failed")
+        assert row["reason"]

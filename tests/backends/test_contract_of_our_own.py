@@ -1,0 +1,53 @@
+"""The contract kit on the backends that ship with kvq; `kvq check NAME` runs it on every width and direction."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvq.errors import CheckNotApplicableError
+from kvq.testing import CHECKS, BoundCheck, list_checks
+
+BACKENDS = ("hqq", "native", "quanto")
+AT_ALL_WIDTHS = {"check_accuracy", "check_codes"}
+"""Checks that see a width and cost little."""
+ONCE = {"check_constant_bytes", "check_fused_attention", "check_generation", "check_honest_bytes"}
+"""Checks that take a second or more."""
+
+
+def choose_checks(backend: str) -> list[BoundCheck]:
+    """Return each check at some width in both directions, or in one; neighbours in the kit see different widths."""
+    chosen = []
+    for place, check in enumerate(CHECKS):
+        bound = list_checks(backend, only=[check.__name__])
+        if check.__name__ not in AT_ALL_WIDTHS:
+            bound = choose_cases(bound, place, both=check.__name__ not in ONCE)
+        chosen += bound
+    return chosen
+
+
+def choose_cases(bound: list[BoundCheck], place: int, *, both: bool) -> list[BoundCheck]:
+    """Return one case for each direction, or for one of them in turn."""
+    directions = sorted({one.case.granularity for one in bound})
+    kept = directions if both else [directions[place % len(directions)]]
+    widths = [[one for one in bound if one.case.granularity is direction] for direction in kept]
+    return [cases[(place + turn) % len(cases)] for turn, cases in enumerate(widths)]
+
+
+CHOSEN = [(backend, check) for backend in BACKENDS for check in choose_checks(backend)]
+
+
+@pytest.mark.parametrize(("backend", "check"), CHOSEN, ids=[f"{backend}-{check}" for backend, check in CHOSEN])
+def test_our_own_backends_keep_the_contract(backend, check):
+    if check.name == "check_fused_scores":  # about a method that a backend may leave out
+        with pytest.raises(CheckNotApplicableError, match="leaves attention to the core"):
+            check()
+    else:
+        check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_check_and_every_width_is_among_them(backend):
+    chosen = [check for name, check in CHOSEN if name == backend]
+    assert {check.name for check in chosen} == {check.__name__ for check in CHECKS}
+    widths = {check.case.nbits for check in chosen if check.name not in AT_ALL_WIDTHS}
+    assert widths == set(chosen[0].case.backend.capabilities.nbits)
