@@ -241,3 +241,15 @@ def test_a_copy_follows_the_attention_of_the_same_model():
     copied = copy.deepcopy(cache)
     config._attn_implementation = "kvq"
     assert type(cache.update(*states(), 0)[0]) is type(copied.update(*states(), 0)[0])
+
+
+@pytest.mark.parametrize(("removed", "error"), [(-5, CacheStateError), (5, StatesError)])
+def test_a_refused_crop_leaves_all_layers_as_they_are(removed, error):
+    config = gemma2()
+    config.layer_types = config.layer_types[::-1]  # a layer that could be cropped comes before one that cannot
+    cache = KVQ(model=config)
+    for layer in range(4):
+        cache.update(*states(40), layer)
+    with pytest.raises(error):
+        cache.crop(removed)
+    assert [layer.get_seq_length() for layer in cache.layers] == [40] * 4

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
+from kvq import KVQ
 from kvq.attention.handle import PackedStates
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError
@@ -93,3 +95,16 @@ def test_a_first_handle_does_not_lead_to_the_callers_tensor():
     before = keys.clone()
     (handle[:, :, :2]).zero_()
     assert torch.equal(keys, before)
+
+
+def test_states_that_gradients_flow_to_come_back_as_tensors():
+    config = Qwen2Config(num_hidden_layers=1, hidden_size=64, num_attention_heads=2, attn_implementation="kvq")
+    states = torch.randn(1, 2, 300, 32)
+    assert isinstance(KVQ(model=config).update(states, states, 0)[0], PackedStates)
+    wanted = states.clone().requires_grad_()
+    keys, values = KVQ(model=config).update(wanted, wanted * 2, 0)
+    assert not isinstance(keys, PackedStates)
+    (keys.sum() + values.sum()).backward()
+    assert torch.equal(wanted.grad, torch.full_like(wanted, 3))
+    with torch.no_grad():
+        assert isinstance(KVQ(model=config).update(wanted, wanted, 0)[0], PackedStates)

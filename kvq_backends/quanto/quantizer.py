@@ -52,7 +52,7 @@ class QuantoQuantizer(AffineQuantizer):
         count = len(rows)
         if count == 1:
             # Along an axis of length 1 quanto quantizes per tensor: MaxOptimizer then returns a scale for every single
-            # element, and quantize_symmetric raises. So a lone group is quantized twice, which does not change its codes.
+            # element, and quantize_symmetric raises. A lone group is quantized twice, which does not change its codes.
             rows = rows.expand(2, -1)
         codes, scale, offset = self._encode_rows(rows)
         leading = groups.shape[:-1]

@@ -218,6 +218,14 @@ def test_copies_of_a_layer_start_without_addresses(make_request, request_):
     assert layer.kernel_cache.kernel_data == {}
 
 
+@pytest.mark.parametrize("change", [lambda layer: layer.crop(-250), lambda layer: layer.batch_repeat_interleave(2)])
+def test_no_plan_keeps_chunks_alive_that_the_layer_has_left(request_, change):
+    layer = request_.pair.owner
+    layer.kernel_cache.kernel_data["a kernel"] = layer.side("key").view().store.segments
+    change(layer)
+    assert layer.kernel_cache.kernel_data == {}
+
+
 def test_a_plan_follows_the_store(make_request, error_of, reference):
     """Across flushes, crops and reordering the compiled kernel reads the chunks of the moment."""
     kernel = next(kernel for kernel in OWN_KERNELS if kernel.name == "compiled")

@@ -247,3 +247,19 @@ def test_a_changed_byte_is_seen(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CacheFileError, match="damaged or changed"):
         KVQ.load(path)
+
+
+def test_a_sliding_layer_that_records_is_saved_as_one_that_goes_on(tmp_path):
+    config, window = sliding_config(sliding_window=16), 16
+    cache = KVQ(model=config, residual_length=8)
+    cache.activate_past_recording()
+    fill(cache, 100)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = KVQ.load(tmp_path / "cache.safetensors", model=config)
+    assert loaded.layers[1].keys.shape[2] == window - 1
+    assert torch.equal(loaded.layers[1].keys, cache.layers[1].keys[:, :, -(window - 1) :])
+    assert loaded.get_mask_sizes(1, 1) == (window, 100 - window + 1)
+    loaded.update(draw(1), draw(1), 0)
+    keys, _ = loaded.update(draw(1), draw(1), 1)
+    assert keys.shape[2] == window
+    assert [layer.get_seq_length() for layer in loaded.layers] == [101, 101]
