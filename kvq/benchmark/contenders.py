@@ -55,7 +55,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class ContenderChoice:
-    """Which contenders a run has; plain values, so that another process can have the same.
+    """The contenders of a run, as plain values, from which another process makes the same ones.
 
     Attributes:
         configs: configurations of ours by label, as mappings.

@@ -91,7 +91,7 @@ def find_faults(error: ValidationError, values: object, fields: Iterable[str]) -
     """Return the faults that pydantic found.
 
     Args:
-        error: what pydantic raised.
+        error: pydantic's error.
         values: the values that were validated; they tell the user's paths from the names of pydantic's own branches.
         fields: the field names that are known at the top level.
     """

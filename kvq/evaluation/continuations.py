@@ -90,7 +90,7 @@ def score_readings(
         model: a causal model.
         readings: the rows.
         build_cache: makes the cache that the tokens are read into.
-        step: tokens of each forward after the prompts; they see each other exactly, so that only 1 reads as generation.
+        step: tokens of each forward after the prompts; they see each other exactly: only 1 reads as generation does.
         softmax_dtype: dtype of the log-probabilities; the logits' dtype unless given.
     """
     batch = _Batch.pad(readings, model.device)

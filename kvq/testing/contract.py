@@ -161,6 +161,6 @@ def _run(check: BoundCheck) -> tuple[Outcome, str]:
         return "not applicable", str(error)
     except ContractViolationError as error:
         return "failed", str(error)
-    except Exception as error:  # noqa: BLE001  # foreign code: whatever it raises is the result of the check
+    except Exception as error:  # noqa: BLE001  # foreign code may raise anything; it is the result of the check
         return "failed", f"{type(error).__name__}: {error}"
     return "passed", ""

@@ -46,7 +46,7 @@ class HQQQuantizer(AffineQuantizer):
         self.group_local = not optimize
 
     def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantize groups so that `x ~ scale * code + offset`.
+        """Quantize groups: `x ~ scale * code + offset`.
 
         Args:
             groups: fp32 `[..., G]`, finite, any device; not written to, and not aliased by the results.

@@ -15,9 +15,9 @@ class NativeOptions(BackendOptions):
     clip: Literal["none", "mse"] = Field(
         default="none",
         description=(
-            "none or mse. none: spread the codes between the extremes of each group, so that no error exceeds half a "
-            "step. mse: also try narrower ranges and keep the one with the least squared error, for fewer bits where "
-            "groups have outliers; about 10 times the work, and an outlier may come back far smaller"
+            "none or mse. none: spread the codes between the extremes of each group: no error exceeds half a step. "
+            "mse: also try narrower ranges and keep the one with the least squared error, for few bits and groups with "
+            "outliers; about 10 times the work, and an outlier may come back far smaller"
         ),
     )
     clip_candidates: int = Field(

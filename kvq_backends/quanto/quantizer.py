@@ -38,7 +38,7 @@ class QuantoQuantizer(AffineQuantizer):
         self._encode_rows = _encode_symmetric if nbits == 8 and symmetric_8bit else self._encode_affine
 
     def encode(self, groups: torch.Tensor) -> Encoded:
-        """Quantize groups so that `x ~ scale * code + offset`.
+        """Quantize groups: `x ~ scale * code + offset`.
 
         Args:
             groups: fp32 `[..., G]`, finite, any device; not written to, and not aliased by the results.
