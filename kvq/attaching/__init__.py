@@ -1,1 +1,1 @@
-"""`attach`: every `generate` of a model gets a quantized cache, and is watched for whether it reads it."""
+"""`attach`: every `generate` of a model gets a quantized cache, and a watch checks that the model reads it."""

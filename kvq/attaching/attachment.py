@@ -1,4 +1,4 @@
-"""Attaching to a model: every `generate` of a model gets a fresh quantized cache."""
+"""Attaching to a model: each `generate` gets a fresh quantized cache."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Attachment:
         self.model = model
         self.config = config
         self.cache: KVQ | EncoderDecoderKVQ | None = None
-        # Refuses now what could only fail at the first generate.
+        # A cache is built now, to raise here and not at the first generate.
         _warn_of_biased_keys(model, self._build_cache(None))
         self._hooks: dict[str, Callable[..., Any]] = {
             PREPARE_CACHE: self._prepare_cache,
@@ -78,7 +78,7 @@ class Attachment:
             "__getstate__": self._state_without_hooks,
         }
         self._shadowed = {name: vars(model).get(name) for name in self._hooks}
-        # The innermost attachment wins: it goes past the others to what the model does by itself.
+        # The innermost attachment wins: it goes past the others to the model's own methods.
         outer = _attachment_of(vars(model))
         self._own: dict[str, Callable[..., Any]] = (
             outer._own if outer else {name: getattr(model, name) for name in (PREPARE_CACHE, "generate")}
@@ -119,7 +119,7 @@ class Attachment:
             raise CacheStateError("the model was attached again later; detach in the reverse order")
         for name, shadowed in self._shadowed.items():
             if vars(self.model).get(name) != self._hooks[name]:
-                continue  # somebody has put another one there since
+                continue  # another one was put there since
             if shadowed is None:
                 delattr(self.model, name)
             else:
@@ -148,7 +148,7 @@ class Attachment:
         return result
 
     def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Let transformers prepare its cache and put ours in the place of a plain one that it made itself."""
+        """Let transformers prepare its cache, then replace a plain one that it made itself by ours."""
         given = cache_arguments(model_kwargs)
         for name, cache in given.items():
             if not isinstance(cache, (Cache, tuple)):
@@ -206,7 +206,7 @@ class Attachment:
         return kind(self.config, model=self.model, padding=padding)
 
     def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Stand in for what every way to continuous batching begins with."""
+        """Refuse continuous batching, in place of the method that all of its ways begin with."""
         del args, kwargs
         raise ModelError(
             "generate_batch and the rest of continuous batching keep pages of full-precision states, in which an "

@@ -1,7 +1,7 @@
 """Which configurations read the "kvq" attention because a cache is attached, and what they read before.
 
-Models may share a configuration or a part: it gets its own attention back when the last one lets go, in whatever order
-they do. It must not know what a cache is.
+Models may share a configuration or a part: it gets its own attention back when the last attachment ends, in any order.
+It must not know what a cache is.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class SwitchedConfig:
 
     Attributes:
         config: the model's own object.
-        before: the implementation that comes back.
-        holders: attachments that need ours.
+        before: the implementation that it gets back.
+        holders: number of attachments that need ours.
     """
 
     config: PretrainedConfig

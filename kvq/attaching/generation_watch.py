@@ -1,8 +1,8 @@
 """Whether the attention of a model really reads the cache that was attached to it, and why not.
 
-The hook that makes the cache stands on a private name of transformers, and much can come in between. So each `generate`
-is watched: up to its first forward that had a cache to read, and once more at its end. It must not know how a model is
-attached to.
+The hook that makes the cache relies on a private name of transformers, and much can come in between. So each `generate`
+is watched: until the first forward that had a cache to read, and once more at its end. It must not know how a cache is
+attached to a model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GenerationWatch:
     Args:
         model: the model that generates.
         tell: is called at most once, with the reason why the cache is not read.
-        is_innermost: tells whether forwards belong to this `generate` now; those of a model that drafts for itself
+        is_innermost: returns whether forwards belong to this `generate` now; where a model drafts for itself, they
             belong to the `generate` within.
     """
 
@@ -72,7 +72,7 @@ class GenerationWatch:
         self._stop()
 
     def end(self, *, failed: bool) -> None:
-        """Settle the matter at the end of the `generate`; one that failed proves nothing."""
+        """Settle the matter at the end of the `generate`; one that failed shows nothing."""
         if failed or self._is_settled:
             self._stop()
         elif not self._was_asked:
@@ -88,7 +88,7 @@ class GenerationWatch:
     # Seen by torch.compile it would become part of the model.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def _look(self, _model: Any, arguments: tuple[Any, ...], *rest: Any) -> None:
-        """Judge by one forward: what it was given, and what the cache holds after it.
+        """Judge by one forward: its arguments, and whether the cache has grown by it.
 
         Args:
             arguments: positional ones.

@@ -1,4 +1,4 @@
-"""From what a user calls a model to the model of transformers that a cache is attached to, or why there is none."""
+"""Find the `PreTrainedModel` inside a compiled or adapted model, or say why a cache cannot be attached to it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def find_generating_model(model: Any) -> PreTrainedModel:
     """Return the model of transformers within `model` whose `generate` runs.
 
     Args:
-        model: such a model; what `torch.compile` made of it; or an adapter around it that tells by `get_base_model()`
-            what it is around, as PEFT's do.
+        model: such a model; `torch.compile` of it; or an adapter around it that has `get_base_model()`, as PEFT's have.
 
     Raises:
         ModelError: there is none, or its `generate` would not use an attached cache.
@@ -43,7 +42,7 @@ def find_generating_model(model: Any) -> PreTrainedModel:
         )
     if not inner._supports_default_dynamic_cache():
         raise ModelError(
-            f"{type(inner).__name__} brings a cache of its own kind and takes no other, so that nothing is quantized"
+            f"{type(inner).__name__} brings a cache of its own kind and takes no other, so nothing would be quantized"
         )
     return inner
 

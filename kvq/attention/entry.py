@@ -31,15 +31,15 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend to the keys and values of a quantized layer.
 
-    A kernel reads them packed, unless the request has something that no kernel knows; then one layer's history is
-    materialized for the time of the call.
+    A kernel reads them packed, unless the request has something that no kernel knows; then the layer is dequantized for
+    the call.
 
     Args:
         module: the model's attention module.
         query: `[B, Hq, Tq, D]`.
         pair: keys and values of the layer.
         attention_mask: boolean or additive `[B, 1, Tq, Tk]`, or None for plain causal attention.
-        **options: what the model passes to its attention function.
+        **options: the other arguments of the model's attention function.
 
     Returns:
         The output `[B, Tq, Hq, D_v]`, and the attention weights where the model's eager attention returns them.
@@ -67,7 +67,7 @@ def attend_packed(request: AttentionRequest, kernel_cache: KernelCache) -> torch
     """Return the output `[B, Tq, Hq, D_v]` by the kernel that was chosen for requests of this kind.
 
     Args:
-        request: what is asked.
+        request: the call to serve.
         kernel_cache: the layer's.
     """
     if torch.is_autocast_enabled(request.query.device.type):
@@ -90,7 +90,7 @@ def attend_packed(request: AttentionRequest, kernel_cache: KernelCache) -> torch
 
 
 def find_reason_to_materialize(query: torch.Tensor, pair: PackedPair, options: Mapping[str, Any]) -> str | None:
-    """Return what stands against reading a layer packed, in a few words, or None."""
+    """Return why a layer cannot be read packed, in a few words, or None."""
     if not pair.key.store.segments and query.shape[2] > 1:
         return "nothing is quantized yet"
     if options.get("dropout"):
@@ -111,15 +111,15 @@ def kvq_attention_forward(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend as transformers' attention functions do; what `attn_implementation="kvq"` calls.
+    """Attend as transformers' attention functions do; `attn_implementation="kvq"` calls this.
 
     Args:
         module: the model's attention module.
         query: `[B, Hq, Tq, D]`.
         key: a handle of a quantized layer, or plain keys `[B, H, Tk, D]`.
         value: the same for the values.
-        attention_mask: what the mask function registered under the same name made.
-        **options: scaling, dropout and whatever else the model passes.
+        attention_mask: the mask that `kvq_mask` made.
+        **options: scaling, dropout and any other argument that the model passes.
     """
     if isinstance(key, PackedStates) and isinstance(value, PackedStates) and key.pair is value.pair:
         key.check_fresh()

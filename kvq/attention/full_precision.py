@@ -1,8 +1,8 @@
-"""Attention over plain keys and values, for what no kernel reads packed.
+"""Attention over plain keys and values, where no kernel can read the layer packed.
 
-SDPA where it obeys every argument, else the model's own eager attention, which stands in the file of the attention
-class or of one that it inherits from; a class that has none gets the arithmetic from here, or a refusal. No argument is
-dropped in silence. It must not know what a cache is.
+SDPA where it obeys every argument; else the model's own eager attention, from the file of the attention class or of a
+parent class; else the arithmetic of this file, or a refusal. No argument is dropped in silence. It must not know what a
+cache is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WITHOUT_EFFECT = frozenset(
         *("token_type_ids", "mm_token_type_ids"),
     }
 )
-"""Arguments that say nothing of attention which query, keys and mask do not say as well."""
+"""Arguments that tell attention nothing beyond query, keys and mask."""
 
 
 def attend_full_precision(
@@ -49,7 +49,7 @@ def attend_full_precision(
         keys: `[B, H, Tk, D]`.
         values: `[B, H, Tk, D_v]`.
         attention_mask: boolean or additive `[B, 1, Tq, Tk]`, or None for plain causal attention.
-        **options: what the model passes to its attention function.
+        **options: the other arguments of the model's attention function.
 
     Returns:
         The output `[B, Tq, Hq, D_v]`, and the attention weights `[B, Hq, Tq, Tk]` or None.

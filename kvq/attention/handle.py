@@ -1,7 +1,7 @@
-"""The storage-free tensors that stand for the keys and values of a layer during one forward.
+"""Tensors without storage that stand for the keys and values of a layer during one forward.
 
-Models pass what `update` returns to their attention function untouched. The "kvq" attention recognizes a handle and
-reads the layer's view through it; any other operation of torch on it sees fresh full-precision states.
+Models pass the tensors that `update` returns to their attention function untouched. The "kvq" attention recognizes such
+a handle and reads the layer's view through it; any other operation of torch sees fresh full-precision states.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class PackedStates(torch.Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, dict(kwargs or {})))
 
     def __setitem__(self, index: object, value: object) -> NoReturn:
-        """Refuse: what is written would reach a copy only."""
+        """Refuse: a write would reach a copy only."""
         raise CacheStateError("keys and values of KVQ cannot be written to; take cache.materialize(layer_idx)")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:

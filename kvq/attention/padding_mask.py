@@ -1,4 +1,4 @@
-"""The mask function of the "kvq" attention, and how a cache that was not told of left padding learns of it.
+"""The mask function of the "kvq" attention, which also tells a cache of left padding that nobody passed to it.
 
 transformers asks the cache for the size of a mask right before it calls the mask function with the padding mask, and
 does both before any layer gets states. It must not know what a cache is.
@@ -29,7 +29,7 @@ def expect_mask(learner: PaddingLearner) -> None:
 
 
 def kvq_mask(*args: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
-    """Return the mask that scaled-dot-product attention takes, `[B, 1, Tq, Tk]`, or None for plain causal attention.
+    """Return the mask for scaled-dot-product attention, `[B, 1, Tq, Tk]`, or None for plain causal attention.
 
     Args:
         *args: as for `sdpa_mask`.

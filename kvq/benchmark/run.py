@@ -105,7 +105,7 @@ def _measure(
 ) -> None:
     trials = []
     for one in result.measured:
-        one.failure = _find_slowness(plan, one.contender, result.setting, seen)
+        one.failure = find_slowness(plan, one.contender, result.setting, seen)
         trial = _fill(plan, one, result.setting) if one.failure is None else None
         if trial is not None:
             trials.append((one, trial))
@@ -185,7 +185,7 @@ def _find_lack_of_memory(plan: BenchmarkPlan, setting: Setting) -> str | None:
     return f"not measured: takes about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
 
 
-def _find_slowness(
+def find_slowness(
     plan: BenchmarkPlan, contender: Contender, setting: Setting, seen: Sequence[SettingResult]
 ) -> str | None:
     """Return the reason to leave a contender out: by its speed at fewer tokens, filling it would take too long."""

@@ -179,7 +179,7 @@ def assert_held_for_this_process(source, caplog, reason):
     with caplog.at_level("WARNING", logger="kvq"):
         built = provide_library(source)
     assert [one.message for one in caplog.records] == [
-        f"the compiled kernel is built in every process anew, since it cannot be kept: {reason}"
+        f"the compiled kernel is built again in every process, since it cannot be kept: {reason}"
     ]
     assert stat.S_IMODE(built.scratch.stat().st_mode) == 0o700
     assert ctypes.CDLL(str(built.path)).kvq_attend(None) == 0

@@ -93,10 +93,10 @@ def test_what_is_too_slow_at_few_tokens_is_left_out_at_more():
     peer = plan.contenders[3]
     short, long = (Setting(SHAPE, length, 1, torch.float32, CPU) for length in (1000, 8000))
     seen = [SettingResult(short, [Measured(peer, fill_s=8.0)])]
-    reason = run_module._find_slowness(plan, peer, long, seen)
+    reason = run_module.find_slowness(plan, peer, long, seen)
     assert "about 64 s" in (reason or "")
-    assert run_module._find_slowness(plan, peer, short, seen) is None
-    assert run_module._find_slowness(plan, plan.contenders[0], long, seen) is None
+    assert run_module.find_slowness(plan, peer, short, seen) is None
+    assert run_module.find_slowness(plan, plan.contenders[0], long, seen) is None
 
 
 def test_a_peer_that_fails_is_told_of_and_the_rest_is_measured(monkeypatch):

@@ -1,1 +1,1 @@
-"""Which kernel runs: what is asked of one, which there are, what each layer remembers of the choice."""
+"""Which kernel runs: requests and their kinds, the registry of kernels, the check at first use, cached choices."""

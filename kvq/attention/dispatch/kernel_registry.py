@@ -78,7 +78,7 @@ class KernelRegistry:
         """Return the preferred kernel that can serve the request.
 
         Args:
-            request: what is asked.
+            request: the call to serve.
             wanted: name of the kernel to use if it can serve the request, benchmarked or not; by default the one that
                 `KVQ_ATTENTION_KERNEL` names.
 

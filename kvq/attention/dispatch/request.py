@@ -1,6 +1,6 @@
-"""What a kernel is asked to do: one attention over a quantized layer, free of the model that asks.
+"""One call of attention over a quantized layer, independent of the model that makes it.
 
-Owns the facts by which kernels are chosen. It must not know how an answer is computed.
+It must not know how an answer is computed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class AttentionRequest:
         return False
 
     def kind(self) -> RequestKind:
-        """Return what a kernel may choose its code by, beside the layer itself; equal kinds get equal choices."""
+        """Return the facts of this call by which a kernel may choose its code; a layer keeps a choice for each."""
         query, mask = self.query, self.mask
         return RequestKind(
             query.device,
@@ -81,6 +81,6 @@ class AttentionRequest:
         )
 
     def kind_across_layers(self) -> tuple[RequestKind, SideKind, SideKind]:
-        """Return what decides which code of a kernel runs, in any layer: everything but numbers and lengths."""
+        """Return all that decides which code of a kernel runs, in any layer: everything but numbers and lengths."""
         kind = self.kind().without_sizes(self.pair.key.like.shape[1])
         return kind, SideKind.of(self.pair.key), SideKind.of(self.pair.value)

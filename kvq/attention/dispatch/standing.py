@@ -1,6 +1,6 @@
 """What is known of a kernel that needs a benchmark: a trial on this machine, a shipped record, or nothing yet.
 
-A trial made here counts more than a record made elsewhere. It must not know which kernels there are.
+A trial made here counts more than a record made elsewhere. It must not know which kernels exist.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Standing:
     """What is known of a kernel on a device.
 
     Attributes:
-        origin: where it is known from.
+        origin: where this knowledge comes from.
         reason: why the kernel is no default, or None where it is one.
-        verdict: of the trial on this machine, or None.
+        verdict: the verdict of the trial on this machine, or None.
         record: the shipped record, or None.
     """
 
@@ -84,7 +84,7 @@ class Standings:
         Args:
             kernel: one that needs a benchmark.
             device: where it would run.
-            others: the kernels that run otherwise, the preferred first; asked only for a trial.
+            others: the kernels that would run in its place, the preferred first; only a trial asks them.
             may_try: whether it may be tried now, which takes about two seconds once.
 
         Raises:
@@ -105,7 +105,7 @@ class Standings:
         return Standing("none", _describe_lack(kernel, device, is_on=is_on))
 
     def try_again(self, kernel: BenchmarkedKernel, device: torch.device, others: Sequence[Kernel]) -> Standing:
-        """Try a kernel that is available, whatever is known of it, and keep what is found now."""
+        """Try a kernel that is available, even if it was tried before, and keep the new verdict."""
         with _LOCK:
             return _judge(self._try(verdicts.make_subject(kernel, device), kernel, device, others))
 
@@ -119,13 +119,13 @@ class Standings:
         self, subject: Subject, kernel: BenchmarkedKernel, device: torch.device, others: Sequence[Kernel]
     ) -> Verdict:
         verdict, is_lasting = prove(kernel, others, subject, device)
-        if verdict.obstacle is not None:  # of the moment: nothing was found
+        if verdict.obstacle is not None:  # a passing one: it says nothing of the kernel
             return verdict
         self._verdicts[subject] = verdict
         if is_lasting:
             verdicts.keep(verdict)
         else:
-            verdicts.forget(subject)  # what was found earlier is in doubt
+            verdicts.forget(subject)  # an earlier verdict is in doubt
         return verdict
 
     def _find_verdict(self, kernel: BenchmarkedKernel, device: torch.device) -> Verdict | None:
@@ -141,7 +141,7 @@ def _judge(verdict: Verdict, record: Mapping[str, Any] | None = None) -> Standin
 
 
 def _is_bad_moment(device: torch.device) -> bool:
-    """Return whether a model is being traced or recorded, which a trial would become a part of."""
+    """Return whether a model is being traced or recorded: the trial would become a part of it."""
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

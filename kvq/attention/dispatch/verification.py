@@ -21,10 +21,10 @@ def attend_verified(
     """Serve a request by a kernel that is new to a layer; by the reference too, unless the two have agreed on its like.
 
     Args:
-        choice: what the registry chose for the request.
+        choice: the registry's choice for the request.
         reference: the kernel to compare with.
-        request: what is asked.
-        registry: notes what agrees, and disables what does not.
+        request: the call to serve.
+        registry: notes a kernel that agrees, and disables one that does not.
         wanted: as for `choose`.
 
     Returns:

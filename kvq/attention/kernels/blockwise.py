@@ -1,7 +1,7 @@
 """Many queries at once, as in chunked prefill: the history is decoded block by block for matrix products.
 
 Each piece of the history goes through torch's own flash attention, and the outputs are merged by the logarithms of
-their sums, so that one piece of states is all that is ever there. It must not know how states are stored.
+their sums: never more than one piece is decoded at a time. It must not know how states are stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BlockwiseKernel:
         return None
 
     def why_unsupported(self, request: AttentionRequest) -> str | None:
-        """Return what of the request it does not serve."""
+        """Return the part of the request that it does not serve."""
         pair, query = request.pair, request.query
         if query.shape[2] == 1:
             return "serves several queries at a time"
@@ -60,7 +60,7 @@ class BlockwiseKernel:
 
 
 class _Merged:
-    """Outputs of pieces, weighted by what share of the softmax each has.
+    """Outputs of pieces, weighted by their shares of the softmax.
 
     Attributes:
         output: fp32 `[B, H, queries per head, Tq, D_v]`.
@@ -79,7 +79,7 @@ class _Merged:
     def add(self, place: int, output: torch.Tensor, logarithm: torch.Tensor) -> None:
         """Take the output `[B, H, Tq, D_v]` of one piece and the logarithm `[B, H, Tq]` of its sum."""
         before = self.logarithm[:, :, place]
-        # A row that sees nothing of a piece has a sum of 0 and an output that means nothing.
+        # A row that sees no token of a piece has a sum of 0 and a meaningless output.
         unseen = logarithm == -torch.inf
         after = torch.logaddexp(before, logarithm)
         base = after.masked_fill(after == -torch.inf, 0)

@@ -35,7 +35,7 @@ class StoredPiece:
 
 
 def iterate_pieces(pair: PackedPair, rows: int, device: torch.device) -> Iterator[StoredPiece]:
-    """Yield what is stored, piece by piece, on `device`; `rows` query vectors read each key-value head."""
+    """Yield the stored tokens, piece by piece, on `device`; `rows` query vectors read each key-value head."""
     stored = pair.key.store.length
     length = piece_length(pair, rows)
     for start in range(0, stored, length):

@@ -1,7 +1,7 @@
 """Files that kvq keeps from process to process: where they lie, who may write there, and how one is written.
 
-Code is loaded from these folders, so that one which others may write to is refused. Every file can be lost without
-harm: it is made again. It must not know what the files hold.
+Code is loaded from these folders: one that others may write to is refused. Every file can be lost without harm: it is
+made again. It must not know what the files hold.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def is_ours(facts: os.stat_result) -> bool:
 
 
 def read_private_file(path: Path, limit_bytes: int) -> bytes | None:
-    """Return what a file of ours holds.
+    """Return the bytes of a file of ours.
 
     None where it is not there, not a plain file, longer than the limit, or others may write to it.
     """
@@ -71,7 +71,7 @@ def remove_file(path: Path) -> None:
 
 
 def keep_file(target: Path, data: bytes) -> None:
-    """Write a file so that there is the old one or the new one, whole, even after the power fails.
+    """Write a file atomically: even a power failure leaves the old file or the new one, whole.
 
     Raises:
         OSError: the file system refuses; nothing is left behind.
@@ -92,7 +92,7 @@ def keep_file(target: Path, data: bytes) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what processes that were killed left of files that they were writing."""
+    """Delete the unfinished files of processes that were killed."""
     with suppress(OSError):
         for path in folder.glob(f".*{_UNFINISHED}"):
             if time.time() - path.lstat().st_mtime > _STALE_SECONDS:

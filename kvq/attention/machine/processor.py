@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 
 _TELLING = ("model name", "flags", "Features", "CPU implementer", "CPU architecture", "CPU part")
-"""What of /proc/cpuinfo differs between processors that take different instructions, on x86 and ARM."""
+"""Keys of /proc/cpuinfo that differ between processors with different instructions, on x86 and ARM."""
 
 
 @cache
 def describe_processor() -> str:
-    """Return what tells processors apart that take different instructions, in some lines."""
+    """Return some lines that differ between processors with different instructions."""
     return "\n".join(sorted({line for line in _read_facts() if _key_of(line) in _TELLING})) or platform.processor()
 
 

@@ -1,4 +1,4 @@
-"""The digest of source files, by which what was found of them is told from what is found of others."""
+"""The digest of source files: a verdict on one version of a kernel does not count for another."""
 
 from __future__ import annotations
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 
 KERNEL_VARIABLE = "KVQ_ATTENTION_KERNEL"
-"""Names the kernel to use wherever it can run, proven or not; "auto" by default."""
+"""Names the kernel to use wherever it can run, benchmarked or not; "auto" by default."""
 TRIALS_VARIABLE = "KVQ_KERNEL_TRIALS"
-""""off": no kernel is tried on this machine, and what earlier trials found is not read; "on" by default."""
+""""off": no kernel is tried on this machine, and verdicts of earlier trials are not read; "on" by default."""
 COMPILER_VARIABLES = ("KVQ_CC", "CC")
 """Name the C compiler with its arguments; the first that is set counts."""
 FLAGS_VARIABLE = "KVQ_KERNEL_CFLAGS"
 """Compiler flags in place of those for the processor at hand, e.g. "-march=x86-64"."""
 
 ON_OFF = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": False, "false": False, "no": False}
-"""What a switch may be set to, in either case."""
+"""Values of a switch, in upper or lower case."""
 
 
 def read_variable(name: str) -> str | None:

@@ -1,8 +1,8 @@
-"""Which kernels are proven on which class of device, as the table `benchmarked.json` beside this file says.
+"""Which kernels have a passing benchmark record on which class of device: the table `benchmarked.json`.
 
-An entry stands for a record in `benchmarks/results/`, made on a device of that class by the benchmark; a test compares
-the two. Without an entry a kernel is tried on the spot, see `trial.py`: one that is right and fast on
-one processor may be neither on another.
+An entry stands for a record in `benchmarks/results/`, made on a device of that class by `scripts/prove_kernel.py`; a
+test compares the two. Without an entry a kernel is tried on the spot, see `trial.py`: one that is right and fast on one
+processor may be neither on another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_SPEEDUP = 1.0
 
 
 def device_class(device: torch.device) -> str:
-    """Return what devices that run the same code in the same way have in common.
+    """Return the class of a device; devices of one class run the same code in the same way.
 
     Examples: "cpu-x86_64-avx512", "cpu-aarch64", "cuda-sm90".
     """
@@ -48,7 +48,7 @@ def find_benchmark_record(kernel: str, of_class: str) -> Mapping[str, Any] | Non
 
 
 def is_passing(entry: Mapping[str, Any]) -> bool:
-    """Return whether an entry proves its kernel right and fast."""
+    """Return whether the kernel of an entry was right and fast."""
     return bool(entry["relative_error"] <= MAX_RELATIVE_ERROR and entry["speedup"] > MIN_SPEEDUP)
 
 

@@ -1,15 +1,15 @@
-"""When two outputs of attention are the same one: up to rounding, and sums in another order."""
+"""Whether two outputs of attention agree: up to rounding, and sums in another order."""
 
 from __future__ import annotations
 
 import torch
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest difference from the reference by dtype of the output, relative to its largest number."""
+"""Largest accepted difference from the reference by dtype of the output, relative to its largest number."""
 
 
 def relative_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference as a share of the largest number; infinite where NaN stands in one only."""
+    """Return the largest difference as a share of the largest number; infinite where only one output has NaN."""
     known = expected.isfinite()
     if not torch.equal(known, output.isfinite()):
         return float("inf")

@@ -1,4 +1,4 @@
-"""Requests that a kernel is tried on: made from random numbers, of kinds that lead through different code.
+"""Requests for the trial of a kernel: random numbers, of kinds that lead through different code.
 
 They need no backend and no model: codes, scales and states are drawn. It must not know what a kernel is.
 """
@@ -33,8 +33,8 @@ class Sample:
     Attributes:
         stored: tokens in the store, about; a chunk holds 2,048 at most.
         batch, heads, sharing, head_dim, queries: B, H, Hq / H, D and Tq.
-        dtypes: of query, keys and values.
-        bits: of keys and values.
+        dtypes: the dtypes of query, keys and values.
+        bits: bits of keys and values.
         axes: how keys and values are grouped.
         group_size: elements of a group, for both sides.
         metadata: dtype of the middles; scales are float16.
@@ -65,7 +65,7 @@ class Sample:
     has_logits: bool = False
 
     def build(self, device: torch.device, seed: int = 0) -> AttentionRequest:
-        """Return a request of this kind; what is drawn depends on the seed alone, and no other generator moves."""
+        """Return a request of this kind; its numbers depend on the seed alone, and no other generator moves."""
         return _Builder(self, device, torch.Generator("cpu").manual_seed(seed)).build()
 
 

@@ -1,8 +1,8 @@
-"""Trying a kernel on the spot: is it right, and faster than what would run otherwise?
+"""Trying a kernel on the spot: is it right, and faster than the kernel that would run otherwise?
 
-The trial runs in a thread of its own, so that it neither feels nor changes what the caller has set for itself: grad
-mode, autocast, the default device, modes of dispatch. It draws from generators of its own, and is bound by a clock:
-no step begins that would not fit, judging by the last one of its kind. A step in hand is waited for.
+The trial runs in a thread of its own: grad mode, autocast, default device and dispatch modes of the caller neither
+reach it nor are changed by it. It draws from generators of its own. A clock bounds it: no step begins that would not
+fit, judging by the last one of its kind; a running step is waited for.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from kvq.plugin_api.granularity import Granularity
 _LOG = logging.getLogger("kvq")
 
 BUDGET_SECONDS = 2.0
-"""What a trial may take; no step begins that would not fit."""
+"""The time for a trial; no step begins that would not fit."""
 CHECKING_SHARE = 0.4
-"""Of the budget, for what is compared and not timed."""
+"""The share of the budget for requests that are compared and not timed."""
 MOST_ROUNDS = 15
 LONGEST_FAULT = 300
-"""Characters of what a kernel raised."""
+"""Characters that are kept of an error that a kernel raised."""
 
 _CHANNEL, _TOKEN = Granularity.PER_CHANNEL, Granularity.PER_TOKEN
 _F32, _F16, _BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -51,14 +51,14 @@ CHECKS = (
     Sample(bits=(1, 7), head_dim=80, mask="additive", has_logits=True, sharing=1),
     Sample(bits=(6, 3), axes=(_TOKEN, _TOKEN), group_size=64, head_dim=64, sharing=8),
 )
-"""What is compared with the reference after `TIMED`, the most usual first."""
+"""The requests that are compared with the reference after `TIMED`, the most usual first."""
 TIMED = Sample(stored=1024, heads=8, head_dim=128, group_size=64, dtypes=(_BF16, _BF16, _BF16))
-"""What time is taken of, and compared first: one step of one layer of a model of 7 or 8 billion parameters."""
+"""The request that is timed, and compared first: one step of one layer of a model of 7 or 8 billion parameters."""
 
 
 @dataclass
 class Finding:
-    """What a trial has found so far.
+    """The result of a trial so far.
 
     Attributes:
         fault: why the kernel is not right, or None.
@@ -67,7 +67,7 @@ class Finding:
         checks: requests that were compared.
         over: name of the other kernel whose time was taken.
         own_ms, other_ms: the least time of one step.
-        is_lasting: whether it would be found again; what a kernel raised may have been bad luck.
+        is_lasting: whether another trial would find the same; an error that a kernel raised may have been bad luck.
     """
 
     fault: str | None = None
@@ -97,11 +97,11 @@ def prove(
     """Try a kernel on a device.
 
     Args:
-        kernel: one without a problem.
-        others: what may run in its place, the preferred first.
-        subject: of the verdict.
-        device: where to.
-        clock: seconds.
+        kernel: a kernel that is available.
+        others: the kernels that may run in its place, the preferred first.
+        subject: the verdict's subject.
+        device: where it is tried.
+        clock: returns seconds.
 
     Returns:
         The verdict, and whether it is worth keeping.
@@ -128,7 +128,7 @@ def prove(
 
 
 def take_seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Return what an action takes, its work on the device included."""
+    """Return the seconds that an action takes, its work on the device included."""
     _wait_for(device)
     started = time.perf_counter()
     action()
@@ -142,10 +142,10 @@ class _Trial:
 
     Attributes:
         kernel, others, device, clock: as for `prove`.
-        finding: so far.
-        stop: set where nobody waits for what is found any more.
-        started: when.
-        exempt: seconds that do not count: what is compiled at the first step of a kind, but on processors.
+        finding: the result so far.
+        stop: set when nobody waits for the result any more.
+        started: the clock at the start.
+        exempt: seconds that do not count: the first step of a kind compiles, except on processors.
     """
 
     kernel: Kernel
@@ -240,14 +240,14 @@ def _attend_into(outputs: list[torch.Tensor], kernel: Kernel, request: Attention
 
 
 def _run_apart(trial: _Trial) -> None:
-    """Run a trial in a thread of its own; what is raised there becomes a finding that does not last."""
+    """Run a trial in a thread of its own; an error there becomes a finding that does not last."""
     device, finding = trial.device, trial.finding
 
     def guarded() -> None:
         try:
             with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 trial.run()
-        except Exception as error:  # noqa: BLE001  # whatever a kernel raises keeps it from being the default
+        except Exception as error:  # noqa: BLE001  # any error keeps a kernel from being the default
             finding.is_lasting = False
             text = f"{type(error).__name__}: {error}"
             if _is_lack_of_memory(error):

@@ -1,7 +1,7 @@
 """What trials of kernels found on this machine, kept on disk: a verdict for each kernel, its code and the device.
 
-A file is named after everything that a verdict depends on. One that is damaged, or is about something else, is as good
-as none: the kernel is tried again and the file rewritten. It must not know how a kernel is tried.
+The name of a file is a digest of everything that a verdict depends on. A file that is damaged, or about something else,
+counts as none: the kernel is tried again and the file rewritten. It must not know how a kernel is tried.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from kvq.attention.proving.benchmark_records import device_class
 _LOG = logging.getLogger("kvq")
 _FOLDER = "verdicts"
 _LIMIT_BYTES = 1 << 20
-"""Of a file; one of ours takes less than 1,000 or so."""
+"""The longest file that is read; ours take about 1,000 bytes."""
 FORMAT = 2
-"""Of the files; another trial than before is another format, so that nothing old counts."""
+"""The format of the files. It changes with the trial too: old verdicts then count no more."""
 
 
 class Subject(BaseModel):
-    """What a verdict is about; where any of it changes, the verdict says nothing.
+    """The subject of a verdict; where any of it changes, the verdict does not apply.
 
     Attributes:
-        kernel: its name.
-        source: digest of its code.
+        kernel: the kernel's name.
+        source: digest of the kernel's code.
         device_class: as in the shipped records.
-        device: digest of what tells devices of one class apart, on a processor the number of torch's threads too.
-        torch: version.
-        format: of the file, and of the trial.
+        device: digest of the facts in which devices of one class differ, on a processor torch's threads among them.
+        torch: torch's version.
+        format: the format of the file, and of the trial.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -64,20 +64,20 @@ class Subject(BaseModel):
 
 
 class Verdict(BaseModel):
-    """What a trial found.
+    """The result of a trial.
 
     Attributes:
-        subject: what was tried, and where.
-        device_name: as people call it.
+        subject: the kernel that was tried, and where.
+        device_name: the name that people know the device by.
         fault: why the kernel is not right, in a few words; None where it is.
         obstacle: why it could not be tried, which holds for the moment only; None where it could.
         relative_error: the largest difference from the reference in fp32; None where that is not a number.
         checks: requests that were compared.
         over: name of the kernel that runs otherwise, or None where time was not taken.
         own_ms, other_ms: milliseconds of one step of this kernel and of the other; the least of those taken.
-        seconds: what the trial took.
-        made_at: when, as an ISO date and time in UTC.
-        kvq: version.
+        seconds: duration of the trial.
+        made_at: ISO date and time of the trial, in UTC.
+        kvq: kvq's version.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -102,7 +102,7 @@ class Verdict(BaseModel):
 
     @property
     def is_passing(self) -> bool:
-        """Whether the kernel is the default: right, and faster than what runs otherwise."""
+        """Whether the kernel is the default: right, and faster than the kernel that runs otherwise."""
         return not (self.fault or self.obstacle) and self.speedup is not None and self.speedup > 1
 
     def describe(self) -> str:
@@ -120,7 +120,7 @@ class Verdict(BaseModel):
 
 
 def make_subject(kernel: BenchmarkedKernel, device: torch.device) -> Subject:
-    """Return what a verdict on a kernel is about, on a device of this machine."""
+    """Return the subject of a verdict on a kernel, on a device of this machine."""
     return Subject(
         kernel=kernel.name,
         source=kernel.source_digest(),
@@ -151,9 +151,9 @@ def find_kept(subject: Subject) -> Verdict | None:
 
 
 def keep(verdict: Verdict) -> None:
-    """Keep a verdict for later processes; where that cannot be done, it holds for this one, which is said once.
+    """Keep a verdict for later processes, in place of an earlier one of the same subject.
 
-    What was kept of the same subject is no longer believed, in either case.
+    Where that fails, it holds for this process only, and one warning says so; the earlier one is deleted all the same.
     """
     try:
         text = json.dumps(verdict.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
@@ -172,7 +172,7 @@ def forget(subject: Subject) -> None:
 
 
 def facts_of(verdict: Verdict) -> dict[str, Any]:
-    """Return what `kvq doctor --json` says of a verdict."""
+    """Return the facts of a verdict for `kvq doctor --json`."""
     return {
         "passing": verdict.is_passing,
         "relative_error": verdict.relative_error,

@@ -1,4 +1,4 @@
-"""Calls the C compiler: which one it is, with what flags, and what it made.
+"""Find the C compiler and its flags, call it, and check its library.
 
 It must not know what the code does, nor where libraries are kept.
 """
@@ -29,7 +29,7 @@ _LOAD = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
 
 
 class BuildError(Exception):
-    """There is no library to be had; the message says why, in one line. Stays within this package."""
+    """The library is unavailable; the message says why, in one line. Stays within this package."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Toolchain:
     flags: tuple[tuple[str, ...], ...] = _NATIVE_FLAGS
 
     def fingerprint(self, source: bytes) -> str:
-        """Return what the library made from a source depends on, as 32 hexadecimal digits.
+        """Return a digest of all that the library made from a source depends on, 32 hexadecimal digits.
 
         Raises:
             BuildError: the compiler cannot be run.
@@ -59,7 +59,7 @@ class Toolchain:
         """Make a shared library of a C file.
 
         Raises:
-            BuildError: the compiler fails, or what it wrote is no library; it is then quoted.
+            BuildError: the compiler fails, with its first line, or it wrote no library.
         """
         message = ""
         for command in self._commands(source, target):
@@ -115,7 +115,7 @@ def _run(command: tuple[str, ...], timeout_seconds: int) -> subprocess.Completed
 
 
 def _check_library(library: Path, compiler: str) -> None:
-    """Check what a compiler wrote in a process of its own, which a damaged library kills.
+    """Load a new library in a process of its own, since a damaged one kills the process.
 
     Raises:
         BuildError: it wrote nothing, or something that cannot be loaded.

@@ -1,7 +1,7 @@
 """Built libraries on disk: built once, found again, and never loaded unless they are whole.
 
-A file is named after what it depends on and after the digest of its bytes, so that one which was cut off, overwritten
-or put there by another program is told before it is loaded: loading it would kill the process.
+The name of a file holds a digest of what it depends on and one of its bytes. So a file that was cut off, overwritten or
+put there by another program is found out before it is loaded: loading it would kill the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOG = logging.getLogger("kvq")
 _FOLDER = "kernels"
 _DIGITS = 32
 _LIMIT_BYTES = 64 << 20
-"""Of a library; what is longer is not one of ours, which take some hundred kilobytes."""
+"""The longest file that is read: our libraries take some hundred kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BuiltLibrary:
 
     Attributes:
         path: where it lies.
-        digest: of its bytes.
+        digest: digest of its bytes.
         is_new: whether it was built just now.
         scratch: the folder that holds it for this process only, or None where it is kept.
     """
@@ -42,12 +42,12 @@ class BuiltLibrary:
     scratch: Path | None = None
 
     def discard(self) -> None:
-        """Delete it, so that it is built anew."""
+        """Delete it; the next one is built again."""
         with suppress(OSError):
             self.path.unlink()
 
     def release(self) -> None:
-        """Free what only loading needed; to be called once the library is loaded, or will not be."""
+        """Delete the temporary folder; to be called once the library is loaded, or will not be."""
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -74,7 +74,7 @@ def _find_kept(folder: Path, stem: str) -> BuiltLibrary | None:
         digest, data = path.stem.removeprefix(f"{stem}-"), read_private_file(path, _LIMIT_BYTES)
         if data is not None and _digest(data) == digest:
             return BuiltLibrary(path, digest, is_new=False)
-        _LOG.info("%s is damaged or not ours; it is built anew", path)
+        _LOG.info("%s is damaged or not ours; it is built again", path)
         with suppress(OSError):
             path.unlink()
     return None
@@ -105,12 +105,12 @@ def _hold_for_this_process(data: bytes, stem: str, reason: OSError) -> BuiltLibr
         keep_file(path, data)
     except OSError as error:
         raise BuildError(f"the compiled kernel cannot be kept: {reason}; nor in a temporary folder: {error}") from error
-    _LOG.warning("the compiled kernel is built in every process anew, since it cannot be kept: %s", reason)
+    _LOG.warning("the compiled kernel is built again in every process, since it cannot be kept: %s", reason)
     return BuiltLibrary(path, digest, is_new=True, scratch=scratch)
 
 
 def _build(toolchain: Toolchain, source: Path) -> bytes:
-    """Return the library that a compiler makes of a C file; built apart, so that nobody sees half of it."""
+    """Return the library that a compiler makes of a C file; built apart, where nobody sees half of it."""
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="kvq-") as folder:

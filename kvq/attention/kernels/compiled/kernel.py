@@ -23,12 +23,12 @@ MAX_ROWS = 64
 MIN_PARALLEL_PRODUCTS = 1 << 18
 """Products of a query element and a key element below which one thread is as fast as several."""
 ITEMS_PER_THREAD = 4
-"""Pieces of work for each thread, so that none waits long for the others."""
+"""Pieces of work for each thread: with more than one, none waits long for the others."""
 MIN_SPLIT_TILES = 8
 """Fewest tiles of tokens that are worth a piece of work of their own."""
 
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Of query, keys and values in full precision, each with its own: under autocast they differ."""
+"""Dtypes that query, keys and values in full precision may have; under autocast they differ."""
 
 _DATA_NAME = "compiled"
 
@@ -49,7 +49,7 @@ class CompiledKernel:
         return digest_files(Path(__file__).parent, "*.py", extra=get_library().digest)
 
     def why_unsupported(self, request: AttentionRequest) -> str | None:
-        """Return what of the request it does not serve."""
+        """Return the part of the request that it does not serve."""
         pair, query = request.pair, request.query
         if request.row_count > MAX_ROWS:
             return f"serves up to {MAX_ROWS} queries for a key-value head, not {request.row_count}"
@@ -103,7 +103,7 @@ def _get_addresses(request: AttentionRequest) -> StoreAddresses:
 
 
 def _fill(packed: PackedRequest, request: AttentionRequest) -> list[torch.Tensor]:
-    """Write everything but the mask; return what must live until the call is over."""
+    """Write everything but the mask; return the tensors that must live until the call is over."""
     query, pair = _with_contiguous_head(request.query), request.pair
     kept = [query]
     packed.query, packed.query_type = query.data_ptr(), TYPE_NUMBERS[query.dtype]

@@ -21,13 +21,13 @@ SOURCE = Path(__file__).with_name("attend.c")
 
 @dataclass(frozen=True)
 class Library:
-    """What is ready to be called.
+    """The library, ready to be called.
 
     Attributes:
         attend: takes the address of a `PackedRequest`; returns 0, or 1 where memory ran out.
-        run_parallel: address of the function of torch's own OpenMP that runs a function on several threads, so that
-            there are no second threads beside torch's; None where torch has another kind of threads.
-        digest: of the library's bytes.
+        run_parallel: address of the function of torch's own OpenMP that runs a function on several threads, which
+            spares a second set of threads; None where torch has another kind of threads.
+        digest: digest of the library's bytes.
     """
 
     attend: Any
@@ -39,7 +39,7 @@ def get_library() -> Library:
     """Return the library, built if need be.
 
     Raises:
-        BuildError: it cannot be had; `why_unavailable` says why.
+        BuildError: it is unavailable; `why_unavailable` says why.
     """
     found = _load_once()
     if isinstance(found, BuildError):
@@ -48,7 +48,7 @@ def get_library() -> Library:
 
 
 def why_unavailable() -> str | None:
-    """Return in one line why the library cannot be had, or None; builds it if need be."""
+    """Return in one line why the library is unavailable, or None; builds it if need be."""
     found = _load_once()
     return str(found) if isinstance(found, BuildError) else None
 
@@ -63,7 +63,7 @@ def _load_once() -> Library | BuildError:
 
 
 def _load() -> Library:
-    """Return the library; what is kept and does not fit is built once more."""
+    """Return the library; a kept one that does not fit is built once more."""
     built = provide_library(SOURCE)
     try:
         return _open(built)

@@ -1,4 +1,4 @@
-"""What stays the same from step to step of one layer: where its chunks lie, in the structures of the kernel.
+"""Where the chunks of a layer lie, in the structures of the kernel: the same from step to step.
 
 Owns the addresses and keeps alive what they point to. They are good until the store of either side changes.
 """
@@ -27,11 +27,11 @@ class StoreAddresses:
     """The request of a layer with everything filled in that its store decides.
 
     Attributes:
-        request: the structure; what changes from call to call is written by the caller.
-        key_segments: what the addresses of the keys point into.
+        request: the structure; the caller writes the fields that change from call to call.
+        key_segments: the segments that the addresses of the keys point into.
         value_segments: the same for the values.
         starts: positions of the first real tokens, as a tuple and as the array that the request points to.
-        kept: what else must live as long.
+        kept: other objects that must live as long.
     """
 
     request: PackedRequest

@@ -23,7 +23,7 @@ _FUSED_METHODS = ("prepare_query", "scores", "mix", "finish_output")
 
 
 def find_fused(quantizer: Quantizer, head_dim: int) -> FusedScores:
-    """Return what computes attention on the packed form of a quantizer: its own way, or one of ours."""
+    """Return an object that computes attention on a quantizer's packed form: the quantizer itself, or one of ours."""
     packed = find_packed_format(quantizer)
     if packed is not None:
         return FoldedAffine(packed, quantizer.constants())
@@ -86,11 +86,11 @@ class FoldedAffine:
 
 
 class DecodedBlocks:
-    """Decodes what it is given and computes with the states; the caller gives little at a time.
+    """Decodes the blocks that it is given and computes with the states; the caller gives few at a time.
 
     Args:
-        quantizer: of the side.
-        head_dim: D of the side.
+        quantizer: the side's quantizer.
+        head_dim: the side's D.
     """
 
     def __init__(self, quantizer: Quantizer, head_dim: int) -> None:

@@ -1,7 +1,7 @@
 """The reference: attention on packed blocks with torch alone, on any device, for any quantizer.
 
 Scales are folded into query and probabilities, sums are in fp32, and pieces of the history follow each other under an
-online softmax, so that nothing of the size of the history is ever allocated.
+online softmax: nothing of the size of the history is ever allocated.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _EagerRun:
         self.exact_sum: torch.Tensor | None = None
 
     def add_stored(self, piece: StoredPiece) -> None:
-        """Attend to stored tokens, those apart that sinks are laid over."""
+        """Attend to stored tokens, except those that sinks are laid over."""
         scores = torch.cat([self.keys.scores(self.prepared, parts) for parts, _ in piece.keys], dim=-1)
         scores = self.mask.apply(scores, piece.start)
         if self.covered is not None and piece.start < max(self.request.pair.key.sinks.ends):

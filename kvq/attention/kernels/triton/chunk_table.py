@@ -25,7 +25,7 @@ class SideTable:
     """One side of a layer.
 
     Attributes:
-        segments: what the table was made from; kept so that what it points to stays alive.
+        segments: the segments that the table was made from and points into, which it keeps alive.
         addresses: int64 `[chunks, 8]`: three code planes, scale, mid, exponent, capacity in blocks, rows; 0: absent.
         blocks: int64 `[stored blocks, 2]`: the chunk of each block, and its place there.
     """
@@ -36,7 +36,7 @@ class SideTable:
 
     @classmethod
     def of(cls, view: StoreView, device: torch.device) -> SideTable:
-        """Return the table of what is stored."""
+        """Return the table of the stored blocks."""
         widths = get_packed_format(view.quantizer).plane_widths
         addresses = [_addresses(segment, widths) for segment in view.segments]
         # On the processor by name, here and below: the caller may have set another default device.
@@ -49,7 +49,7 @@ class SideTable:
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """Both sides of a layer, and what the programs read of it besides.
+    """Both sides of a layer, and the numbers that the programs read with them.
 
     Attributes:
         key: table of the keys.
@@ -64,7 +64,7 @@ class ChunkTable:
     starts: torch.Tensor
 
     def fits(self, pair: PackedPair) -> bool:
-        """Whether the store is still what the table was made from."""
+        """Return whether the store still has the segments that the table was made from."""
         return self.key.segments is pair.key.store.segments and self.value.segments is pair.value.store.segments
 
 

@@ -2,7 +2,7 @@
 
 Two launches a step: every run of tokens by itself, then one merge. Lengths and addresses of the store are read on the
 device; the host neither waits nor copies between flushes. Written without a GPU at hand, and not yet run on one: as any
-kernel that needs proof, it is tried at its first use on a device, and is a default where it is right and fast.
+kernel that needs a benchmark, it is tried at its first use on a device, and is a default where it is right and fast.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_TRITON = Version("3.7")
 """Oldest release of triton that the programs were tested with."""
 MAX_HEAD_DIM = 256
 MAX_ROWS = 64
-"""Most query vectors of one key-value head: longer runs of queries are a prefill, which is not what this is for."""
+"""Most query vectors of one key-value head: longer runs of queries are a prefill, which other kernels serve."""
 MAX_SINKS = 64
 SHORTEST_BLOCK = 32
 LONGEST_BLOCK = 128
@@ -52,7 +52,7 @@ class TritonKernel:
     needs_benchmark = True
 
     def why_unavailable(self) -> str | None:
-        """Return what is missing on this machine, or None."""
+        """Return why triton is missing on this machine, or None."""
         return _find_missing_triton()
 
     def source_digest(self) -> str:
@@ -73,7 +73,7 @@ TRITON = TritonKernel()
 
 @dataclass(frozen=True)
 class SideLayout:
-    """What of a side is compiled into a program.
+    """The facts of a side that are compiled into a program.
 
     Attributes:
         head_dim: D.
