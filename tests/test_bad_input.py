@@ -336,7 +336,7 @@ def _(cache):
 @contextmanager
 def failing_quantizer(layer, error):
     """Make the quantizer of the values fail, after that of the keys has done its part."""
-    quantizer = layer.side("value").quantizer.quantizer
+    quantizer = layer.side("value").codec.quantizer
 
     def fail(groups):
         raise error
@@ -362,7 +362,7 @@ def _(cache):
 
 @row("a quantizer that breaks its contract")
 def _(cache):
-    quantizer = cache.layers[0].side("value").quantizer.quantizer
+    quantizer = cache.layers[0].side("value").codec.quantizer
     encode = quantizer.encode
 
     def wrong(groups):
@@ -608,7 +608,7 @@ def _():
 
 def test_an_update_during_an_update_is_refused():
     cache = held()
-    quantizer = cache.layers[0].side("key").quantizer
+    quantizer = cache.layers[0].side("key").codec
     encode, entered, go_on = quantizer.encode, threading.Event(), threading.Event()
 
     def wait(blocks):

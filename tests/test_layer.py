@@ -142,14 +142,14 @@ def test_dtypes_of_computing_and_metadata_are_obeyed(field, other):
 
 
 def test_where_the_store_lives():
-    from kvq.layers.quantized_layer import _store_device
+    from kvq.layers.store_device import choose_store_device
 
     here = torch.device("cpu")
-    assert _store_device(None, here) == here
+    assert choose_store_device(None, here) == here
     with pytest.warns(UserWarning, match="device='cuda:0', but states are on 'cuda:1'"):
-        assert _store_device(torch.device("cuda:0"), torch.device("cuda:1")) == torch.device("cuda:1")
-    assert _store_device(torch.device("cuda"), torch.device("cuda:1")) == torch.device("cuda:1")
-    assert _store_device(torch.device("meta"), here) == torch.device("meta")
+        assert choose_store_device(torch.device("cuda:0"), torch.device("cuda:1")) == torch.device("cuda:1")
+    assert choose_store_device(torch.device("cuda"), torch.device("cuda:1")) == torch.device("cuda:1")
+    assert choose_store_device(torch.device("meta"), here) == torch.device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device: 'cuda' cannot be used here"):
             make_layer(device="cuda").update(*draw(3))

@@ -121,10 +121,13 @@ def test_the_parts_add_up_after_a_reorder():
 
 
 def test_storages_of_two_layers_count_once():
-    from kvq.layers.memory_report import report_memory
+    from kvq.layers.held_bytes import report_memory
 
     cache = feed(KVQ(), 900)
-    memory = report_memory([cache.layers[0], cache.fork().layers[0]])
-    chunks = sum(side.chunk_bytes for side in (memory.layers[0].key, memory.layers[0].value))
-    assert memory.shared_bytes == chunks
-    assert memory.total_bytes == 2 * memory.layers[0].total_bytes - chunks
+    fork = cache.fork()
+    memory = report_memory([cache.layers[0], fork.layers[0]])
+    assert memory.shared_bytes == memory.total_bytes == memory.layers[0].total_bytes
+    feed(fork, 1)
+    memory = report_memory([cache.layers[0], fork.layers[0]])
+    window = sum(side.window.buffer.nbytes for _, side in fork.layers[0].sides())
+    assert memory.total_bytes == memory.layers[0].total_bytes + window, "the one that grows copies its window"

@@ -114,7 +114,7 @@ def test_a_refused_update_swaps_nothing(monkeypatch):
         assert cache.get_seq_length() == 0
     hidden.clear()
     cache.update(states, states, 0)
-    assert type(cache.layers[0].side("key").quantizer.quantizer).__name__ == "QuantoQuantizer"
+    assert type(cache.layers[0].side("key").codec.quantizer).__name__ == "QuantoQuantizer"
 
 
 class TestHint:

@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache
 from kvq.cache.kvq import KVQ, resolve_config
 from kvq.config import KVQCacheConfig
 from kvq.errors import ModelError
-from kvq.layers.memory_report import MemoryReport, report_memory
+from kvq.layers.held_bytes import report_memory
+from kvq.layers.memory_report import MemoryReport
 from kvq.layers.model_layers import DecoderConfig
 from kvq.layers.transformers_layers import fork_layer, reset_layer
 

@@ -23,9 +23,11 @@ from kvq.config import KVQCacheConfig
 from kvq.config.field_types import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.layers.devices import move_layers, reading_ahead
-from kvq.layers.memory_report import MemoryReport, report_memory
+from kvq.layers.given_states import check_rows
+from kvq.layers.held_bytes import report_memory
+from kvq.layers.memory_report import MemoryReport
 from kvq.layers.model_layers import DecoderConfig, build_layers
-from kvq.layers.quantized_layer import KVQLayer, check_rows
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.layers.transformers_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
 from kvq.persistence import CacheFile, ModelReference, write_layers
 from kvq.transformers_seams.layer_kinds import new_layer
@@ -295,9 +297,10 @@ class KVQ(CarriedStates):
         self.layers: list[Any] = moved
 
     def fork(self) -> KVQ:
-        """Return an independent cache with the same tokens that shares what neither of the two will write to.
+        """Return an independent cache with the same tokens; both share the tensors until one of them changes its own.
 
-        These are the finished chunks of quantized layers, and keys and values of transformers' own attention layers.
+        The window and an open chunk of a quantized layer are copied when that layer grows. Of transformers' layers,
+        those of plain attention share keys and values; others are copied at once.
         """
         other = copy.copy(self)
         other._thread_guard, other.attention_detector = ThreadGuard(), self.attention_detector.fork()

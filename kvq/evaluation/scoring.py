@@ -20,7 +20,8 @@ from kvq.attention.hint import without_hint
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.recall import ANSWER_LENGTH, RecallBatch
-from kvq.layers.memory_report import MemoryReport, report_memory
+from kvq.layers.held_bytes import report_memory
+from kvq.layers.memory_report import MemoryReport
 from kvq.transformers_seams.private_names import pass_cache
 
 NAME_POSITION = 1

@@ -1,4 +1,4 @@
-"""What a cache holds in bytes, counted from the storages that exist."""
+"""The report on the bytes that a cache holds, as data and as a table."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
-import torch
-from transformers.cache_utils import CacheLayerMixin
-
-from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.quantizer import Side
-from kvq.store.side import LayerSide
 from kvq.text_table import TextTable
 from kvq.units import format_bytes, format_ratio
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+USUAL_ROLES = ("packed", "window", "sinks")
+"""Roles of tensors that have a column in every report."""
 TEXT_WIDTH = 120
 """Characters of a line in `str` of a report."""
 
@@ -30,34 +27,53 @@ class SideMemory:
     Attributes:
         backend: name of the backend.
         nbits: configured bits per code.
-        packed_bytes: codes and metadata of stored tokens.
-        window_bytes: newest tokens in full precision.
-        sink_bytes: first tokens in full precision.
+        held_bytes: bytes in use by role: what `kvq.store.held` calls the tensors that a side holds.
         slack_bytes: allocated for future tokens, in chunks and window.
-        constant_bytes: codebooks, rotations and the like.
         elements: stored elements, B * H * stored tokens * D.
         chunk_bytes: all bytes of the chunks, slack included.
-        index_bytes: the order of the batch, where it was changed.
-        survivor_bytes: what crops left of groups that they cut, kept from being quantized a third time.
     """
 
     backend: str
     nbits: float
-    packed_bytes: int
-    window_bytes: int
-    sink_bytes: int
+    held_bytes: Mapping[str, int] = field(hash=False)
     slack_bytes: int
-    constant_bytes: int
     elements: int
     chunk_bytes: int
-    index_bytes: int = 0
-    survivor_bytes: int = 0
+
+    @property
+    def packed_bytes(self) -> int:
+        """Codes and metadata of stored tokens."""
+        return self.held_bytes.get("packed", 0)
+
+    @property
+    def window_bytes(self) -> int:
+        """Newest tokens in full precision."""
+        return self.held_bytes.get("window", 0)
+
+    @property
+    def sink_bytes(self) -> int:
+        """First tokens in full precision."""
+        return self.held_bytes.get("sinks", 0)
+
+    @property
+    def constant_bytes(self) -> int:
+        """Codebooks, rotations and the like."""
+        return self.held_bytes.get("constants", 0)
+
+    @property
+    def index_bytes(self) -> int:
+        """The order of the batch, where it was changed."""
+        return self.held_bytes.get("order", 0)
+
+    @property
+    def survivor_bytes(self) -> int:
+        """The tokens that crops left of groups that they cut, as they were then."""
+        return self.held_bytes.get("cropped", 0)
 
     @property
     def total_bytes(self) -> int:
         """All bytes of this side."""
-        exact = self.window_bytes + self.sink_bytes + self.survivor_bytes
-        return self.packed_bytes + exact + self.slack_bytes + self.constant_bytes + self.index_bytes
+        return sum(self.held_bytes.values()) + self.slack_bytes
 
     @property
     def effective_bits(self) -> float | None:
@@ -156,6 +172,16 @@ class MemoryReport:
         return self._sum("slack_bytes")
 
     @property
+    def index_bytes(self) -> int:
+        """The order of the batch, where it was changed."""
+        return self._sum("index_bytes")
+
+    @property
+    def survivor_bytes(self) -> int:
+        """The tokens that crops left of groups that they cut, as they were then."""
+        return self._sum("survivor_bytes")
+
+    @property
     def constant_bytes(self) -> int:
         """Codebooks, rotations and the like."""
         return self._sum("constant_bytes")
@@ -185,29 +211,33 @@ class MemoryReport:
         return self._table().to_rich()
 
     def _table(self) -> TextTable:
-        """Lay out the report, layers with equal figures in one row."""
+        """Lay out the report, layers with equal figures in one row; the bytes of a row add up to its total."""
         title = (
             f"{format_bytes(self.total_bytes)} held, {format_bytes(self.full_precision_bytes)} in full precision: "
             f"{format_ratio(self.compression)}"
         )
-        numbers = ("tokens", "packed", "window", "sinks", "slack", "total")
+        roles = self._roles()
+        numbers = ("tokens", *roles, "slack", "total")
         rows = []
         for first, last, layer in _runs(self.layers):
             name = str(first) if first == last else f"{first}-{last}"
-            parts = [
-                format_bytes(sum(getattr(side, part) for side in (layer.key, layer.value) if side is not None))
-                for part in ("packed_bytes", "window_bytes", "sink_bytes", "slack_bytes")
-            ]
-            if layer.key is None:
-                parts = ["-"] * 4
             sides = [_side_text(side, layer.kind) for side in (layer.key, layer.value)]
-            rows.append((name, *sides, str(layer.tokens), *parts, format_bytes(layer.total_bytes)))
+            parts = [*_texts(layer, roles), format_bytes(layer.total_bytes)]
+            rows.append((name, *sides, str(layer.tokens), *parts))
         if self.shared_bytes:
-            rows.append(("shared", "", "", "", "", "", "", "", f"-{format_bytes(self.shared_bytes)}"))
+            rows.append(("shared", *[""] * (len(numbers) + 1), f"-{format_bytes(self.shared_bytes)}"))
         return TextTable(title, ("layers", "keys", "values", *numbers), tuple(rows), right=frozenset(numbers))
 
+    def _roles(self) -> tuple[str, ...]:
+        """Return the roles that have a column: the usual ones, and every other one in which a layer holds something."""
+        held = [role for side in self._sides() for role, count in side.held_bytes.items() if count]
+        return tuple(dict.fromkeys([*USUAL_ROLES, *held]))
+
+    def _sides(self) -> Iterator[SideMemory]:
+        yield from (side for layer in self.layers for side in (layer.key, layer.value) if side is not None)
+
     def _sum(self, name: str) -> int:
-        return sum(getattr(side, name) for layer in self.layers for side in (layer.key, layer.value) if side)
+        return sum(getattr(side, name) for side in self._sides())
 
     def _effective_bits(self, name: Side) -> float | None:
         sides = [side for layer in self.layers if (side := getattr(layer, name)) is not None]
@@ -215,110 +245,13 @@ class MemoryReport:
         return 8 * sum(side.chunk_bytes for side in sides) / elements if elements else None
 
 
-def report_memory(layers: Iterable[object]) -> MemoryReport:
-    """Count what the layers of a cache hold.
-
-    Args:
-        layers: quantized layers and layers of transformers.
-    """
-    storages: dict[int, int] = {}
-    entries = []
-    for index, layer in enumerate(layers):
-        found = dict(_storages(_layer_tensors(layer)))
-        entries.append(_describe(index, layer, sum(found.values())))
-        storages |= found
-    total = sum(storages.values())
-    return MemoryReport(tuple(entries), total, sum(entry.total_bytes for entry in entries) - total)
-
-
-def _describe(index: int, layer: object, held: int) -> LayerMemory:
-    kind = type(layer).__name__
-    if not isinstance(layer, KVQLayer):
-        tokens = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0
-        return LayerMemory(index, kind, tokens, held, held)
-    sides = {name: _describe_side(layer, name, side) for name, side in layer.sides()}
-    full_precision = sum(_full_precision_bytes(side, layer.get_seq_length()) for _, side in layer.sides())
-    return LayerMemory(
-        index,
-        kind,
-        layer.get_seq_length(),
-        held,
-        full_precision,
-        key=sides.get("key"),
-        value=sides.get("value"),
-        attention=layer.kernel_cache.last_reader,
-        passed_over=dict(layer.kernel_cache.passed_over),
-    )
-
-
-def _describe_side(layer: KVQLayer, name: Side, side: LayerSide) -> SideMemory:
-    settings = layer.settings.side(name)
-    chunk_bytes = packed = 0
-    for tensor, share in side.store.tensors():
-        chunk_bytes += _nbytes(tensor)
-        packed += round(share * _nbytes(tensor))
-    window = side.window.buffer
-    window_capacity = _nbytes(window)
-    window_bytes = window_capacity * side.window.length // max(1, window.shape[2])
-    return SideMemory(
-        backend=settings.backend.name,
-        nbits=settings.nbits,
-        packed_bytes=packed,
-        window_bytes=window_bytes,
-        sink_bytes=_nbytes(side.sinks.states) if side.sinks.states is not None else 0,
-        slack_bytes=chunk_bytes - packed + window_capacity - window_bytes,
-        constant_bytes=sum(_nbytes(tensor) for tensor in side.quantizer.constants().values()),
-        elements=side.store.batch_size * side.store.num_heads * side.store.length * _head_dim(side),
-        chunk_bytes=chunk_bytes,
-        index_bytes=sum(_nbytes(rows) for rows in side.store.row_indices()),
-        survivor_bytes=sum(_nbytes(group.states) for group in side.survivors.groups),
-    )
-
-
-def _layer_tensors(layer: object) -> Iterator[torch.Tensor]:
-    if isinstance(layer, KVQLayer):
-        for _, side in layer.sides():
-            yield from (tensor for tensor, _ in side.store.tensors())
-            yield from side.store.row_indices()
-            yield from side.quantizer.constants().values()
-            yield side.window.buffer
-            yield from (group.states for group in side.survivors.groups)
-            if side.sinks.states is not None:
-                yield side.sinks.states
-        return
-    yield from _tensors_of(vars(layer).values())
-
-
-def _tensors_of(values: Iterable[object]) -> Iterator[torch.Tensor]:
-    for value in values:
-        if hasattr(value, "__tensor_flatten__"):  # a subclass that has its data in other tensors
-            yield from _tensors_of(getattr(value, name) for name in value.__tensor_flatten__()[0])
-        elif isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_of(value)
-        elif isinstance(value, dict):
-            yield from _tensors_of(value.values())
-
-
-def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        # On the meta device, where plans are made, no storage has an address.
-        yield storage.data_ptr() or storage._cdata, storage.nbytes()
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
-
-
-def _head_dim(side: LayerSide) -> int:
-    return side.window.buffer.shape[3]
-
-
-def _full_precision_bytes(side: LayerSide, tokens: int) -> int:
-    window = side.window.buffer
-    return window.shape[0] * window.shape[1] * tokens * window.shape[3] * window.element_size()
+def _texts(layer: LayerMemory, roles: Iterable[str]) -> list[str]:
+    """Return the bytes of a layer in each role, then its slack, as text."""
+    sides = [side for side in (layer.key, layer.value) if side is not None]
+    if not sides:
+        return ["-"] * (len(tuple(roles)) + 1)
+    held = [sum(side.held_bytes.get(role, 0) for side in sides) for role in roles]
+    return [format_bytes(count) for count in (*held, sum(side.slack_bytes for side in sides))]
 
 
 def _side_text(side: SideMemory | None, kind: str) -> str:

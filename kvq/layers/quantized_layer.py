@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,16 @@ from transformers.cache_utils import CacheLayerMixin
 from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
-from kvq.errors import ConfigError, Fault, StatesError
+from kvq.errors import StatesError
+from kvq.layers.given_states import check_continuity, check_states
 from kvq.layers.quantizer_factory import build_codec
-from kvq.plugin_api.quantizer import Side
+from kvq.layers.store_device import choose_store_device
+from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.store.flush_length import common_flush_length
 from kvq.store.read_states import ReadStates, refuse_assignment
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
-from kvq.user_warnings import warn_user
 
-STATES_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Of the states that can be quantized."""
 DEFERRED_LENGTH = 256
 """Newest tokens that a crop may still take back without a trace, while the past is recorded: none of them lets older
 ones be quantized. Assisted decoding proposes some 20 at a time; a flag that is forgotten costs no more than these."""
@@ -100,21 +99,28 @@ class KVQLayer(CacheLayerMixin):
         """Build quantizers and buffers for states like these."""
         states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
         codecs = {side: build_codec(self.settings, side, self.layer_idx, tensor) for side, tensor in states.items()}
+        self.begin(codecs, states)
+
+    def begin(self, codecs: Mapping[Side, Quantizer], like: Mapping[Side, torch.Tensor]) -> None:
+        """Hold nothing yet, but be ready for states.
+
+        Args:
+            codecs: the quantizers of keys and values.
+            like: states like those that will come, `[B, H, T, D]`.
+        """
+        keys = like["key"]
+        starts = self.padding or (0,) * keys.shape[0]
+        if len(starts) != keys.shape[0]:
+            raise StatesError(f"padding is given for {len(starts)} rows, the states have {keys.shape[0]}")
         flush_length = common_flush_length(codecs["key"], codecs["value"])
-        starts = self.padding or (0,) * key_states.shape[0]
-        if len(starts) != key_states.shape[0]:
-            raise StatesError(f"padding is given for {len(starts)} rows, the states have {key_states.shape[0]}")
+        sinks = SinkTokens(self.settings.sink_length, starts)
         self._sides = {
-            side: LayerSide(
-                codecs[side],
-                like=tensor,
-                device=_store_device(self.settings.device, tensor.device),
-                flush_length=flush_length,
-                sinks=SinkTokens(self.settings.sink_length, starts),
+            side: LayerSide.empty(
+                codecs[side], states, choose_store_device(self.settings.device, states.device), flush_length, sinks
             )
-            for side, tensor in states.items()
+            for side, states in like.items()
         }
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     def update(
@@ -160,8 +166,7 @@ class KVQLayer(CacheLayerMixin):
         """Return the number of tokens held."""
         if not self.is_initialized:
             return 0
-        side = self._sides["key"]
-        return side.store.length + side.window.length
+        return self._sides["key"].length
 
     def get_max_length(self) -> int:
         """Return -1: the layer grows without a limit."""
@@ -174,7 +179,7 @@ class KVQLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Let `update` put off quantizing until `crop` says what stays: at least the newest `DEFERRED_LENGTH` tokens.
 
-        After a crop the store is then the one that the surviving tokens make when they come one at a time.
+        After a crop the store is then the one that the remaining tokens make when they come one at a time.
         """
         self.record_past = True
 
@@ -184,7 +189,7 @@ class KVQLayer(CacheLayerMixin):
         Args:
             tokens_to_remove: zero or negative, as transformers counts since 5.18. Up to `residual_length` tokens come
                 from the window, and while the past is recorded `DEFERRED_LENGTH` more; a deeper crop returns the
-                survivors of a cut group to it as dequantized states.
+                tokens that are left of a cut group to it, dequantized.
 
         Raises:
             StatesError: the number is positive.
@@ -248,13 +253,13 @@ class KVQLayer(CacheLayerMixin):
     def release_prefetched(self) -> None:
         """Forget what `prefetch` copied; what is being read stays until it is read."""
         for side in self._sides.values():
-            side.store.release_staged()
+            side.release_prefetched()
 
     def moved_to(self, device: torch.device) -> KVQLayer:
         """Return an independent layer with its states on another device."""
         other = self.fork()
         if self.is_initialized:
-            other.device, store_device = device, _store_device(self.settings.device, device)
+            other.device, store_device = device, choose_store_device(self.settings.device, device)
             for name, side in self._sides.items():
                 like = side.window.view()[:, :, :0].to(device)
                 codec = build_codec(self.settings, name, self.layer_idx, like)
@@ -284,12 +289,12 @@ class KVQLayer(CacheLayerMixin):
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         """Hold again what is held now if the block fails."""
-        checkpoints = [(side, side.checkpoint()) for side in self._sides.values()]
+        before = [(side, side.contents) for side in self._sides.values()]
         try:
             yield
         except BaseException:
-            for side, checkpoint in checkpoints:
-                side.restore(checkpoint)
+            for side, contents in before:
+                side.contents = contents
             raise
 
     def _select_rows(self, rows: torch.Tensor) -> None:
@@ -313,76 +318,6 @@ class KVQLayer(CacheLayerMixin):
         Raises:
             StatesError: rank, dtype or shape do not fit.
         """
-        given: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
-        for name, states in given.items():
-            if not isinstance(states, torch.Tensor):
-                raise StatesError(f"layer {self.layer_idx}: {name} states are a {type(states).__name__}, not a tensor")
-            if states.dim() != 4 or 0 in (states.shape[0], states.shape[1], states.shape[3]):
-                raise StatesError(
-                    f"layer {self.layer_idx}: {name} states have shape {list(states.shape)}; "
-                    "[batch, heads, tokens, head_dim] is needed, of which only the tokens may be 0"
-                )
-            if states.dtype not in STATES_DTYPES:
-                raise StatesError(
-                    f"layer {self.layer_idx}: {name} states of {states.dtype} cannot be quantized; "
-                    f"the cache takes {', '.join(map(str, STATES_DTYPES))}: load the model in one of these"
-                )
-            if self.is_initialized:
-                self._check_continuity(name, states)
-        if key_states.shape[0] != value_states.shape[0] or key_states.shape[2] != value_states.shape[2]:
-            raise StatesError(
-                f"layer {self.layer_idx}: keys {list(key_states.shape)} and values {list(value_states.shape)} differ "
-                "in batch or tokens"
-            )
-
-    def _check_continuity(self, name: Side, states: torch.Tensor) -> None:
-        held = self._sides[name].window.view()
-        check_rows(f"layer {self.layer_idx}: {name} states", states, held.shape[0])
-        found = (states.shape[1], states.shape[3], states.dtype, states.device)
-        wanted = (held.shape[1], held.shape[3], held.dtype, held.device)
-        for what, new, old in zip(("heads", "head_dim", "dtype", "device"), found, wanted, strict=True):
-            if new != old:
-                raise StatesError(
-                    f"layer {self.layer_idx}: {name} states have {what} {new}, but the cache holds {what} {old}; "
-                    "use a new cache, or reset this one"
-                )
-
-
-def check_rows(what: str, states: torch.Tensor, held: int | None) -> None:
-    """Check that states have as many rows as a layer holds.
-
-    Args:
-        what: these states, for the error.
-        states: `[B, H, T, D]`.
-        held: rows of the layer, or None where it holds nothing.
-
-    Raises:
-        StatesError: they have not.
-    """
-    if held is None or states.shape[0] == held:
-        return
-    advice = "use a new cache, or reset this one"
-    if held and states.shape[0] > held and states.shape[0] % held == 0:
-        repeats = states.shape[0] // held
-        advice = (
-            f"cache.batch_repeat_interleave({repeats}) repeats each row for as many sequences or beams, and "
-            "cache.fork() before it keeps a cache as it is; or use a new cache"
-        )
-    raise StatesError(f"{what} have batch size {states.shape[0]}, but the cache holds batch size {held}; {advice}")
-
-
-def _store_device(wanted: torch.device | None, states: torch.device) -> torch.device:
-    # A device of the states' own type means "with the states": under a device_map the layers live on several devices,
-    # and one `device=model.device` must not gather them all on the first.
-    if wanted is None or wanted.type == states.type:
-        if wanted is not None and wanted.index not in (None, states.index):
-            warn_user(
-                f"device={str(wanted)!r}, but states are on {str(states)!r}: the store of a layer stays with its "
-                f"states on any device of that type; leave device out, or write {wanted.type!r}"
-            )
-        return states
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError([Fault(("device",), f"{str(wanted)!r} cannot be used here: {error}")]) from error
-    return wanted
+        check_states(f"layer {self.layer_idx}", key_states, value_states)
+        for states, (name, side) in zip((key_states, value_states), self.sides(), strict=False):
+            check_continuity(f"layer {self.layer_idx}: {name} states", states, side.window.view())

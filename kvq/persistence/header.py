@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 FORMAT_NAME = "kvq.cache"
 FORMAT_VERSION = 1
 EXTENDED_VERSION = 2
-"""Format of a file that says more: values of another dtype than the keys, or only the first ones of the sinks."""
+"""Format of a file that says more: values of another dtype than the keys, only the first ones of the sinks, or a piece
+of a side that the first format has no word for."""
 READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION)
 MAX_HEAD_DIM = 1 << 11
 """Widest head that is believed: models have up to 576, and a quantizer may build matrices of D * D."""
@@ -37,6 +38,24 @@ class RunHeader(_Strict):
     rows: Count | None = Field(description="rows that the run holds where an index maps the batch to them; else null")
 
 
+class TensorHeader(_Strict):
+    """A tensor that no other field describes."""
+
+    dtype: Literal["float16", "bfloat16", "float32", "uint8", "int8", "int32", "int64", "bool"]
+    shape: list[Tokens] = Field(max_length=8)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorHeader:
+        """Describe a tensor."""
+        return cls.model_validate({"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
 class SideHeader(_Strict):
     """Keys or values of a quantized layer."""
 
@@ -46,12 +65,15 @@ class SideHeader(_Strict):
     sink_tokens: Count | None = Field(default=None, description="sinks in the file; left out where all of them are")
     runs: list[RunHeader]
     survivors: list[tuple[Tokens, Count]] = Field(description="first position and tokens of what crops left of groups")
+    others: dict[str, TensorHeader] = Field(default={}, description="what else the side holds; left out where nothing")
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = serialize(self)
         if self.sink_tokens is None:
             del content["sink_tokens"]
+        if not self.others:
+            del content["others"]
         return content
 
 
@@ -162,7 +184,7 @@ class CacheHeader(_Strict):
         """The version of the format that can say all this; readers of older ones take what they know."""
         held = [layer.states for layer in self.layers if layer.states is not None]
         extended = any(one.value_dtype is not None for one in held) or any(
-            side.sink_tokens is not None
+            side.sink_tokens is not None or side.others
             for one in held
             if isinstance(one, QuantizedStates)
             for side in (one.key, one.value)

@@ -51,7 +51,7 @@ def check_backends_match(saved: Mapping[str, BackendFingerprint], layers: Sequen
         layer.settings.side(name).backend.name
         for layer in layers
         for name, side in layer.sides()
-        if find_packed_format(side.quantizer) is None
+        if find_packed_format(side.codec) is None
     }
     if saved.keys() != here.keys():
         raise CacheFileError(f"it names the backends {sorted(saved)}, and its configuration {sorted(here)}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
 from kvq.errors import CacheFileError
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.container import SavedTensor, TensorSpec
-from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, name_dtypes
+from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, TensorHeader, name_dtypes
 from kvq.plugin_api.quantizer import Side
-from kvq.store.cropped_groups import SurvivorLog, Survivors
+from kvq.store.cropped_groups import CroppedGroups
 from kvq.store.saved_blocks import find_runs
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
@@ -53,8 +54,13 @@ class QuantizedLayerFormat:
         layer.padding = None
         layer.lazy_initialization(*empty)
         layer.padding = padding
-        for _, side in layer.sides():
-            side.sinks = SinkTokens(side.sinks.length, tuple(states.starts))
+        for name, side in layer.sides():
+            starts = (start for start, _ in _header_of(states, name).survivors)
+            side.contents = replace(
+                side.contents,
+                sinks=SinkTokens(side.sinks.length, tuple(states.starts)),
+                cropped=CroppedGroups.at(starts, side.window.view()),
+            )
 
     def count_tokens(self, layer: KVQLayer, states: QuantizedStates) -> int:
         """Return the tokens that a prepared layer will hold."""
@@ -75,11 +81,9 @@ class QuantizedLayerFormat:
                 )
             if not _are_sinks_whole(side, header, stored):
                 raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
-            _check_survivors(side, header, self.count_tokens(layer, states))
-            batch_size = len(states.starts)
-            window = TensorSpec((batch_size, header.heads, states.window, header.head_dim), side.dtype)
-            yield f"{prefix}.{name}.window", window
-            yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in _plan_side(side, header, batch_size))
+            _check_cropped(side, header, self.count_tokens(layer, states))
+            planned = {**_plan_store(side, header, len(states.starts)), **_plan_exact(side, states, name)}
+            yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in planned.items())
 
     def fill(self, layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
         """Put what the file holds into a prepared layer.
@@ -89,22 +93,22 @@ class QuantizedLayerFormat:
         """
         for name, side in layer.sides():
             header, place = _header_of(states, name), f"{prefix}.{name}"
-            constants = {part: read(f"{place}.constants.{part}") for part in side.quantizer.constants()}
+            constants = {part: read(f"{place}.constants.{part}") for part in side.codec.constants()}
             side.restore_constants(constants, settled=bool(header.runs))
             for index, run in enumerate(header.runs):
                 rows = None if run.rows is None else _checked_rows(read(f"{place}.runs.{index}.rows"), run.rows, place)
-                parts = {part: read(f"{place}.runs.{index}.{part}") for part in side.store.layout}
-                side.store.append_encoded(parts, rows)
-            side.window.set(read(f"{place}.window").to(side.window.buffer.device))
-            if header.sinks:
-                side.sinks.states = read(f"{place}.sinks").to(side.window.buffer.device)
-            kept = enumerate(header.survivors)
-            groups = [Survivors(start, read(f"{place}.survivors.{index}")) for index, (start, _) in kept]
-            side.survivors = SurvivorLog(tuple(groups)).moved_to(side.window.buffer.device)
+                parts = {part: read(f"{place}.runs.{index}.{part}") for part in side.store.writer.layout}
+                side.append_encoded(parts, rows)
+            exact = {part: read(f"{place}.{part}").to(side.device) for part in _plan_exact(side, states, name)}
+            side.contents = side.contents.restored(exact)
+            if dict(side.contents.saved()).keys() != exact.keys():
+                raise CacheFileError(f"{place}: it holds {sorted(header.others)}, which this release does not know")
 
 
 def _describe_side(side: LayerSide) -> SideHeader:
     window, sinks = side.window.view(), side.sinks.states
+    groups = [(group.start, group.states.shape[2]) for group in side.cropped.groups]
+    named = {"window", "sinks", *(f"survivors.{index}" for index in range(len(groups)))}
     return SideHeader(
         heads=window.shape[1],
         head_dim=window.shape[3],
@@ -114,43 +118,51 @@ def _describe_side(side: LayerSide) -> SideHeader:
             RunHeader(blocks=run.blocks, rows=None if run.rows is None else run.row_count)
             for run in find_runs(side.store)
         ],
-        survivors=[(group.start, group.states.shape[2]) for group in side.survivors.groups],
+        survivors=groups,
+        others={name: TensorHeader.of(tensor) for name, tensor in side.contents.saved() if name not in named},
     )
 
 
 def _collect_side(side: LayerSide) -> Iterator[tuple[str, SavedTensor]]:
-    for name, tensor in side.quantizer.constants().items():
+    for name, tensor in side.codec.constants().items():
         yield f"constants.{name}", SavedTensor.of(tensor)
     for index, run in enumerate(find_runs(side.store)):
         if run.rows is not None:
             yield f"runs.{index}.rows", SavedTensor.of(run.rows)
-        for name, part in side.store.layout.items():
+        for name, part in side.store.writer.layout.items():
             spec = TensorSpec((run.row_count, side.store.num_heads, run.blocks, *part.shape), part.dtype)
             yield f"runs.{index}.{name}", SavedTensor(spec, lambda run=run, name=name: run.read(name))  # type: ignore[misc]
-    yield "window", SavedTensor.of(side.window.view())
-    if side.sinks.states is not None:
-        yield "sinks", SavedTensor.of(side.sinks.states)
-    for index, group in enumerate(side.survivors.groups):
-        yield f"survivors.{index}", SavedTensor.of(group.states)
+    for name, tensor in side.contents.saved():
+        yield name, SavedTensor.of(tensor)
 
 
-def _plan_side(side: LayerSide, header: SideHeader, batch_size: int) -> Iterator[tuple[str, TensorSpec]]:
-    for name, tensor in side.quantizer.constants().items():
-        yield f"constants.{name}", TensorSpec(tuple(tensor.shape), tensor.dtype)
+def _plan_store(side: LayerSide, header: SideHeader, batch_size: int) -> dict[str, TensorSpec]:
+    planned = {
+        f"constants.{name}": TensorSpec(tuple(tensor.shape), tensor.dtype)
+        for name, tensor in side.codec.constants().items()
+    }
     for index, run in enumerate(header.runs):
         if run.rows is not None:
-            yield f"runs.{index}.rows", TensorSpec((batch_size,), ROWS_DTYPE)
-        for name, part in side.store.layout.items():
+            planned[f"runs.{index}.rows"] = TensorSpec((batch_size,), ROWS_DTYPE)
+        for name, part in side.store.writer.layout.items():
             shape = (batch_size if run.rows is None else run.rows, header.heads, run.blocks, *part.shape)
-            yield f"runs.{index}.{name}", TensorSpec(shape, part.dtype)
-    exact = {f"survivors.{index}": length for index, (_, length) in enumerate(header.survivors)}
+            planned[f"runs.{index}.{name}"] = TensorSpec(shape, part.dtype)
+    return planned
+
+
+def _plan_exact(side: LayerSide, states: QuantizedStates, name: Side) -> dict[str, TensorSpec]:
+    """Return the tensors of the exact pieces that a file must have, by their names within the side."""
+    header = _header_of(states, name)
+    lengths = {"window": states.window}
     if header.sinks:
-        exact["sinks"] = header.sink_tokens or side.sinks.length
-    for name, length in exact.items():
-        yield name, TensorSpec((batch_size, header.heads, length, header.head_dim), side.dtype)
+        lengths["sinks"] = header.sink_tokens or side.sinks.length
+    lengths |= {f"survivors.{index}": length for index, (_, length) in enumerate(header.survivors)}
+    outer = len(states.starts), header.heads
+    exact = {part: TensorSpec((*outer, length, header.head_dim), side.dtype) for part, length in lengths.items()}
+    return exact | {part: TensorSpec(tuple(other.shape), other.torch_dtype) for part, other in header.others.items()}
 
 
-def _check_survivors(side: LayerSide, header: SideHeader, tokens: int) -> None:
+def _check_cropped(side: LayerSide, header: SideHeader, tokens: int) -> None:
     end = 0
     for start, length in header.survivors:
         if start < end or start % side.flush_length or length >= side.flush_length or start + length > tokens:

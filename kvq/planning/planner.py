@@ -13,7 +13,8 @@ from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import ConfigError, Fault, ModelError
 from kvq.layers.biased_keys import explain_biased_keys
-from kvq.layers.quantized_layer import STATES_DTYPES, KVQLayer
+from kvq.layers.given_states import STATES_DTYPES
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.layers.savings import effective_bits
 from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan, join_layers
 from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
@@ -155,7 +156,7 @@ def _plan_side(one: Rehearsal, name: Side) -> SidePlan | None:
     shape = SidePlan(num_heads=states.shape[1], head_dim=states.shape[3])
     if one.quantized is None:
         return shape
-    return _describe(shape, one.quantized.settings, one.quantized.side(name).quantizer, name)
+    return _describe(shape, one.quantized.settings, one.quantized.side(name).codec, name)
 
 
 def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, name: Side) -> SidePlan:

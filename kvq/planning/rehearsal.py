@@ -7,7 +7,7 @@ formulas. Only the quantizing itself is left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,12 @@ import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.errors import ModelError
-from kvq.layers.memory_report import LayerMemory, report_memory
+from kvq.layers.held_bytes import report_memory
+from kvq.layers.memory_report import LayerMemory
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.store.chunks import ChunkedStore
-from kvq.store.sinks import SinkTokens
-from kvq.store.window import TokenBuffer
+from kvq.planning.layout_only import LayoutOnly
+from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.transformers_seams.layer_kinds import Growth, kind_of
-
-META = torch.device("meta")
 
 MAX_HORIZON = 512
 """Tokens that are rehearsed one at a time; of longer blocks the next flush may not be among them."""
@@ -122,32 +120,23 @@ class Rehearsal:
         settings = self.quantized.settings
         parts = tuple(
             (
-                tuple(sorted((name, part.shape, str(part.dtype)) for name, part in side.quantizer.layout().items())),
-                side.quantizer.block_length,
-                sum(constant.nbytes for constant in side.quantizer.constants().values()),
+                tuple(sorted((name, part.shape, str(part.dtype)) for name, part in side.codec.layout().items())),
+                side.codec.block_length,
+                sum(constant.nbytes for constant in side.codec.constants().values()),
             )
             for _, side in self.quantized.sides()
         )
         return parts, settings.residual_length, settings.sink_length, self.is_offloaded
 
     def _renew(self) -> KVQLayer:
-        """Return the quantized layer, emptied and with its buffers on the meta device."""
-        layer = self.quantized
-        if layer is None or self.states is None:
+        """Return the quantized layer with nothing in it, on the meta device."""
+        built = self.quantized
+        if built is None or self.states is None:
             raise ModelError(f"a layer of type {type(self.outline).__name__} gets no states")
-        for (_, side), like in zip(layer.sides(), self.states, strict=True):
-            side.store = _UnwrittenStore(side.quantizer, like.shape[0], like.shape[1], META)
-            side.window = TokenBuffer(side.flush_length, like[:, :, :0])
-            side.sinks = SinkTokens(side.sinks.length, side.sinks.starts)
+        layer = KVQLayer(built.layer_idx, built.settings)
+        codecs: dict[Side, Quantizer] = {name: LayoutOnly(side.codec) for name, side in built.sides()}
+        layer.begin(codecs, {"key": self.states[0], "value": self.states[1]})
         return layer
-
-
-class _UnwrittenStore(ChunkedStore):
-    """A store that opens the chunks it would open, and quantizes nothing."""
-
-    def _calls(self, states: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
-        del states
-        return iter(())
 
 
 def _build_quantized(layer: KVQLayer, keys: torch.Tensor, values: torch.Tensor) -> KVQLayer:

@@ -7,17 +7,19 @@ states and not on how the updates that brought them were split.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvq.plugin_api.quantizer import Quantizer
+from kvq.store.chunk_writer import ChunkWriter
 from kvq.store.chunks import ChunkedStore, StoreView
 from kvq.store.constants import restore_constants
-from kvq.store.cropped_groups import SurvivorLog
+from kvq.store.cropped_groups import CroppedGroups
+from kvq.store.held import Held
 from kvq.store.own_dtypes import without_autocast
+from kvq.store.side_contents import SideContents
 from kvq.store.sinks import SinkTokens
 from kvq.store.window import TokenBuffer
 
@@ -100,31 +102,82 @@ class LayerSide:
     """Keys or values of one layer.
 
     Args:
-        quantizer: of the stored tokens.
-        like: states `[B, H, T, D]` that give batch, heads, dtype and device.
-        device: where the store lives.
         flush_length: tokens that are flushed together, a multiple of the block length.
-        sinks: which tokens are never quantized.
+        contents: the tokens that it begins with.
+
+    Attributes:
+        contents: all that it holds; setting it to what it was before undoes every change since.
     """
 
-    def __init__(
-        self, quantizer: Quantizer, like: torch.Tensor, device: torch.device, flush_length: int, sinks: SinkTokens
-    ) -> None:
-        self.quantizer = quantizer
+    def __init__(self, flush_length: int, contents: SideContents) -> None:
         self.flush_length = flush_length
-        self.sinks = sinks
-        self.store = ChunkedStore(quantizer, like.shape[0], like.shape[1], device, pinned=_pins(device, like.device))
-        self.window = TokenBuffer(flush_length, like[:, :, :0].detach())
-        self.survivors = SurvivorLog()
+        self.contents = contents
+
+    @classmethod
+    def empty(
+        cls, codec: Quantizer, like: torch.Tensor, device: torch.device, flush_length: int, sinks: SinkTokens
+    ) -> LayerSide:
+        """Return a side that holds nothing yet.
+
+        Args:
+            codec: the quantizer of the stored tokens.
+            like: states `[B, H, T, D]` that give batch, heads, head dim, dtype and device.
+            device: where the store lives.
+            flush_length: tokens that are flushed together.
+            sinks: which tokens are never quantized.
+        """
+        writer = ChunkWriter(codec, like.shape[1], device, pinned=_pins(device, like.device))
+        window = TokenBuffer.of(flush_length, like[:, :, :0].detach())
+        return cls(flush_length, SideContents(ChunkedStore(writer, like.shape[0]), window, sinks))
+
+    @property
+    def codec(self) -> Quantizer:
+        """The quantizer of the stored tokens."""
+        return self.contents.store.codec
+
+    @property
+    def store(self) -> ChunkedStore:
+        """The quantized tokens."""
+        return self.contents.store
+
+    @property
+    def window(self) -> TokenBuffer:
+        """The newest tokens, exact."""
+        return self.contents.window
+
+    @property
+    def sinks(self) -> SinkTokens:
+        """The first tokens, exact."""
+        return self.contents.sinks
+
+    @property
+    def cropped(self) -> CroppedGroups:
+        """The groups that crops cut."""
+        return self.contents.cropped
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.contents.store.length + self.contents.window.length
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the states; keys and values each have their own."""
+        """The dtype of the states; keys and values each have their own."""
         return self.window.buffer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return self.window.buffer.device
+
+    def held(self) -> Iterator[Held]:
+        """Yield every tensor that the side holds, with its role."""
+        return self.contents.held()
 
     def view(self, new: torch.Tensor | None = None) -> SideView:
         """Return what is held now, followed by `new`."""
-        return SideView(self.sinks, self.store.view(), self.window.view(), new)
+        held = self.contents
+        return SideView(held.sinks, held.store.view(), held.window.view(), new)
 
     def append(self, new: torch.Tensor, flush_count: int) -> None:
         """Add tokens at the end and quantize the oldest `flush_count` of window and new ones.
@@ -134,111 +187,65 @@ class LayerSide:
             flush_count: a multiple of the flush length.
         """
         with without_autocast(new.device):
-            self._append(new.detach(), flush_count)
+            self.contents = self.contents.appended(new.detach(), flush_count, self.flush_length)
 
-    def _append(self, new: torch.Tensor, flush_count: int) -> None:
-        kept = self.window.length + new.shape[2] - flush_count
-        for piece in self._flushed_pieces(new, flush_count):
-            for part in self._split_behind_sinks(piece):
-                states = self.sinks.withhold(part, self.store.length, self.quantizer.block_length)
-                flush_count -= part.shape[2]
-                self.store.append(states, following=flush_count)
-        self.window.keep_last(kept, new)
+    def append_encoded(self, parts: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
+        """Store blocks that were encoded before; see `ChunkedStore.append_encoded`."""
+        self.contents = replace(self.contents, store=self.store.append_encoded(parts, rows))
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from position `length` on; survivors of a cut group return to the window as states."""
-        stored = self.store.length
-        self.survivors = self.survivors.before(length)
-        if length >= stored:
-            self.window.truncate(length - stored)
-            return
+        """Forget the tokens from position `length` on; what a crop leaves of a group returns to the window."""
         kept = length // self.flush_length * self.flush_length
-        if kept < length:
-            decoded = self.view().decode_stored(kept, kept + self.flush_length)
-            self.survivors = self.survivors.cut(kept, decoded[:, :, : length - kept])
-        left = self.survivors.groups[-1].states if kept < length else self.window.view()[:, :, :0]
-        self.store.truncate(kept)
-        self.window.set(left)
+        left = None
+        if kept < length < self.store.length:
+            left = self.view().decode_stored(kept, kept + self.flush_length)[:, :, : length - kept]
+        self.contents = self.contents.truncated(length, left)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Make row `i` of the batch what was row `rows[i]`."""
-        self.store.select_rows(rows)
-        self.window.select_rows(rows)
-        self.sinks = self.sinks.select_rows(rows.tolist())
-        self.survivors = self.survivors.select_rows(rows)
+        self.contents = self.contents.select_rows(rows)
 
     def fork(self) -> LayerSide:
-        """Return an independent side that shares the present chunks.
+        """Return an independent side that shares the present tensors.
 
         The quantizer is shared with them; before there are any, its constants may not be settled yet.
         """
-        other = LayerSide.__new__(LayerSide)
-        other.quantizer = self.quantizer if self.store.length else copy.deepcopy(self.quantizer)
-        other.flush_length = self.flush_length
-        other.store, other.window, other.sinks = self.store.fork(other.quantizer), self.window.copy(), self.sinks.copy()
-        other.survivors = self.survivors
-        return other
+        self.contents = self.contents.shared()
+        store = self.store.release_prefetched()
+        if not store.length:
+            store = store.with_codec(copy.deepcopy(self.codec))
+        return LayerSide(self.flush_length, replace(self.contents, store=store))
 
     def restore_constants(self, constants: Mapping[str, torch.Tensor], *, settled: bool) -> None:
         """Give a new quantizer what an equal one had learned; see `kvq.store.constants`."""
-        restore_constants(self.quantizer, constants, self.window.view(), settled=settled)
+        restore_constants(self.codec, constants, self.window.view(), settled=settled)
 
-    def moved_to(self, device: torch.device, quantizer: Quantizer, store_device: torch.device) -> LayerSide:
+    def moved_to(self, device: torch.device, codec: Quantizer, store_device: torch.device) -> LayerSide:
         """Return an independent side on other devices.
 
         Args:
             device: of the exact states.
-            quantizer: built for states on that device.
+            codec: the quantizer, built for states on that device.
             store_device: of the quantized ones.
         """
-        other = LayerSide.__new__(LayerSide)
-        other.quantizer, other.flush_length = quantizer, self.flush_length
-        other.window = TokenBuffer(self.window.step, self.window.view().to(device))
-        other.sinks = self.sinks.moved_to(device)
-        other.survivors = self.survivors.moved_to(device)
-        other.store = self.store.moved_to(store_device, quantizer, pinned=_pins(store_device, device))
-        other.restore_constants(self.quantizer.constants(), settled=bool(self.store.length))
+        self.contents = self.contents.shared()
+        store = self.store.moved_to(store_device, codec, pinned=_pins(store_device, device))
+        other = LayerSide(self.flush_length, self.contents.moved_to(device, store))
+        other.restore_constants(self.codec.constants(), settled=bool(self.store.length))
         return other
 
     def offload(self) -> None:
         """Keep the store on the CPU from now on, and nothing of it beside the states."""
-        self.store.release_staged()
-        cpu = torch.device("cpu")
-        if self.store.device.type != cpu.type:
-            pinned = _pins(cpu, self.window.buffer.device)
-            self.store = self.store.moved_to(cpu, self.quantizer, pinned=pinned)
+        store, cpu = self.store.release_prefetched(), torch.device("cpu")
+        if store.device.type != cpu.type:
+            store = store.moved_to(cpu, self.codec, pinned=_pins(cpu, self.device))
+        self.contents = replace(self.contents, store=store)
 
     def prefetch(self) -> None:
         """Copy a store that lives elsewhere to where the states are, for the next read."""
-        device = self.window.buffer.device
-        if self.store.device != device:
-            self.store.stage(device)
+        if self.store.device != self.device:
+            self.contents = replace(self.contents, store=self.store.prefetch(self.device))
 
-    def checkpoint(self) -> tuple[Any, Any, torch.Tensor | None, SurvivorLog]:
-        """Return what `restore` needs to undo a truncation, an append, or both."""
-        return self.store.checkpoint(), self.window.checkpoint(), self.sinks.states, self.survivors
-
-    def restore(self, checkpoint: tuple[Any, Any, torch.Tensor | None, SurvivorLog]) -> None:
-        """Hold what was held at the checkpoint."""
-        store, window, self.sinks.states, self.survivors = checkpoint
-        self.store.restore(store)
-        self.window.restore(window)
-
-    def _split_behind_sinks(self, piece: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return a piece in two where sinks and padding end, since only the part that has them is copied."""
-        end = -(-max(self.sinks.ends) // self.flush_length) * self.flush_length - self.store.length
-        return piece.tensor_split([end], dim=2) if 0 < end < piece.shape[2] else [piece]
-
-    def _flushed_pieces(self, new: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-        """Yield the oldest `count` tokens in whole flush lengths; only one that straddles window and new is copied."""
-        window = self.window.view()
-        from_window = min(self.window.length, count)
-        aligned = from_window // self.flush_length * self.flush_length
-        if aligned:
-            yield window[:, :, :aligned]
-        start = 0
-        if aligned < from_window:
-            start = self.flush_length - (from_window - aligned)
-            yield torch.cat([window[:, :, aligned:from_window], new[:, :, :start]], dim=2)
-        if count > from_window + start:
-            yield new[:, :, start : count - from_window]
+    def release_prefetched(self) -> None:
+        """Forget what `prefetch` copied."""
+        self.contents = replace(self.contents, store=self.store.release_prefetched())

@@ -7,22 +7,28 @@ them, since sinks are often outliers and padding is noise.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
 import torch
 
+from kvq.store.held import Held
 
+
+@dataclass(frozen=True, eq=False)
 class SinkTokens:
-    """Sinks of one side of one layer.
+    """The sinks of one side of one layer; an `ExactPiece`.
 
-    Args:
+    Attributes:
         length: sink tokens of each row.
         starts: position of the first real token of each row.
+        states: `[B, H, S, D]`, never written to: as many as any row has among the stored tokens, up to `length`; None
+            before the first.
     """
 
-    def __init__(self, length: int, starts: tuple[int, ...]) -> None:
-        self.length = length
-        self.starts = starts
-        self.states: torch.Tensor | None = None
-        """`[B, H, S, D]`: as many as any row has among the stored tokens, up to `length`; None before the first."""
+    length: int
+    starts: tuple[int, ...]
+    states: torch.Tensor | None = None
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -33,7 +39,7 @@ class SinkTokens:
         """Return how many sinks the row with the most of them has among the first `stored` tokens."""
         return max(0, min(self.length, stored - min(self.starts)))
 
-    def withhold(self, states: torch.Tensor, position: int, block_length: int) -> torch.Tensor:
+    def withhold(self, states: torch.Tensor, position: int, block_length: int) -> tuple[SinkTokens, torch.Tensor]:
         """Keep the sinks among tokens that are about to be quantized.
 
         Args:
@@ -42,13 +48,11 @@ class SinkTokens:
             block_length: tokens that are quantized together.
 
         Returns:
-            The states with padding and sinks replaced, block by block, by the block's first other token, or by zeros
-            where it has none; `states` itself if there is nothing to replace.
+            The sinks with those of `states`; and the states with padding and sinks replaced, block by block, by the
+            block's first other token, or by zeros where it has none. `self` and `states` if there is nothing to keep.
         """
         if position >= max(self.ends):
-            return states
-        if self.length:
-            self._keep(states, position)
+            return self, states
         replaced = states.clone()
         for row, end in enumerate(self.ends):
             count = min(max(0, end - position), states.shape[2])
@@ -56,7 +60,7 @@ class SinkTokens:
             replaced[row, :, :whole] = 0
             if whole < count:
                 replaced[row, :, whole:count] = states[row, :, count : count + 1]
-        return replaced
+        return self._keep(states, position), replaced
 
     def lay_over(self, out: torch.Tensor, position: int, stored: int) -> None:
         """Write the sinks into `out` `[B, H, T, D]`, whose first token has that position, up to position `stored`."""
@@ -67,44 +71,51 @@ class SinkTokens:
             if first < last:
                 out[row, :, first - position : last - position] = self.states[row, :, first - start : last - start]
 
-    def select_rows(self, chosen: list[int]) -> SinkTokens:
-        """Return the sinks of the chosen rows, as a new object."""
-        other = SinkTokens(self.length, tuple(self.starts[row] for row in chosen))
+    def held(self) -> Iterator[Held]:
+        """Yield the states, if there are any."""
         if self.states is not None:
-            # A tensor made under inference_mode could not be written to outside of it.
-            with torch.inference_mode(False):
-                other.states = torch.empty_like(self.states[:1].expand(len(chosen), -1, -1, -1))
-            other.states.copy_(self.states[chosen])
-        return other
+            yield Held("sinks", self.states)
 
-    def copy(self) -> SinkTokens:
-        """Return an independent copy."""
-        return self.select_rows(list(range(len(self.starts))))
+    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the states, if there are any."""
+        if self.states is not None:
+            yield "sinks", self.states
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> SinkTokens:
+        """Return sinks with saved states."""
+        return replace(self, states=tensors.get("sinks"))
+
+    def select_rows(self, rows: torch.Tensor) -> SinkTokens:
+        """Return the sinks of a batch whose row `i` was row `rows[i]`."""
+        states = None if self.states is None else self.states.index_select(0, rows.to(self.states.device))
+        return SinkTokens(self.length, tuple(self.starts[row] for row in rows.tolist()), states)
 
     def moved_to(self, device: torch.device) -> SinkTokens:
-        """Return an independent copy on another device."""
-        other = self.copy()
-        other.states = None if other.states is None else other.states.to(device)
-        return other
+        """Return the sinks on a device."""
+        return self if self.states is None else replace(self, states=self.states.to(device))
 
-    def _keep(self, states: torch.Tensor, position: int) -> None:
-        wanted, kept = self.count_among(position + states.shape[2]), self.states
+    def shared(self) -> SinkTokens:
+        """Return these sinks: nobody writes to them."""
+        return self
+
+    def _keep(self, states: torch.Tensor, position: int) -> SinkTokens:
+        wanted = self.count_among(position + states.shape[2])
         if not wanted:
-            return
-        if kept is None or kept.shape[2] < wanted:
-            kept = self._grown(states, wanted)
+            return self
+        kept = self._copied(states, wanted)
         for row, start in enumerate(self.starts):
             first, last = max(start, position), min(start + self.length, position + states.shape[2])
             if first < last:
                 kept[row, :, first - start : last - start] = states[row, :, first - position : last - position]
-        self.states = kept
+        return replace(self, states=kept)
 
-    def _grown(self, states: torch.Tensor, count: int) -> torch.Tensor:
-        """Return room for `count` sinks of the kind of `states`, with those that are kept."""
+    def _copied(self, states: torch.Tensor, count: int) -> torch.Tensor:
+        """Return a copy of the sinks, with room for `count` or more of the kind of `states`."""
         batch, heads, _, dim = states.shape
+        held = 0 if self.states is None else self.states.shape[2]
         # A tensor made under inference_mode could not be written to outside of it.
         with torch.inference_mode(False):
-            grown = torch.zeros((batch, heads, count, dim), dtype=states.dtype, device=states.device)
+            copied = torch.zeros((batch, heads, max(count, held), dim), dtype=states.dtype, device=states.device)
         if self.states is not None:
-            grown[:, :, : self.states.shape[2]] = self.states
-        return grown
+            copied[:, :, :held] = self.states
+        return copied

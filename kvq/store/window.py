@@ -2,83 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
 import torch
+
+from kvq.store.held import Held
 
 MAX_STEP = 512
 """Most tokens by which the capacity grows: the room in a window of long blocks must not outweigh what it holds."""
 
 
+@dataclass(frozen=True, eq=False)
 class TokenBuffer:
-    """The newest tokens of one side of one layer.
+    """The newest tokens of one side of one layer; an `ExactPiece`.
 
-    A view taken from it stays valid: appending writes behind the view, and everything else moves to a new buffer.
+    A view taken from it stays valid: tokens are added behind the view where the buffer has room, and everything else
+    makes a new buffer. Only the newest of the values that share a buffer may be added to; see `shared`.
 
-    Args:
+    Attributes:
         step: tokens by which the capacity grows, `MAX_STEP` at most.
-        states: the first tokens, `[B, H, T, D]`, copied; T may be 0.
+        buffer: the allocated tensor, `[B, H, capacity, D]`.
+        length: tokens held.
     """
 
-    def __init__(self, step: int, states: torch.Tensor) -> None:
-        self.step = min(step, MAX_STEP)
-        self.length: int
-        self._buffer: torch.Tensor
-        self.set(states)
+    step: int
+    buffer: torch.Tensor
+    length: int
 
-    @property
-    def buffer(self) -> torch.Tensor:
-        """What is allocated, `[B, H, capacity, D]`."""
-        return self._buffer
+    @classmethod
+    def of(cls, step: int, states: torch.Tensor) -> TokenBuffer:
+        """Return a buffer that holds `states` `[B, H, T, D]`, copied; T may be 0."""
+        length, step = states.shape[2], min(step, MAX_STEP)
+        buffer = _allocate(length, step, states)
+        buffer[:, :, :length].copy_(states)
+        return cls(step, buffer, length)
 
     def view(self) -> torch.Tensor:
         """Return the tokens held, a view `[B, H, length, D]`."""
-        return self._buffer[:, :, : self.length]
+        return self.buffer[:, :, : self.length]
 
-    def append(self, states: torch.Tensor) -> None:
-        """Add tokens `[B, H, T, D]` at the end; they are copied."""
-        self.keep_last(self.length + states.shape[2], states)
-
-    def keep_last(self, count: int, new: torch.Tensor) -> None:
-        """Hold the last `count` tokens of what is held followed by `new` `[B, H, T, D]`."""
+    def keep_last(self, count: int, new: torch.Tensor) -> TokenBuffer:
+        """Return a buffer with the last `count` tokens of those held followed by `new` `[B, H, T, D]`, copied."""
         kept = max(0, count - new.shape[2])
         added = new[:, :, new.shape[2] - (count - kept) :]
-        if kept < self.length or count > self._buffer.shape[2]:
+        buffer = self.buffer
+        if kept < self.length or count > buffer.shape[2]:
             held = self.view()[:, :, self.length - kept :]
-            self._buffer = self._allocate(count, new)
-            self._buffer[:, :, :kept].copy_(held)
-        self._buffer[:, :, kept:count].copy_(added)
-        self.length = count
+            buffer = _allocate(count, self.step, new)
+            buffer[:, :, :kept].copy_(held)
+        buffer[:, :, kept:count].copy_(added)
+        return TokenBuffer(self.step, buffer, count)
 
-    def set(self, states: torch.Tensor) -> None:
-        """Hold exactly `states` `[B, H, T, D]`, copied."""
-        self.length = states.shape[2]
-        self._buffer = self._allocate(self.length, states)
-        self._buffer[:, :, : self.length].copy_(states)
+    def truncate(self, length: int) -> TokenBuffer:
+        """Return a buffer without the tokens from `length` on."""
+        return TokenBuffer.of(self.step, self.view()[:, :, :length]) if length < self.length else self
 
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on."""
-        if length < self.length:
-            self.set(self.view()[:, :, :length])
+    def held(self) -> Iterator[Held]:
+        """Yield the buffer."""
+        used = self.view().nbytes / max(1, self.buffer.untyped_storage().nbytes())
+        yield Held("window", self.buffer, used)
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row `i` of the batch what was row `rows[i]`."""
-        self.set(self.view().index_select(0, rows.to(self._buffer.device)))
+    def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tokens held."""
+        yield "window", self.view()
 
-    def copy(self) -> TokenBuffer:
-        """Return an independent buffer with the same tokens."""
-        return TokenBuffer(self.step, self.view())
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> TokenBuffer:
+        """Return a buffer with saved tokens, copied."""
+        return TokenBuffer.of(self.step, tensors["window"])
 
-    def checkpoint(self) -> tuple[torch.Tensor, int]:
-        """Return what `restore` needs to undo changes made from now on."""
-        return self._buffer, self.length
+    def select_rows(self, rows: torch.Tensor) -> TokenBuffer:
+        """Return the buffer of a batch whose row `i` was row `rows[i]`."""
+        return self._without_room(self.view().index_select(0, rows.to(self.buffer.device)))
 
-    def restore(self, checkpoint: tuple[torch.Tensor, int]) -> None:
-        """Hold what was held at the checkpoint."""
-        self._buffer, self.length = checkpoint
+    def moved_to(self, device: torch.device) -> TokenBuffer:
+        """Return the buffer on a device."""
+        return self._without_room(self.view().to(device))
 
-    def _allocate(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """Return room for `count` tokens of the kind of `like`, in whole steps."""
-        capacity = -(-count // self.step) * self.step
-        shape = (like.shape[0], like.shape[1], capacity, like.shape[3])
-        # A tensor made under inference_mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
+    def shared(self) -> TokenBuffer:
+        """Return a buffer without room, so adding to it copies it first."""
+        return self._without_room(self.view())
+
+    def _without_room(self, states: torch.Tensor) -> TokenBuffer:
+        return TokenBuffer(self.step, states, self.length)
+
+
+def _allocate(count: int, step: int, like: torch.Tensor) -> torch.Tensor:
+    """Return room for `count` tokens of the kind of `like`, in whole steps."""
+    capacity = -(-count // step) * step
+    shape = (like.shape[0], like.shape[1], capacity, like.shape[3])
+    # A tensor made under inference_mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=like.dtype, device=like.device)

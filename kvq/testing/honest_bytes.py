@@ -37,7 +37,7 @@ def check_constant_bytes(case: ContractCase) -> None:
             cache = case.cache()
             states = _states(case, tokens)
             feed(cache, states, states)
-            constants = quantized_layer(cache).side(side).quantizer.constants()
+            constants = quantized_layer(cache).side(side).codec.constants()
             sizes.add(sum(tensor.untyped_storage().nbytes() for tensor in constants.values()))
         require(len(sizes) == 1, f"the constants of the {side}s grow with the tokens: {sorted(sizes)} bytes")
 
@@ -76,9 +76,9 @@ def _declared_bytes(case: ContractCase, cache: KVQ) -> tuple[int, int]:
     sinks = cache.config.sink_length * token_bytes
     least = most = 0
     for _, side in layer.sides():
-        bits = effective_bits(side.quantizer, HEAD_DIM)
+        bits = effective_bits(side.codec, HEAD_DIM)
         packed = math.ceil(bits * _elements(case) * side.store.length / 8)
-        constants = sum(tensor.untyped_storage().nbytes() for tensor in side.quantizer.constants().values())
+        constants = sum(tensor.untyped_storage().nbytes() for tensor in side.codec.constants().values())
         room = packed * (sum(one.capacity for one in side.store.segments) / max(1, side.store.blocks) - 1)
         least += packed + RESIDUAL_LENGTH * token_bytes + sinks
         most += packed + math.ceil(room) + (RESIDUAL_LENGTH + 2 * layer.flush_length) * token_bytes + sinks + constants

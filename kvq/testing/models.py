@@ -117,6 +117,6 @@ def _forced_logits(model: PreTrainedModel, tokens: torch.Tensor, cache: KVQ) -> 
     prompt = tokens.shape[1] - FORCED_STEPS
     model(tokens[:, :prompt], logits_to_keep=1, **pass_cache(model, cache))
     steps = [model(token, **pass_cache(model, cache)).logits for token in tokens[:, prompt:].split(1, dim=1)]
-    bits = effective_bits(quantized_layer(cache).side("key").quantizer, HEAD_DIM)
+    bits = effective_bits(quantized_layer(cache).side("key").codec, HEAD_DIM)
     require(bits > 0 and cache.memory().packed_bytes, "nothing is stored")
     return torch.cat(steps, dim=1).float()

@@ -41,7 +41,7 @@ def check_chunk_invariant(case: ContractCase) -> None:
         cache = case.cache()
         feed(cache, keys, values, sizes)
         _compare(cache, expected, f"fed {name}, the cache holds other bits than fed at once")
-    if not quantized_layer(whole).side("key").quantizer.group_local:
+    if not quantized_layer(whole).side("key").codec.group_local:
         return
     for row in range(2):
         cache = case.cache()

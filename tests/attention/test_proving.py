@@ -27,7 +27,7 @@ from kvq.attention.proving import trial as proving
 from kvq.attention.proving import verdicts
 from kvq.attention.proving.samples import Sample
 from kvq.errors import ConfigError
-from kvq.layers.memory_report import report_memory
+from kvq.layers.held_bytes import report_memory
 from kvq.plugin_api.packed_format import get_packed_format
 from kvq.store.packed_parts import read_centred_codes
 

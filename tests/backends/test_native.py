@@ -366,11 +366,11 @@ class TestInTheCache:
         states = torch.randn(2, 2, 128, 64)
         keys, values, cache = self.fill(states, backend="native", nbits_k=nbits, nbits_v=nbits)
         for name, side in cache.layers[0].sides():
-            layout = side.quantizer.layout()
+            layout = side.codec.layout()
             code_bytes = sum(part.block_bytes for part_name, part in layout.items() if part_name.startswith("codes"))
-            assert 8 * code_bytes == nbits * side.quantizer.block_length * 64, name
+            assert 8 * code_bytes == nbits * side.codec.block_length * 64, name
             stored = [part.nbytes for segment in side.store.segments for part in segment.parts.values()]
-            blocks = 2 * 2 * 128 // side.quantizer.block_length
+            blocks = 2 * 2 * 128 // side.codec.block_length
             assert sum(stored) == blocks * sum(part.block_bytes for part in layout.values())
         assert not torch.equal(keys, values)
 

@@ -76,8 +76,8 @@ def quantizing_steps(trial, monkeypatch, count):
     done, calls = [], []
     layer = trial.cache.layers[0]
     if isinstance(trial.cache, KVQ):
-        original = type(layer.side("key").quantizer).encode
-        owner, name = type(layer.side("key").quantizer), "encode"
+        original = type(layer.side("key").codec).encode
+        owner, name = type(layer.side("key").codec), "encode"
     else:
         original = type(layer)._quantize
         owner, name = type(layer), "_quantize"

@@ -50,7 +50,7 @@ def copied(monkeypatch):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    monkeypatch.setattr(kvq.layers.quantized_layer, "_store_device", lambda wanted, states: ELSEWHERE)
+    monkeypatch.setattr(kvq.layers.quantized_layer, "choose_store_device", lambda wanted, states: ELSEWHERE)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def events(monkeypatch):
 def test_an_offloaded_store_gives_the_same_states(copied, monkeypatch):
     plain, offloaded = KVQ(), KVQ()
     expected = [forward(plain, length, seed) for seed, length in enumerate((300, 1, 70, 1))]
-    monkeypatch.setattr(kvq.layers.quantized_layer, "_store_device", lambda wanted, states: ELSEWHERE)
+    monkeypatch.setattr(kvq.layers.quantized_layer, "choose_store_device", lambda wanted, states: ELSEWHERE)
     found = [forward(offloaded, length, seed) for seed, length in enumerate((300, 1, 70, 1))]
     assert all(layer.is_offloaded for layer in offloaded.layers)
     assert not any(layer.is_offloaded for layer in plain.layers)
@@ -95,7 +95,7 @@ def test_each_layer_is_brought_while_the_one_before_it_computes(elsewhere, copie
     before = len(copied)
     for index, layer in enumerate(cache.layers):
         layer_bytes = sum(part.nbytes for _, side in layer.sides() for part, _ in [*side.store.tensors()])
-        staged = [len(side.store._staged) for _, side in layer.sides()]
+        staged = [len(side.store.prefetched) for _, side in layer.sides()]
         assert (min(staged) > 0) == (index == 0), "what is held beside the stores is one layer, the next to be read"
         assert layer_bytes > 0
     view = cache.layers[0].side("key").view()
@@ -111,7 +111,7 @@ def test_what_was_brought_counts_as_memory(elsewhere, copied):
     forward(cache, 1, 1)
     with_copy = cache.memory().total_bytes
     staged = sum(
-        copied[-sum(len(side.store.layout) * len(side.store.segments) for _, side in cache.layers[0].sides()) :]
+        copied[-sum(len(side.store.writer.layout) * len(side.store.segments) for _, side in cache.layers[0].sides()) :]
     )
     cache.layers[0].release_prefetched()
     assert with_copy - cache.memory().total_bytes == staged > 0
@@ -155,9 +155,9 @@ def test_a_moved_cache_goes_on_like_one_that_stayed():
     stayed, moved = KVQ(**fields), KVQ(**fields)
     for cache in (stayed, moved):
         forward(cache, 300, 0)
-    quantizer = moved.layers[0].side("key").quantizer
+    quantizer = moved.layers[0].side("key").codec
     moved.move_to("cpu")
-    assert moved.layers[0].side("key").quantizer is not quantizer, "it was built anew for the device"
+    assert moved.layers[0].side("key").codec is not quantizer, "it was built anew for the device"
     for one, other in zip(forward(stayed, 200, 5), forward(moved, 200, 5), strict=True):
         assert all(map(torch.equal, one, other))
     for index in range(LAYERS):
@@ -174,7 +174,7 @@ def test_a_device_that_holds_nothing_is_refused(device):
 
 
 def test_the_compiled_kernel_reads_no_store_that_is_elsewhere(monkeypatch):
-    monkeypatch.setattr(kvq.layers.quantized_layer, "_store_device", lambda wanted, states: torch.device("meta"))
+    monkeypatch.setattr(kvq.layers.quantized_layer, "choose_store_device", lambda wanted, states: torch.device("meta"))
     layer = KVQLayer(0, KVQ(backend="native").config.for_layer(0))
     layer.update(draw(300, 0), draw(300, 1))
     pair = PackedPair(*(side.view() for _, side in layer.sides()), kernel_cache=layer.kernel_cache)

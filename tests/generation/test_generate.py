@@ -1,5 +1,7 @@
 """`KVQ` under `generate`: six families, and every mode that this release promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -56,7 +58,8 @@ def test_a_window_off_by_one_would_be_noticed(llama, prompts):
     for layer in cache.layers:
         layer.crop(-24)
         side = layer.side("value")
-        side.window._buffer = side.window._buffer.roll(1, dims=2)
+        window = replace(side.window, buffer=side.window.buffer.roll(1, dims=2))
+        side.contents = replace(side.contents, window=window)
     again = llama.generate(prompts, past_key_values=cache, **GREEDY)
     assert torch.equal(broken, reference), "a second call continues the cache"
     assert not torch.equal(again, reference), "values shifted by one token"

@@ -103,7 +103,7 @@ def test_a_head_dim_that_is_no_multiple_of_the_group_size(prompts, group_size):
     side = cache.layers[0].side("key")
     assert text.shape[1] == 324
     assert side.store.length >= 256
-    assert (side.quantizer.spec.head_dim, side.quantizer.spec.group_length) == (96, 48)
+    assert (side.codec.spec.head_dim, side.codec.spec.group_length) == (96, 48)
 
 
 @pytest.mark.case(

@@ -282,7 +282,7 @@ class BesideItsOwnStates(Operations):
         self.count("refused update")
         keys, values = self.states(self.case.residual_length + self.case.flush_length)
         if fault == "quantizer":
-            with FailingQuantizer(self.layer.side("value").quantizer):
+            with FailingQuantizer(self.layer.side("value").codec):
                 try:
                     self.layer.update(keys, values)
                 except OutOfMemoryError:

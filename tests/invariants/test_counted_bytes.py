@@ -79,7 +79,9 @@ def test_a_hidden_copy_would_be_seen_by_the_census():
 
 
 def sum_of_lines(report):
-    names = ("packed_bytes", "window_bytes", "sink_bytes", "slack_bytes", "constant_bytes", "index_bytes")
+    names = (
+        "packed_bytes", "window_bytes", "sink_bytes", "slack_bytes", "constant_bytes", "index_bytes", "survivor_bytes"
+    )  # fmt: skip
     sides = [side for layer in report.layers for side in (layer.key, layer.value)]
     assert [side.total_bytes for side in sides] == [sum(getattr(side, name) for name in names) for side in sides]
     return sum(side.total_bytes for side in sides)
@@ -99,6 +101,17 @@ def test_the_lines_of_the_report_add_up(quantization, data):
     assert report.shared_bytes == 0
     tokens = case.batch * case.heads * case.tokens * (case.key_dim + case.value_dim)
     assert report.full_precision_bytes == 2 * tokens * case.dtype.itemsize
+
+
+def test_the_lines_add_up_after_a_crop():
+    cache = KVQ()
+    cache.update(*torch.randn(2, 2, 2, 900, 64), 0)
+    cache.crop(-500)
+    report = cache.memory()
+    assert report.total_bytes == sum_of_lines(report)
+    assert report.survivor_bytes == 2 * 2 * 2 * (400 % 64) * 64 * 4
+    assert "cropped" in str(report)
+    assert "cropped" not in str(KVQ().memory())
 
 
 def test_the_lines_add_up_after_a_reorder():

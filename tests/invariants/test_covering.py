@@ -19,7 +19,7 @@ def facts_of(quantization, side):
     )
     layer = KVQLayer(0, config.for_layer(0))
     layer.update(*torch.randn(2, 1, 1, 1, 64))
-    codec = layer.side(side).quantizer
+    codec = layer.side(side).codec
     axis = quantization.key_axis if side == "key" else quantization.value_axis
     yield "backend", quantization.name
     yield "options", quantization.name, quantization.options

@@ -78,7 +78,7 @@ def test_a_crop_that_fails_leaves_the_cache_as_it_was(removed, monkeypatch):
     def fail(states):
         raise OutOfMemoryError
 
-    monkeypatch.setattr(layer.side("value").quantizer, "encode", fail)
+    monkeypatch.setattr(layer.side("value").codec, "encode", fail)
     with pytest.raises(OutOfMemoryError):
         cache.crop(-removed)
     assert cache.get_seq_length() == 200

@@ -56,7 +56,7 @@ def periodic_states(period, tokens):
 @contextmanager
 def encoding_each_block_once(layer):
     """Remember, while history is built, how a block was encoded: that is not measured, and slow with hqq."""
-    quantizers = [side.quantizer for _, side in layer.sides()]
+    quantizers = [side.codec for _, side in layer.sides()]
     for quantizer in quantizers:
         quantizer.encode = Memory(quantizer.encode)
     yield

@@ -155,9 +155,9 @@ def assert_within_bounds(case):
         exact = given_states[:, :, :stored].double()
         error = getattr(layer, f"{name}s")[:, :, :stored].double() - exact
         returned = torch.finfo(case.dtype).eps * exact.abs().amax()
-        layout = side.quantizer.layout()
+        layout = side.codec.layout()
         assert {layout["scale"].dtype, layout["mid"].dtype} <= {torch.float16, torch.float32}, "no bfloat16"
-        signs = side.quantizer.constants().get("rotation_signs")
+        signs = side.codec.constants().get("rotation_signs")
         if signs is not None:
             exact, error = rotate(exact, signs), rotate(error, signs)
             returned = returned * math.sqrt(given_states.shape[3]) + 2.0**-20 * exact.abs().amax()

@@ -93,5 +93,5 @@ def test_the_length_follows_the_chunks_through_every_change():
         store = cache.layers[0].side("key").store
         counted = sum(segment.used for segment in store.segments) * store.block_length
         assert store.length == store.view().length == counted
-        assert store.fork(store.quantizer).length == counted
+        assert store.shared().length == counted
     assert view.length == 40 * FLUSH

@@ -171,7 +171,7 @@ class Examination:
         stored = PROMPT_LENGTH - CROPPED
         found = self._cropped_logits(cache)
         quantized = next(_quantized_layers(cache))
-        assert quantized.side("key").survivors.groups, "the crop went past the store"
+        assert quantized.side("key").cropped.groups, "the crop went past the store"
         assert self.coarse >= LEAST_RATIO * _difference(found, reference)
         return f"at token {stored}, into the store"
 

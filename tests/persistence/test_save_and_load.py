@@ -205,14 +205,17 @@ KNOWN_STATE = {
         "attention",  # what the attention remembers of this process
         "record_past",  # asked for by each `generate` that needs it
     },
-    "LayerSide": {"flush_length", "quantizer", "sinks", "store", "survivors", "window"},
+    "LayerSide": {"flush_length", "contents"},
+    "SideContents": {"store", "window", "sinks", "cropped"},
     "ChunkedStore": {
-        "batch_size", "block_length", "device", "layout", "num_heads", "pinned", "quantizer", "_segments",
+        "writer", "batch_size", "segments",
         "blocks", "length",  # counted from the segments
-        "_owns_last", "_staged",  # what is loaded is owned, and read from where it is
+        "owns_last", "prefetched",  # what is loaded is owned, and read from where it is
     },
-    "TokenBuffer": {"_buffer", "length", "step"},
+    "ChunkWriter": {"codec", "num_heads", "device", "pinned", "block_length", "layout"},
+    "TokenBuffer": {"buffer", "length", "step"},
     "SinkTokens": {"length", "starts", "states"},
+    "CroppedGroups": {"groups"},
 }  # fmt: skip
 """What a layer is made of, all of which a file tells or the configuration: a new attribute asks for its place."""
 
@@ -220,7 +223,8 @@ KNOWN_STATE = {
 def test_no_state_of_a_layer_is_forgotten():
     layer = fill(KVQ(), 300).layers[0]
     side = layer.side("key")
-    for part in (layer, side, side.store, side.window, side.sinks):
+    held = side.contents
+    for part in (layer, side, held, held.store, held.store.writer, held.window, held.sinks, held.cropped):
         assert set(vars(part)) == KNOWN_STATE[type(part).__name__]
 
 

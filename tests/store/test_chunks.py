@@ -3,6 +3,7 @@ import torch
 
 from kvq.errors import QuantizerContractError
 from kvq.plugin_api import Part
+from kvq.store.chunk_writer import ChunkWriter
 from kvq.store.chunks import ChunkedStore, chunk_capacity
 
 
@@ -31,7 +32,7 @@ class Verbatim:
 
 
 def make_store(batch=2, **options):
-    return ChunkedStore(Verbatim(**options), batch, 3, torch.device("cpu"))
+    return ChunkedStore(ChunkWriter(Verbatim(**options), 3, torch.device("cpu")), batch)
 
 
 def states(tokens, batch=2, start=0):
@@ -59,7 +60,7 @@ def test_capacity_is_bounded_by_what_is_stored_or_wanted():
 def test_what_goes_in_comes_out_whatever_the_split(split):
     store, start = make_store(), 0
     for tokens in split:
-        store.append(states(tokens, start=start))
+        store = store.append(states(tokens, start=start))
         start += tokens
     assert store.length == 2560
     assert torch.equal(read(store.view()), states(2560))
@@ -69,7 +70,7 @@ def test_what_goes_in_comes_out_whatever_the_split(split):
 def test_full_chunks_are_never_moved_and_slack_stays_small():
     store, seen = make_store(), {}
     for block in range(94):
-        store.append(states(64, start=block * 64))
+        store = store.append(states(64, start=block * 64))
         for index, segment in enumerate(store.segments):
             assert seen.setdefault(index, segment.parts["states"].data_ptr()) == segment.parts["states"].data_ptr()
         allocated = sum(segment.capacity for segment in store.segments)
@@ -80,33 +81,33 @@ def test_full_chunks_are_never_moved_and_slack_stays_small():
 
 def test_a_view_does_not_see_later_changes():
     store = make_store()
-    store.append(states(128))
+    store = store.append(states(128))
     view = store.view()
-    store.append(states(128, start=128))
-    store.truncate(64)
-    store.append(states(64, start=999))
+    store = store.append(states(128, start=128))
+    store = store.truncate(64)
+    store = store.append(states(64, start=999))
     assert torch.equal(read(view)[:, :, :64], states(128)[:, :, :64])
     assert view.length == 128
 
 
 def test_a_view_survives_a_truncation_that_is_written_over():
     store = make_store(block_length=8)
-    store.append(states(8 * 64))
+    store = store.append(states(8 * 64))
     view = store.view()
-    store.truncate(8 * 3)
-    store.append(states(8 * 30, start=5000))
+    store = store.truncate(8 * 3)
+    store = store.append(states(8 * 30, start=5000))
     assert torch.equal(read(view), states(8 * 64))
     assert torch.equal(read(store.view())[:, :, 24:], states(8 * 30, start=5000))
 
 
 def test_forks_share_chunks_and_part_on_writing():
     store = make_store(block_length=8)
-    store.append(states(8 * 37))
+    store = store.append(states(8 * 37))
     before = {segment.parts["states"].data_ptr() for segment in store.segments}
-    fork = store.fork(store.quantizer)
+    store = fork = store.shared()
     assert {segment.parts["states"].data_ptr() for segment in fork.segments} == before
-    store.append(states(8 * 5, start=1000))
-    fork.append(states(8 * 5, start=7000))
+    store = store.append(states(8 * 5, start=1000))
+    fork = fork.append(states(8 * 5, start=7000))
     assert torch.equal(read(store.view())[:, :, 8 * 37 :], states(8 * 5, start=1000))
     assert torch.equal(read(fork.view())[:, :, 8 * 37 :], states(8 * 5, start=7000))
     assert torch.equal(read(fork.view())[:, :, : 8 * 37], states(8 * 37))
@@ -114,53 +115,53 @@ def test_forks_share_chunks_and_part_on_writing():
 
 def test_rows_are_reordered_by_index_and_dropped_for_good():
     store = make_store(block_length=8)
-    store.append(states(8 * 20))
+    store = store.append(states(8 * 20))
     pointers = [segment.parts["states"].data_ptr() for segment in store.segments]
-    store.select_rows(torch.tensor([1, 0]))
-    store.select_rows(torch.tensor([1, 1]))
+    store = store.select_rows(torch.tensor([1, 0]))
+    store = store.select_rows(torch.tensor([1, 1]))
     assert [segment.parts["states"].data_ptr() for segment in store.segments] == pointers
     assert torch.equal(read(store.view()), states(8 * 20)[[0, 0]])
-    store.append(states(8 * 3, start=500))
+    store = store.append(states(8 * 3, start=500))
     assert torch.equal(read(store.view())[:, :, 160:], states(8 * 3, start=500))
     held = sum(tensor.nbytes for tensor, _ in store.tensors())
-    store.select_rows(torch.tensor([1]))
+    store = store.select_rows(torch.tensor([1]))
     assert torch.equal(read(store.view(), batch=1)[:, :, :160], states(8 * 20)[:1])
     assert sum(tensor.nbytes for tensor, _ in store.tensors()) == pytest.approx(held / 2, rel=0.01)
 
 
-def test_checkpoint_undoes_appends():
-    store = make_store(block_length=8)
-    store.append(states(8 * 3))
-    checkpoint = store.checkpoint()
+def test_a_store_stays_what_it_was_when_another_is_made_of_it():
+    store = make_store(block_length=8).append(states(8 * 3))
     store.append(states(8 * 30))
-    store.restore(checkpoint)
+    store.truncate(8)
+    store.select_rows(torch.tensor([1]))
     assert torch.equal(read(store.view()), states(8 * 3))
+    assert torch.equal(read(store.append(states(8 * 2, start=700)).view())[:, :, 24:], states(8 * 2, start=700))
 
 
 def test_a_quantizer_that_is_not_group_local_sees_one_block_of_one_row():
     store = make_store(group_local=False)
-    store.append(states(256))
-    assert set(store.quantizer.calls) == {(1, 3, 64, 4)}
-    assert len(store.quantizer.calls) == 8
+    store = store.append(states(256))
+    assert set(store.codec.calls) == {(1, 3, 64, 4)}
+    assert len(store.codec.calls) == 8
     assert torch.equal(read(store.view()), states(256))
 
 
 @pytest.mark.parametrize("fault", ["names", "shape", "dtype"])
 def test_an_encoding_outside_the_layout_is_refused(fault):
     store = make_store()
-    good = store.quantizer.encode
-    store.quantizer.encode = {
+    good = store.codec.encode
+    store.codec.encode = {
         "names": lambda s: {"other": good(s)["states"]},
         "shape": lambda s: {"states": good(s)["states"][..., :2]},
         "dtype": lambda s: {"states": good(s)["states"].double()},
     }[fault]
     with pytest.raises(QuantizerContractError, match=r"Verbatim\.encode returned"):
-        store.append(states(64))
+        store = store.append(states(64))
 
 
 def test_chunks_made_under_inference_mode_can_be_written_outside():
     store = make_store(block_length=8)
     with torch.inference_mode():
-        store.append(states(8 * 33))
-    store.append(states(8 * 7, start=8 * 33))
+        store = store.append(states(8 * 33))
+    store = store.append(states(8 * 7, start=8 * 33))
     assert torch.equal(read(store.view()), states(8 * 40))

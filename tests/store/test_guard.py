@@ -146,7 +146,7 @@ def test_what_a_backend_raises_later_leaves_the_cache_as_it_was():
     cache = make(Halves)
     cache.update(*states(), 0)
     before, version = cache.materialize(0), cache.layers[0].kernel_cache.version
-    inner = cache.layers[0].side("value").quantizer._inner
+    inner = cache.layers[0].side("value").codec._inner
 
     def fail(*args):
         raise IndexError("past the end")
@@ -178,7 +178,7 @@ def test_a_guarded_quantizer_is_copied_as_one(copy_of):
     assert torch.equal(other.materialize(0)[1], cache.materialize(0)[1])
     other.update(*states(100), 0)
     assert (other.get_seq_length(), cache.get_seq_length()) == (400, 300)
-    quantizer = other.layers[0].side("value").quantizer
+    quantizer = other.layers[0].side("value").codec
     for one in (quantizer, pickle.loads(pickle.dumps(quantizer))):  # noqa: S301  # our own bytes
         assert isinstance(one, GuardedQuantizer)
         assert one.kind is Halves

@@ -47,7 +47,7 @@ def test_it_is_told_once_and_by_groups_along_tokens_only(recwarn):
         fill(100, q_group_size=65536)
     assert len([one for one in recwarn if "blocks of 65,536" in str(one.message)]) == 1
     cache, _ = fill(300, q_group_size={"key": 64, "value": 65536})
-    assert cache.layers[0].side("value").quantizer.spec.group_length == 64, "groups inside a token end with the head"
+    assert cache.layers[0].side("value").codec.spec.group_length == 64, "groups inside a token end with the head"
 
 
 def test_long_groups_are_quantized_in_the_end():

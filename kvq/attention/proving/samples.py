@@ -95,20 +95,20 @@ class _Builder:
             rows = torch.arange(sample.batch, device="cpu").flip(0)
             for side in sides:
                 side.select_rows(rows)
-        new = [self._states(sample.queries, side.window.buffer.dtype) for side in sides]
+        new = [self._states(sample.queries, side.dtype) for side in sides]
         views = [side.view(states) for side, states in zip(sides, new, strict=True)]
         return self._request(PackedPair(views[0], views[1], KernelCache()))
 
     def _fill(self, side: LayerSide) -> None:
         """Store a first chunk with the sinks, full ones, and one with room left; then some tokens in the window."""
-        dtype, length, block_length = side.window.buffer.dtype, side.flush_length, side.quantizer.block_length
+        dtype, length, block_length = side.dtype, side.flush_length, side.codec.block_length
         first = math.ceil(max(1, self.sample.sinks) / length) * length
         side.append(self._states(first, dtype), first)
         middle = max(length, self.sample.stored - first - length) // length * length
-        side.store.append_encoded(self._parts(side.quantizer, middle // block_length))
+        side.append_encoded(self._parts(side.codec, middle // block_length))
         side.append(self._states(length + 3, dtype), length)
         for segment in (side.store.segments[0], side.store.segments[-1]):
-            for name, part in self._parts(side.quantizer, segment.used).items():
+            for name, part in self._parts(side.codec, segment.used).items():
                 segment.parts[name][:, :, : segment.used].copy_(part)
 
     def _parts(self, codec: Quantizer, blocks: int) -> dict[str, torch.Tensor]:
@@ -174,7 +174,7 @@ class _Builder:
         sample = self.sample
         like = self._states(0, codec.spec.states_dtype)
         sinks = SinkTokens(sample.sinks, (0,) * sample.batch)
-        return LayerSide(codec, like=like, device=self.device, flush_length=flush_length, sinks=sinks)
+        return LayerSide.empty(codec, like=like, device=self.device, flush_length=flush_length, sinks=sinks)
 
     def _states(self, tokens: int, dtype: torch.dtype) -> torch.Tensor:
         return self._draw(self.sample.batch, self.sample.heads, tokens, self.sample.head_dim, dtype=dtype)

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
-from kvq.layers.memory_report import report_memory
+from kvq.layers.held_bytes import report_memory
 
 PEERS: Mapping[str, Mapping[str, Any]] = {
     "transformers quanto 4": {"backend": "quanto", "nbits": 4, "axis_key": 0, "axis_value": 0},
