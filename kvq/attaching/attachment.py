@@ -16,7 +16,8 @@ from kvq.attaching.attention_switch import AttentionSwitch
 from kvq.attaching.generation_watch import GenerationWatch
 from kvq.attaching.unwrap import find_generating_model
 from kvq.cache.encoder_decoder import EncoderDecoderKVQ
-from kvq.cache.kvq import KVQ, resolve_config
+from kvq.cache.given_arguments import resolve_config
+from kvq.cache.kvq import KVQ
 from kvq.cache.padding import left_padding
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError, ModelError

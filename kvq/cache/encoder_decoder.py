@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.cache.kvq import KVQ, resolve_config
+from kvq.cache.given_arguments import resolve_config
+from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.errors import ModelError
 from kvq.layers.held_bytes import report_memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,12 +15,13 @@ from kvq.attention import entry as _entry  # noqa: F401  # registers it with tra
 from kvq.attention.attention_detector import AttentionDetector
 from kvq.attention.hint import hint_at_attention
 from kvq.attention.padding_mask import expect_mask
+from kvq.cache.given_arguments import check_padding, find_decoder, resolve_config
+from kvq.cache.known_tokens import KnownTokens
 from kvq.cache.linear_states import CarriedStates
 from kvq.cache.padding import BatchPadding
 from kvq.cache.thread_guard import ThreadGuard
 from kvq.cache.token_history import TokenHistory
 from kvq.config import KVQCacheConfig
-from kvq.config.field_types import find_integer
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.layers.devices import move_layers, reading_ahead
 from kvq.layers.given_states import check_rows
@@ -35,7 +36,7 @@ from kvq.transformers_seams.layer_kinds import new_layer
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
 
 
-class KVQ(CarriedStates):
+class KVQ(CarriedStates, KnownTokens):
     """A quantized KV cache.
 
     Args:
@@ -64,7 +65,7 @@ class KVQ(CarriedStates):
         padding: Sequence[int] | None = None,
         **overrides: Any,
     ) -> None:
-        self._fill(resolve_config(config, **overrides), None if model is None else _find_decoder(model), padding)
+        self._fill(resolve_config(config, **overrides), None if model is None else find_decoder(model), padding)
         self._model = ModelReference(model)
 
     @classmethod
@@ -79,7 +80,7 @@ class KVQ(CarriedStates):
         self._model_config = None if decoder is None else decoder.layers
         self.attention_detector = AttentionDetector(None if decoder is None else decoder.attention)
         self._model = ModelReference()
-        self._padding = BatchPadding(_check_padding(padding))
+        self._padding = BatchPadding(check_padding(padding))
         self.is_watched = False
         self._records_past = False
         self._history: TokenHistory | None = None
@@ -228,61 +229,6 @@ class KVQ(CarriedStates):
             cache._padding.settle()
             cache.token_ids = file.read_token_ids()
         return cache
-
-    @property
-    def token_ids(self) -> torch.Tensor | None:
-        """The tokens whose states these are, int64 `[B, T]` on the CPU, as far as they are known; else None.
-
-        A file tells them, or you do. They may go on behind what the cache holds, by the token that comes next; once the
-        cache has grown, what is known ends where it grew.
-        """
-        return None if self._history is None else self._history.known(self.get_seq_length())
-
-    @token_ids.setter
-    def token_ids(self, ids: torch.Tensor | None) -> None:
-        self._history = None if ids is None else TokenHistory.of(ids, self.get_seq_length())
-
-    def count_matching(self, input_ids: torch.Tensor) -> int:
-        """Return how many of the tokens held begin `input_ids` in every row of the batch.
-
-        The cache cannot see the ids that `generate` is given: where a prompt does not begin with what the cache holds,
-        the states of other tokens are attended to, without an error. This tells, from `token_ids`.
-
-        Args:
-            input_ids: whole numbers `[B, T]`, fewer or more than the cache holds. Padding on the left compares like any
-                token: pad as the tokens that are held were padded.
-
-        Raises:
-            CacheStateError: the tokens that are held are not known.
-            StatesError: the ids are no whole numbers `[B, T]`, or have another batch size than those held.
-        """
-        if self._history is None:
-            raise CacheStateError(
-                "the cache does not know the tokens that it holds: save it with token_ids=..., or set cache.token_ids"
-            )
-        return self._history.common_prefix(input_ids, self.get_seq_length())
-
-    def crop_to_prefix(self, input_ids: torch.Tensor) -> int:
-        """Forget whatever does not begin `input_ids`, and leave at least the last of them to be fed.
-
-        After it `model.generate(input_ids, past_key_values=cache)` computes the rest only: the next turn of a chat, of
-        which the template may have changed earlier turns.
-
-        Args:
-            input_ids: as for `count_matching`.
-
-        Returns:
-            Tokens that the cache still holds.
-
-        Raises:
-            CacheStateError: as `count_matching` and `crop`; the cache is then as it was.
-            StatesError: as `count_matching`.
-        """
-        kept = min(self.count_matching(input_ids), max(0, input_ids.shape[1] - 1))
-        removed = self.get_seq_length() - kept
-        if removed:
-            self.crop(-removed)
-        return kept
 
     def move_to(self, device: str | torch.device) -> None:
         """Move all layers to a device; what the configuration offloads stays where it is.
@@ -464,45 +410,3 @@ class KVQ(CarriedStates):
 def _needs_gradients(*states: torch.Tensor) -> bool:
     """Return whether gradients flow to states, which they cannot through a handle that a model computes with."""
     return torch.is_grad_enabled() and any(one.requires_grad for one in states)
-
-
-def resolve_config(
-    config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any
-) -> KVQCacheConfig:
-    """Return the configuration that `config` and `overrides` describe.
-
-    Raises:
-        ConfigError: a value is wrong, or `config` is of another type.
-    """
-    if isinstance(config, PretrainedConfig):
-        problem = f"{type(config).__name__} describes a model; pass it as `model=`"
-        raise ConfigError([Fault(("config",), problem)])
-    if isinstance(config, KVQCacheConfig):
-        return config.replace(**overrides) if overrides else config
-    if isinstance(config, (str, Path)):
-        loaded = KVQCacheConfig.from_file(config)
-        return loaded.replace(**overrides) if overrides else loaded
-    if config is None or isinstance(config, Mapping):
-        return KVQCacheConfig.from_mapping({**(config or {}), **overrides})
-    problem = f"{config!r} is not accepted; pass a KVQCacheConfig, a mapping, or the path of a YAML or JSON file"
-    raise ConfigError([Fault(("config",), problem)])
-
-
-def _check_padding(padding: Sequence[int] | None) -> tuple[int, ...] | None:
-    if padding is None:
-        return None
-    counts = [find_integer(count) for count in padding] if isinstance(padding, Iterable) else [None]
-    if any(count is None or count < 0 for count in counts):
-        fault = Fault(("padding",), f"{padding!r} is not accepted: tokens of left padding, a whole number for each row")
-        raise ConfigError([fault])
-    return tuple(count for count in counts if count is not None)
-
-
-def _find_decoder(model: PreTrainedModel | PretrainedConfig) -> DecoderConfig:
-    decoder = DecoderConfig.of(model)
-    if decoder.is_encoder_decoder:
-        raise ModelError(
-            f"{type(decoder.attention).__name__} describes an encoder-decoder model, whose cache is two in one: use "
-            "EncoderDecoderKVQ(config, model=model) in its place, or attach(model, config), which does so by itself"
-        )
-    return decoder

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache
 
 from kvq.attaching.attachment import attach
-from kvq.cache.kvq import KVQ, resolve_config
+from kvq.cache.given_arguments import resolve_config
+from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError, Fault, ModelError
 from kvq.evaluation.continuations import ContinuationScore, Reading, plan_readings, score_readings
