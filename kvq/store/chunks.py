@@ -40,12 +40,12 @@ class StoreView:
     """What a store held at one moment; later changes of the store do not reach it.
 
     Attributes:
-        quantizer: decodes the segments.
+        codec: the quantizer that decodes the segments.
         segments: the chunks in order of their tokens.
         length: tokens in the view.
     """
 
-    quantizer: Quantizer
+    codec: Quantizer
     segments: tuple[Segment, ...]
     length: int
 
@@ -56,7 +56,7 @@ class StoreView:
 
     def decode_into(self, out: torch.Tensor, start: int = 0) -> None:
         """Write the states of the tokens from `start`, a multiple of the block length, into `out` `[B, H, T, D]`."""
-        block_length = self.quantizer.block_length
+        block_length = self.codec.block_length
         first, wanted, done = start // block_length, out.shape[2] // block_length, 0
         for segment in self.segments:
             if first < segment.used and done < wanted:
@@ -64,7 +64,7 @@ class StoreView:
                 parts = {name: part.to(out.device) for name, part in segment.read(first, stop).items()}
                 done += stop - first
                 target = out[:, :, (done - (stop - first)) * block_length : done * block_length]
-                self.quantizer.decode_into(parts, target)
+                self.codec.decode_into(parts, target)
             first = max(0, first - segment.used)
 
 

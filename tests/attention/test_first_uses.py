@@ -88,7 +88,7 @@ def test_generating_again_does_without_the_reference(put, references):
 
 
 def packed(side):
-    return get_packed_format(side.store.quantizer)
+    return get_packed_format(side.store.codec)
 
 
 MASK = torch.ones(2, 1, 1, 334, dtype=torch.bool)

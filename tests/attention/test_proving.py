@@ -161,9 +161,9 @@ WRONG = {
     "bfloat16": lambda request: request.query.dtype == torch.bfloat16,
     "float16": lambda request: request.query.dtype == torch.float16,
     "sides of two dtypes": lambda request: request.pair.key.like.dtype != request.pair.value.like.dtype,
-    "keys per token": lambda request: not request.pair.key.store.quantizer.per_channel,
-    "values per channel": lambda request: request.pair.value.store.quantizer.per_channel,
-    "rotation": lambda request: request.pair.key.store.quantizer.rotation is not None,
+    "keys per token": lambda request: not request.pair.key.store.codec.per_channel,
+    "values per channel": lambda request: request.pair.value.store.codec.per_channel,
+    "rotation": lambda request: request.pair.key.store.codec.rotation is not None,
     "sinks": lambda request: request.pair.key.sinks.states is not None,
     "a chunk of full length": lambda request: request.stored_length >= 2048,
     "a chunk with room": lambda request: any(one.used < one.capacity for one in request.pair.key.store.segments),
@@ -173,11 +173,11 @@ WRONG = {
     "reordered rows": lambda request: request.is_reordered,
     "a cap": lambda request: request.softcap is not None,
     "logits": lambda request: request.sink_logits is not None,
-    "float32 metadata": lambda request: request.pair.key.store.quantizer.spec.metadata_dtype == torch.float32,
+    "float32 metadata": lambda request: request.pair.key.store.codec.spec.metadata_dtype == torch.float32,
     "head dim 80": lambda request: request.query.shape[3] == 80,
     **{
         f"{bits} bit": lambda request, bits=bits: bits in (
-            request.pair.key.store.quantizer.bits, request.pair.value.store.quantizer.bits
+            request.pair.key.store.codec.bits, request.pair.value.store.codec.bits
         )
         for bits in range(1, 9)
     },
@@ -647,7 +647,7 @@ def test_a_sample_depends_on_its_seed_alone_and_every_code_occurs():
     assert first.pair.key.materialize().equal(again.pair.key.materialize())
     assert not first.pair.key.materialize().equal(other.pair.key.materialize())
     codes = read_centred_codes(
-        get_packed_format(first.pair.key.store.quantizer), first.pair.key.store.segments[0].parts
+        get_packed_format(first.pair.key.store.codec), first.pair.key.store.segments[0].parts
     )
     assert set(codes.flatten().tolist()) == set(range(-4, 4))
     assert first.pair.key.materialize().std() > 0.3

@@ -115,7 +115,7 @@ def list_tensors(request):
     found = [request.query, request.mask, request.sink_logits]
     for side in (pair.key, pair.value):
         found += [side.sinks.states, side.window, side.new]
-        rotation = side.store.quantizer.rotation
+        rotation = side.store.codec.rotation
         found += [None if rotation is None else rotation.signs]
         for segment in side.store.segments:
             found += [segment.rows, *segment.parts.values()]

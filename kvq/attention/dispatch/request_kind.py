@@ -70,7 +70,7 @@ class SideKind(NamedTuple):
         """Return the kind of a side."""
         sinks, like = side.sinks, side.like
         is_padded = len(set(sinks.starts)) > 1
-        return cls(like.dtype, like.shape[3], sinks.states is not None, is_padded, _storage(side.store.quantizer))
+        return cls(like.dtype, like.shape[3], sinks.states is not None, is_padded, _storage(side.store.codec))
 
 
 def _storage(quantizer: Quantizer) -> Hashable:

@@ -46,7 +46,7 @@ def iterate_pieces(pair: PackedPair, rows: int, device: torch.device) -> Iterato
 
 def piece_length(pair: PackedPair, rows: int = 0) -> int:
     """Return the tokens of a piece: whole blocks of both sides, so few that states and scores stay small."""
-    step = math.lcm(pair.key.store.quantizer.block_length, pair.value.store.quantizer.block_length)
+    step = math.lcm(pair.key.store.codec.block_length, pair.value.store.codec.block_length)
     batch, heads, _, head_dim = pair.key.like.shape
     per_token = batch * heads * max(head_dim, pair.value.like.shape[3], rows)
     return max(1, PIECE_ELEMENTS // (per_token * step)) * step
@@ -54,7 +54,7 @@ def piece_length(pair: PackedPair, rows: int = 0) -> int:
 
 def read_tokens(store: StoreView, start: int, stop: int, device: torch.device) -> Iterator[tuple[Parts, int]]:
     """Yield the blocks of the tokens from `start` to `stop`, whole blocks, chunk by chunk, in batch order."""
-    block_length = store.quantizer.block_length
+    block_length = store.codec.block_length
     first, last, offset = start // block_length, stop // block_length, 0
     for segment in store.segments:
         begin, end = max(first - offset, 0), min(last - offset, segment.used)

@@ -60,7 +60,7 @@ class CompiledKernel:
             return "reads no store on another device than the query"
         if request.mask is not None and request.mask.dtype not in TYPE_NUMBERS:
             return f"does not read masks of {request.mask.dtype}"
-        return _why_unsupported_side(pair.key.store.quantizer) or _why_unsupported_side(pair.value.store.quantizer)
+        return _why_unsupported_side(pair.key.store.codec) or _why_unsupported_side(pair.value.store.codec)
 
     def attend(self, request: AttentionRequest) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]` in the dtype of the query."""

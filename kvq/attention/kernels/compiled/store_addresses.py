@@ -62,7 +62,7 @@ class StoreAddresses:
 
 
 def _fill_side(side: PackedSide, store: StoreView) -> Any:
-    packed = get_packed_format(store.quantizer)
+    packed = get_packed_format(store.codec)
     widths = packed.plane_widths
     side.head_dim, side.block_length, side.group_length = packed.head_dim, packed.block_length, packed.group_length
     side.per_channel = packed.per_channel
@@ -72,7 +72,7 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
     side.scale_type, side.mid_type = TYPE_NUMBERS[packed.scale_dtype], TYPE_NUMBERS[packed.mid_dtype]
     side.shifts_mid = packed.shifts_mid
     if packed.rotation_block:
-        side.signs = store.quantizer.constants()[ROTATION_SIGNS].data_ptr()
+        side.signs = store.codec.constants()[ROTATION_SIGNS].data_ptr()
         side.rotation_block = packed.rotation_block
     side.segment_count = len(store.segments)
     array = (PackedSegment * max(1, len(store.segments)))()

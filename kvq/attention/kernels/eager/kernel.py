@@ -57,8 +57,8 @@ class _EagerRun:
         batch, _, queries, head_dim = request.query.shape
         self.heads = pair.key.like.shape[1]
         self.query = request.query.reshape(batch, self.heads, request.queries_per_head * queries, head_dim).float()
-        self.keys = find_fused(pair.key.store.quantizer, head_dim)
-        self.values = find_fused(pair.value.store.quantizer, pair.value.like.shape[3])
+        self.keys = find_fused(pair.key.store.codec, head_dim)
+        self.values = find_fused(pair.value.store.codec, pair.value.like.shape[3])
         self.mask = RowMask(request)
         self.softmax = OnlineSoftmax(_first_logits(request, self.query))
         self.prepared = self.keys.prepare_query(self.query) if pair.key.store.segments else None

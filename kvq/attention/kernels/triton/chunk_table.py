@@ -37,7 +37,7 @@ class SideTable:
     @classmethod
     def of(cls, view: StoreView, device: torch.device) -> SideTable:
         """Return the table of the stored blocks."""
-        widths = get_packed_format(view.quantizer).plane_widths
+        widths = get_packed_format(view.codec).plane_widths
         addresses = [_addresses(segment, widths) for segment in view.segments]
         # On the processor by name, here and below: the caller may have set another default device.
         chunks = torch.arange(len(view.segments), device="cpu")

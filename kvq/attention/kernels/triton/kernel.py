@@ -90,9 +90,9 @@ class SideLayout:
     @classmethod
     def of(cls, view: StoreView, head_dim: int) -> SideLayout:
         """Return the layout of a side whose quantizer has a packed format."""
-        packed = get_packed_format(view.quantizer)
+        packed = get_packed_format(view.codec)
         mode = 0 if packed.per_channel else 1 if packed.groups_per_token == 1 else 2
-        signs = view.quantizer.constants()[ROTATION_SIGNS] if packed.rotation_block else None
+        signs = view.codec.constants()[ROTATION_SIGNS] if packed.rotation_block else None
         return cls(head_dim, mode, packed, None if signs is None else HadamardRotation.of_signs(signs))
 
     def options(self, name: str, letter: str) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _why_unsupported_shape(request: AttentionRequest) -> str | None:
 
 def _why_unsupported_store(request: AttentionRequest) -> str | None:
     stores = request.pair.key.store, request.pair.value.store
-    formats = [packed for store in stores if (packed := find_packed_format(store.quantizer)) is not None]
+    formats = [packed for store in stores if (packed := find_packed_format(store.codec)) is not None]
     if len(formats) < len(stores):
         return "codes that are not affine"
     if not all(store.segments for store in stores):
