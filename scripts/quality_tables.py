@@ -1,4 +1,4 @@
-"""The tables of README.md about quality, from the results that `scripts/measure_quality.py` has written."""
+"""The tables of docs/quality.md, from the results that `scripts/measure_quality.py` has written."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ GRID_PAIRS = (
     ("scales in float16 (4/4)", "bfloat16", "metadata: bits=4/4 metadata_dtype={}", "float16", "bfloat16"),
     ("scales in float16 (4/4)", "float32", "metadata: bits=4/4 metadata_dtype={}", "float16", "float32"),
 )
-"""What was chosen, what instead, and the labels of both in the grid."""
+"""The default, the alternative, and the labels of both in the grid."""
 
 
 def render_quality() -> str:
-    """Return what the configurations and transformers' caches cost, on both texts, and like against like."""
+    """Return the cost of the configurations and of transformers' caches, on both texts, and like against like."""
     pieces = []
     for text in TEXTS:
         report = load_report(text)
@@ -64,7 +64,7 @@ def render_quality() -> str:
 
 
 def render_choices() -> str:
-    """Return what was chosen by the grid, and what every other choice would have changed."""
+    """Return each default that the grid decided, and what every other choice would have changed."""
     return table(CHOICES, choice_rows(), right=(2, 3, 4))
 
 

@@ -1,4 +1,4 @@
-"""Run the Python blocks of README.md as a reader would: outside the checkout, with nothing installed but kvq.
+"""Run the Python blocks of README.md and docs/using.md as a reader would: outside the checkout, with kvq alone.
 
 `make wheel` runs it on the wheel, in an environment without pytest; tests/docs/test_readme.py uses its parts.
 """
@@ -18,7 +18,9 @@ from kvq import KVQ
 from kvq.evaluation.embedded_model import EMBEDDED_MODEL_PATH, load_embedded_model
 from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/using.md")
+"""Pages whose every Python block fills a cache."""
 NEW_TOKENS = 40
 """Tokens that are generated where a block says 1,024, which would take too long."""
 
@@ -48,7 +50,7 @@ def run_block(code: str, namespace: dict[str, Any]) -> KVQ:
         ValueError: it filled none, or not with what it generated, or nothing was quantized.
     """
     names = dict(namespace)
-    exec(code.replace("max_new_tokens=1024", f"max_new_tokens={NEW_TOKENS}"), names)  # noqa: S102  # our own README
+    exec(code.replace("max_new_tokens=1024", f"max_new_tokens={NEW_TOKENS}"), names)  # noqa: S102  # our own pages
     cache = names["attachment"].cache if "attachment" in names else names.get("cache")
     if not isinstance(cache, KVQ):
         raise ValueError(f"the block left no KVQ behind, but {cache!r}")  # noqa: TRY004  # it is wrong, not mistyped
@@ -62,24 +64,32 @@ def run_block(code: str, namespace: dict[str, Any]) -> KVQ:
     return cache
 
 
+def list_blocks() -> list[tuple[str, int, str]]:
+    """Return (page, number, code) for each Python block of the pages."""
+    return [
+        (page, number, code)
+        for page in PAGES
+        for number, code in enumerate(find_code((ROOT / page).read_text(encoding="utf-8"), "python"))
+    ]
+
+
 def main() -> None:
     """Run each block in a fresh folder, for the blocks that write files."""
     import kvq
 
-    blocks = find_code(README.read_text(encoding="utf-8"), "python")
-    if not blocks:
-        sys.exit(f"{README} has no Python block")
-    if Path(kvq.__file__).is_relative_to(README.parent / "kvq"):
+    blocks = list_blocks()
+    if {page for page, _, _ in blocks} != set(PAGES):
+        sys.exit(f"one of {PAGES} has no Python block")
+    if Path(kvq.__file__).is_relative_to(ROOT / "kvq"):
         sys.exit(f"kvq was imported from the checkout, {kvq.__file__}, not from what is installed")
     namespace = make_namespace()
-    for number, code in enumerate(blocks):
+    for page, number, code in blocks:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             cache = run_block(code, namespace)
-            os.chdir(README.parent)
-        print(
-            f"block {number} of README.md: {cache.get_seq_length()} tokens, {cache.memory().compression:.2f}x smaller"
-        )
+            os.chdir(ROOT)
+        memory = cache.memory()
+        print(f"block {number} of {page}: {cache.get_seq_length()} tokens, {memory.compression:.2f}x smaller")
 
 
 if __name__ == "__main__":

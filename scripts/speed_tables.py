@@ -1,11 +1,15 @@
-"""The tables of README.md about speed, from what `kvq bench --out benchmarks/results/speed-*.json` has written."""
+"""The tables of docs/speed.md, from the files that `kvq bench --out benchmarks/results/speed-*.json` has written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from markdown_table import table
+from target_table import COLUMNS as TARGET_COLUMNS
+from target_table import target_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUFFER = "buffer, packed queries"
@@ -23,6 +27,46 @@ PUBLISHED = (
     ),
 )
 """What the authors say; nothing of it was measured here."""
+
+
+def render_speed() -> str:
+    """Return the results of `kvq bench` on a CPU and on a GPU, the targets, and the words of others."""
+    parts = []
+    for device, place in (("cpu", "a CPU"), ("cuda", "a GPU")):
+        runs = load_runs(device)
+        parts.append(f"**Measured here, on {place}.**" + ("" if runs else " Nothing yet."))
+        parts += [text for run in runs if not is_short(run) for text in render_speed_run(run)]
+        parts += [text for run in runs if is_short(run) for text in render_short_run(run)]
+    parts += ["Targets, all on the CPU above:", table(TARGET_COLUMNS, target_rows(load_runs("cpu")))]
+    parts.append("**Published by others**, not measured here:")
+    parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
+    return "\n\n".join(parts)
+
+
+def render_speed_run(run: dict[str, Any]) -> Iterable[str]:
+    """Yield the texts and tables of one run: one layer, the whole model, and the cost of a flush."""
+    yield describe_machine(run)
+    for part, name in (("layer", "One layer"), ("model", "The whole model")):
+        settings = list_settings(run, part, batch=1)
+        if settings:
+            yield f"{name}, batch 1, by tokens of history:"
+            yield table(columns(settings), ratio_rows(settings), right=range(1, len(settings) + 1))
+    layer = list_settings(run, "layer", batch=1)
+    if layer:
+        longest = max((facts for facts in layer if facts["dtype"] == "float32"), key=lambda facts: facts["length"])
+        yield f"One layer at {longest['length']:,} tokens in float32: flush and memory ({run['memory_tool']})."
+        yield table(FLUSH_COLUMNS, flush_rows(longest), right=range(1, len(FLUSH_COLUMNS)))
+
+
+def render_short_run(run: dict[str, Any]) -> Iterable[str]:
+    """Yield the tables of a run at short contexts against `DynamicCache`: the whole model, and prompts."""
+    settings = [facts for facts in run["model"] if facts["contenders"]]
+    if len(settings) > 1:
+        yield f"The whole model at short contexts; {describe_machine(run)}"
+        yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
+    for facts in run.get("first_token", ()):
+        yield f"A prompt of {facts['length']:,} tokens, batch 1, {facts['dtype']}: time to its first tokens."
+        yield table(PROMPT_COLUMNS, prompt_rows(facts), right=range(1, len(PROMPT_COLUMNS)))
 
 
 def load_runs(device: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The targets of speed that kvq has set itself, beside what `kvq bench` measured; see `speed_tables`."""
+"""The speed targets of kvq beside the results of `kvq bench`; see `speed_tables`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ PEER = "transformers quanto 4"
 FUSED = "kvq native 4, fused"
 EAGER = "kvq native 4, eager"
 DEFAULTS = (FUSED, "kvq quanto 4, fused")
-"""What targets that name backends are held against."""
+"""The caches that targets which name backends are compared with."""
 LENGTHS = (8192, 32768)
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
-COLUMNS = ("on 2 threads", "at least", "aim", "reached")
+COLUMNS = ("on 2 threads", "required", "goal", "measured")
 LEFT_OUT = "not measured"
 
 Facts = Mapping[str, Any]
 
 
 def target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
-    """Return a row for each target; what the runs do not have is said to be not measured."""
+    """Return a row for each target; one that the runs do not have says "not measured"."""
     return [
         ("one layer against the buffer, bf16 / fp32", "1.45x / 2x faster", "2.5x / 4x", _join(_layers(runs, BUFFER))),
         (f"one layer against {PEER}", "18x", "30x", _join(_layers(runs, PEER))),

@@ -1,4 +1,4 @@
-"""The rows of README that say how transformers' QuantizedCache differs, on the transformers that is installed."""
+"""The differences of QuantizedCache in docs/migrating.md, on the transformers that is installed."""
 
 import copy
 
@@ -108,7 +108,7 @@ def test_prompt_lookup_raises(config):
     model = transformers.LlamaForCausalLM(config).eval()
     prompt = torch.randint(2, 99, (1, 40), generator=torch.Generator().manual_seed(0)).repeat(1, 4)
     options = dict(cache_implementation="quantized", cache_config={"backend": "quanto", "nbits": 4})
-    with pytest.raises(Exception):  # noqa: B017, PT011  # likewise
+    with pytest.raises(Exception):  # noqa: B017, PT011  # which error depends on the release
         model.generate(prompt, prompt_lookup_num_tokens=4, **options, **GREEDY)
 
 

@@ -1,20 +1,19 @@
-"""README.md says what is so: its code runs, its commands exist, its tables are current."""
+"""README.md is short, its code runs, and its prose agrees with the figures."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from pathlib import Path
 
+import demo_tables
 import pytest
 import run_readme
 import torch
-import typer
-import yaml
+from draw_front_page import STEP_DTYPE, collect_steps
+from quality_tables import load_report
+from speed_tables import BUFFER
 
-from kvq import KVQ, KVQCacheConfig
-from kvq.cli import app
+from kvq import KVQ
 from kvq.evaluation.demo import QUESTIONS_AT_ONCE
 from kvq.evaluation.embedded_model import load_embedded_model
 from kvq.evaluation.quality.metrics import Estimate
@@ -22,25 +21,11 @@ from kvq.evaluation.recall import QUESTION_LENGTH
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUALITY = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+MAX_BYTES = 9000
+"""What is read once, in a minute."""
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def find_code(language):
-    return run_readme.find_code(README, language)
-
-
-def find_commands():
-    lines = [line for block in find_code("console") for line in block.splitlines()]
-    return [re.sub(r"\s+#.*", "", line[2:]) for line in lines if line.startswith("$ ")]
-
-
-script = load_script()
+BLOCKS = [pytest.param(code, id=f"{page}-{number}") for page, number, code in run_readme.list_blocks()]
 
 
 @pytest.fixture(scope="module")
@@ -48,34 +33,11 @@ def namespace():
     return run_readme.make_namespace()
 
 
-@pytest.mark.parametrize("name", script.BLOCKS)
-def test_a_generated_block_is_current(name):
-    found = re.search(f"<!-- begin: {name} -->\n(.*?)\n<!-- end: {name} -->", README, re.DOTALL)
-    assert found, f"README.md has no block {name!r}"
-    assert found[1] == script.BLOCKS[name](), "run scripts/update_readme.py"
+def test_it_is_short():
+    assert len(README.encode()) <= MAX_BYTES, "move what is not for everybody into docs/"
 
 
-def test_what_the_script_would_write_is_what_is_there():
-    assert script.update(README) == README
-
-
-def test_the_script_refuses_a_block_that_it_does_not_know():
-    with pytest.raises(ValueError, match="'nonsense'"):
-        script.update("<!-- begin: nonsense -->\n<!-- end: nonsense -->")
-
-
-def test_the_script_refuses_a_block_without_an_end():
-    with pytest.raises(ValueError, match="'backends' once, with its end"):
-        script.update("<!-- begin: backends -->\n")
-
-
-def test_a_stale_block_is_seen():
-    stale = re.sub(r"\| `residual_length` \| `\d+`", "| `residual_length` | `1`", README)
-    assert stale != README
-    assert script.update(stale) == README
-
-
-@pytest.mark.parametrize("code", find_code("python"), ids=range(len(find_code("python"))))
+@pytest.mark.parametrize("code", BLOCKS)
 def test_a_python_block_runs(code, namespace, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for the blocks that write files
     memory = run_readme.run_block(code, namespace).memory()
@@ -99,89 +61,24 @@ def test_a_block_that_does_not_do_what_it_says_is_refused(code, words, namespace
         run_readme.run_block(code, namespace)
 
 
-def test_the_two_caches_of_the_proposal_are_equal(namespace):
+def test_a_plain_dict_builds_the_same_cache(namespace):
+    configuration = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     configs = []
-    for code in find_code("python")[1:3]:
+    for code in (run_readme.find_code(README, "python")[1], run_readme.find_code(configuration, "python")[0]):
         names = dict(namespace)
-        exec(code.split("model.generate")[0], names)  # noqa: S102  # our own README
+        exec(code.split("model.generate")[0], names)  # noqa: S102  # our own pages
         configs.append(names["cache"].config)
-    assert len(configs) == 2
+    assert "KVQCacheConfig(" in run_readme.find_code(README, "python")[1]
     assert configs[0] == configs[1]
     assert (configs[0].axis_key, configs[0].axis_value) == ("per_token", "per_token")
 
 
-@pytest.mark.parametrize("text", find_code("yaml"))
-def test_a_yaml_block_is_a_configuration(text):
-    config = KVQCacheConfig.from_mapping(yaml.safe_load(text))
-    assert KVQCacheConfig.from_mapping(yaml.safe_load(config.to_yaml())) == config
-
-
-@pytest.mark.parametrize("command", find_commands())
-def test_a_command_exists(command):
-    assert not re.search("[<>]", re.sub("'[^']*'", "", command)), "a shell would redirect"
-    program, *arguments = command.split()
-    if program == "make":
-        makefile = (ROOT / "Makefile").read_text()
-        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
-        return
-    if program == "python":
-        assert arguments[0] == "-m"
-        assert importlib.util.find_spec(arguments[1])
-        paths = re.findall(r"=([^=,]+\.yaml)", command)
-        assert paths
-        assert all((ROOT / path).is_file() for path in paths)
-        return
-    assert program == "kvq"
-    assert arguments[0] in typer.main.get_command(app).commands
-    assert all((ROOT / path).is_file() for path in arguments if "/" in path)
-
-
-def test_every_command_of_the_program_is_mentioned():
-    mentioned = {command.split()[1] for command in find_commands() if command.startswith("kvq ")}
-    assert mentioned == set(typer.main.get_command(app).commands)
-
-
-def test_options_named_beside_a_command_exist():
-    commands = typer.main.get_command(app).commands
-    found = 0
-    for line in "\n".join(find_code("console")).splitlines():
-        command, _, comment = line.partition("#")
-        for option in re.findall(r"--[a-z-]+", comment):
-            known = [name for parameter in commands[command.split()[2]].params for name in parameter.opts]
-            assert option in known, line
-            found += 1
-    assert found >= 6
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
-def test_a_link_leads_somewhere(link):
-    if link.startswith("https://"):
-        return
-    path, _, anchor = link.partition("#")
-    assert (ROOT / path).exists()
-    if anchor:
-        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
-        assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
-
-
-def test_no_text_installs_the_package_of_the_same_name_from_the_index():
-    folders = ("kvq", "kvq_backends", "plugins", "examples", "scripts", "tests", "benchmarks", ".github", ".ci")
-    files = [path for path in ROOT.iterdir() if path.is_file()]
-    files += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    suffixes = {".md", ".py", ".toml", ".yaml", ".yml", ".cff", ".txt", ".json", ".sh", ""}
-    wrong = re.compile(r"pip3? install\s+(?:-\S+\s+)*['\"]?kvq(?![\w./-])")
-    assert wrong.search("pip install" + " -U kvq[plot]")  # the pattern sees what it looks for
-    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in files if path.suffix in suffixes}
-    assert [str(path) for path, text in texts.items() if wrong.search(text)] == []
-    assert ROOT / "README.md" in texts
-
-
 def test_the_prose_around_the_demo_agrees_with_its_figures():
-    results = json.loads(script.DEMO_RESULTS.read_text())
+    results = demo_tables.load_demo()
     rows = {(row["backend"], row["bits"]): row for row in results["rows"]}
     questions = results["parameters"]["contexts"] * results["parameters"]["questions"]
-    assert f"{questions} questions can show" in README
-    assert f"one question is {100 / questions:.1f} points" in README
+    assert f"{questions} questions can show" in QUALITY
+    assert f"one question is {100 / questions:.1f} points" in QUALITY
     for backend in {name for name, bits in rows if bits != "16 bit"}:
         many_keys, many_values, even = (rows[backend, bits] for bits in ("K4V2", "K2V4", "K4V4"))
         assert many_keys["total_bytes"] == many_values["total_bytes"]
@@ -194,7 +91,7 @@ def test_the_prose_around_the_demo_agrees_with_its_figures():
 
 
 def test_the_demo_was_measured_on_the_store_of_today():
-    results = json.loads(script.DEMO_RESULTS.read_text())
+    results = demo_tables.load_demo()
     row = next(row for row in results["rows"] if (row["backend"], row["bits"]) == ("quanto", "K4V2"))
     config = load_embedded_model()[0].config
     contexts, questions = results["parameters"]["contexts"], results["parameters"]["questions"]
@@ -204,7 +101,31 @@ def test_the_demo_was_measured_on_the_store_of_today():
         states = torch.zeros(contexts, config.num_key_value_heads, length, config.head_dim, dtype=torch.bfloat16)
         for layer in cache.layers:
             layer.update(states, states, packed=True)
-    assert cache.memory().total_bytes == row["total_bytes"], "run scripts/update_readme.py --measure"
+    assert cache.memory().total_bytes == row["total_bytes"], "run scripts/update_pages.py --measure"
+
+
+def test_the_sentence_on_quality_agrees_with_its_figures():
+    pairs = {text: {pair["one"]: pair for pair in load_report(text)["comparisons"]} for text in ("stdlib", "recall")}
+    assert "half the KL divergence" in README
+    for backend in ("quanto", "hqq"):
+        for bits, on_recall in ((4, "tie"), (2, "worse")):  # "4 bits are a tie, and at 2 bits ... do better"
+            pair = pairs["stdlib"][f"kvq as {backend} {bits}"]
+            assert pair["verdict"] == "better"
+            assert 0.4 < pair["kl_ratio"] < 0.5
+            assert abs(pair["bytes_ratio"] - 1) < 0.02
+            assert pairs["recall"][f"kvq as {backend} {bits}"]["verdict"] == on_recall
+
+
+def test_the_sentence_on_speed_agrees_with_its_figures():
+    sentence = " ".join(re.search(r"^With 32,768 tokens.*?\)\.", README, re.DOTALL | re.MULTILINE)[0].split())
+    steps = {label: dict(points) for label, points in collect_steps().items()}
+    ours, full, theirs = steps["kvq quanto 4, fused"], steps[BUFFER], steps["transformers quanto 4"]
+    assert "a third of the time" in sentence
+    assert ours[32768] / full[32768] == pytest.approx(1 / 3, abs=0.03)
+    assert f"a {round(theirs[32768] / ours[32768])}th of the time" in sentence
+    assert f"three quarters and a {round(theirs[2048] / ours[2048])}th" in sentence
+    assert ours[2048] / full[2048] == pytest.approx(3 / 4, abs=0.05)
+    assert STEP_DTYPE in sentence
 
 
 @pytest.mark.parametrize("fields", [{}, {"nbits_v": 4}, {"nbits_k": 8, "nbits_v": 4}])
@@ -216,3 +137,15 @@ def test_from_about_200_tokens_on_bytes_are_saved(fields):
         return cache.memory().compression
 
     assert compression(180) < 1 < compression(230)
+
+
+def test_no_text_installs_the_package_of_the_same_name_from_the_index():
+    folders = ("kvq", "kvq_backends", "plugins", "docs", "examples", "scripts", "tests", "benchmarks", ".github", ".ci")
+    files = [path for path in ROOT.iterdir() if path.is_file()]
+    files += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    suffixes = {".md", ".py", ".toml", ".yaml", ".yml", ".cff", ".txt", ".json", ".sh", ""}
+    wrong = re.compile(r"pip3? install\s+(?:-\S+\s+)*['\"]?kvq(?![\w./-])")
+    assert wrong.search("pip install" + " -U kvq[plot]")  # the pattern sees what it looks for
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in files if path.suffix in suffixes}
+    assert [str(path) for path, text in texts.items() if wrong.search(text)] == []
+    assert ROOT / "README.md" in texts

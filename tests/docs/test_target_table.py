@@ -1,4 +1,4 @@
-"""The targets of speed as README.md tells them."""
+"""The table of speed targets in docs/speed.md."""
 
 from target_table import LEFT_OUT, target_rows
 
