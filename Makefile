@@ -33,7 +33,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench reproduce test test-fast test-oldest test-newest test-classes eval-harness mutants soak fuzz lint types examples plugin wheel models cases readme venv clean
+.PHONY: help demo bench reproduce test test-fast test-oldest test-newest test-classes eval-harness mutants soak fuzz lint types examples plugin wheel models cases pages docs venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,7 +104,7 @@ plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel i
 	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8 --contexts 4 --questions 4
 
 # Nothing is constrained but torch, and nothing kept: what is released today is what a user gets today.
-wheel: venv build/kvq ## the wheel at the newest versions in a clean environment: doctor, demo and README.md outside the checkout
+wheel: venv build/kvq ## the wheel at the newest versions in a clean environment: doctor, demo and the blocks of README.md outside the checkout
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python $(PIP_INSTALL) "$(NEWEST_TORCH)"
 	.venv-newest/bin/python $(PIP_INSTALL) "$$(echo build/kvq/*.whl)[cli]"
@@ -119,8 +119,16 @@ models: venv ## check every kind of model and write docs/models.md
 cases: ## write docs/cases.md from the markers of the tests
 	$(PYTHON) scripts/update_cases_page.py
 
-readme: venv ## regenerate the tables of README.md
-	$(BIN)/python scripts/update_readme.py
+pages: venv cases ## regenerate what README.md and docs/ take from the code and from results: tables, pictures, schema
+	$(BIN)/python scripts/update_pages.py
+	$(BIN)/python scripts/write_schema.py
+	$(BIN)/python scripts/draw_front_page.py
+
+# Nothing of kvq is imported: the API reference is read from the source, and the environment has no torch.
+docs: .venv-docs/installed ## build the documentation site into build/site, and check every link in it
+	.venv-docs/bin/python scripts/stage_site.py build/pages
+	.venv-docs/bin/zensical build --clean --strict --config-file mkdocs.yml
+	.venv-docs/bin/python scripts/check_site.py build/site
 
 venv: .venv/installed ## make .venv, or bring it up to date
 
@@ -148,6 +156,12 @@ clean: ## remove everything that these targets made
 	$(PYTHON) -m venv .venv-eval
 	.venv-eval/bin/python $(PIP_INSTALL) -c constraints.txt torch
 	.venv-eval/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev,eval]'
+	touch $@
+
+.venv-docs/installed: constraints-docs.txt
+	$(PYTHON) $(REQUIRE_PYTHON)
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP_INSTALL) -c constraints-docs.txt zensical mkdocstrings-python ruff
 	touch $@
 
 # A target of its own name, made anew each time, so that a wheel never lags behind the tree.
