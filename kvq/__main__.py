@@ -1,6 +1,6 @@
 """The command `kvq`, also as `python -m kvq`.
 
-It must not import rich or typer before it has looked for them: `pip install kvq` alone does not bring them.
+It must not import rich or typer before it has looked for them: only the extra `cli` brings them.
 """
 
 import sys
@@ -16,7 +16,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDED:
             raise
-        sys.stderr.write("error: the command line needs rich and typer: pip install 'kvq[cli]'\n")
+        sys.stderr.write("error: the command line needs the extra `cli`: pip install '.[cli]' in the checkout of kvq\n")
         sys.exit(2)
     run()
 

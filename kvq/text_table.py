@@ -57,7 +57,10 @@ class TextTable:
             from rich.table import Table
             from rich.text import Text
         except ModuleNotFoundError as error:
-            message = "a table of rich needs rich: pip install 'kvq[cli]'; `str` gives the same table without it"
+            message = (
+                "a table of rich needs the extra `cli`: pip install '.[cli]' in the checkout of kvq; "
+                "`str` gives the same table without it"
+            )
             raise MissingExtraError(message) from error
         table = Table(title=Text(self.title))
         for column in self.columns:

@@ -44,5 +44,5 @@ def test_a_long_word_is_broken_and_not_lost():
 def test_the_table_of_rich_names_the_extra_that_it_needs(monkeypatch):
     for name in ("rich", "rich.table", "rich.text"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingExtraError, match=r"needs rich: pip install 'kvq\[cli\]'"):
+    with pytest.raises(MissingExtraError, match=r"needs the extra `cli`: pip install '\.\[cli\]'"):
         KVQ().memory().to_table()

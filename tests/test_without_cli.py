@@ -44,7 +44,7 @@ def test_the_library_generates_and_prints_its_tables():
 def test_the_command_says_what_it_needs_in_one_line(arguments):
     done = run_without("import runpy; runpy.run_module('kvq', run_name='__main__')", *arguments)
     assert done.stdout == ""
-    assert done.stderr == "error: the command line needs rich and typer: pip install 'kvq[cli]'\n"
+    assert done.stderr == "error: the command line needs the extra `cli`: pip install '.[cli]' in the checkout of kvq\n"
     assert done.returncode == 2
 
 
