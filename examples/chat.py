@@ -4,9 +4,9 @@
     python examples/chat.py --interactive
     python examples/chat.py --model PATH_OR_ID --interactive
 
-The cache is made once. Each turn feeds it the new tokens only, and what has become old is quantized once and then stays
-as it is. Without `--model` it runs offline on the small recall model that ships with kvq: each turn tells it some
-records and asks for one that it was told in this turn or before.
+The cache is made once. Each turn feeds it the new tokens only. A token is quantized once and then stays as it is.
+Without `--model` it runs offline on the small recall model that ships with kvq: each turn tells it some records and
+asks for one from this turn or an earlier one.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
     canned = iter(FACTS) if arguments.model else tell_records()
     if arguments.interactive and not arguments.model:
         first, _ = next(canned)
-        print(f"The embedded model is told this, and asked for one of it:\n{first}")
+        print(f"The embedded model reads these records and a question about one of them:\n{first}")
         chat.say(first)
     for message, right in read_turns(arguments.model is None) if arguments.interactive else canned:
         if not arguments.interactive:

@@ -4,7 +4,7 @@
     python examples/custom_backend.py --reach 1.5
     python examples/custom_backend.py --model PATH_OR_ID --max-new-tokens 60
 
-The backend clips: its levels span the mean of a group plus and minus `reach` standard deviations, so that one outlier
+The backend clips: its levels span the mean of a group plus and minus `reach` standard deviations, so one outlier
 does not make the steps coarse for all others. It decides codes, scale and offset; kvq packs, stores and reads them.
 `plugins/kvq-template` is the same as an installable package, which needs no `register_backend`.
 """

@@ -5,7 +5,7 @@
     python examples/long_document_qa.py --model PATH_OR_ID --document FILE --question "Who ...?" --question "When ...?"
 
 The document is fed to the model once. Its cache goes to a file, comes back from it, and every question is asked of a
-fork, which shares what is quantized. A second run with the same `--cache` does not read the document again. Without
+fork, which shares the quantized tokens. A second run with the same `--cache` does not read the document again. Without
 `--model` it runs offline on the small recall model that ships with kvq, whose document is a list of records.
 """
 

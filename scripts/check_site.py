@@ -2,7 +2,7 @@
 
     python scripts/check_site.py build/site
 
-The generator checks links between Markdown pages. This looks at what a reader gets, whatever has built it.
+The generator checks links between Markdown pages. This looks at the finished pages, whichever generator built them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from kvq.registry import get_registry
 
 
 def own_backends() -> list[Any]:
-    """Return the backends of this distribution, whatever else is installed."""
+    """Return the backends of this distribution, not of others that are installed."""
     return [backend for backend in available_backends(load=True) if backend.origin == "kvq"]
 
 

@@ -2,7 +2,7 @@
 
     python scripts/generate_with.py template
 
-Python puts this folder on the path, not the checkout, so that in an environment with wheels the wheels are what runs.
+Python puts this folder on the path, not the checkout, so in an environment with wheels the wheels run.
 """
 
 from __future__ import annotations

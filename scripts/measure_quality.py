@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("grid", "report"))
     parser.add_argument("--text", choices=tuple(MODELS), action="append", help="one kind of text only")
-    parser.add_argument("--parts", type=Path, default=ROOT / "build" / "quality", help="folder for what is finished")
+    parser.add_argument("--parts", type=Path, default=ROOT / "build" / "quality", help="folder for finished results")
     arguments = parser.parse_args()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))))
     for text in arguments.text or MODELS:
@@ -126,7 +126,7 @@ def list_grid() -> Iterator[tuple[str, Fields]]:
 
 
 def vary(concern: str, **choices: Iterable[Any]) -> Iterator[tuple[str, Fields]]:
-    """Yield every combination of the choices; what is not chosen is the default, and the backend native."""
+    """Yield every combination of the choices; all other settings are defaults, and the backend is native."""
     for values in itertools.product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         label = f"{concern}: " + " ".join(f"{name}={value}" for name, value in chosen.items())

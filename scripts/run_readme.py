@@ -81,7 +81,7 @@ def main() -> None:
     if {page for page, _, _ in blocks} != set(PAGES):
         sys.exit(f"one of {PAGES} has no Python block")
     if Path(kvq.__file__).is_relative_to(ROOT / "kvq"):
-        sys.exit(f"kvq was imported from the checkout, {kvq.__file__}, not from what is installed")
+        sys.exit(f"kvq was imported from the checkout, {kvq.__file__}, not from the installed package")
     namespace = make_namespace()
     for page, number, code in blocks:
         with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ DECAY_FROM = 0.5
 def build_model(seed: int, layers: int) -> LlamaForCausalLM:
     """Return an untrained model.
 
-    Three departures from the default initialisation: embeddings of unit variance, so that the layers do not drown the
+    Three departures from the default initialisation: embeddings of unit variance, so the layers do not drown the
     token in the residual stream; a final norm that brings the tied logits back to unit variance; random biases of
     queries and keys, from which heads that look at a fixed distance grow.
     """
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--minutes", type=float, default=50.0, help="stop after this time, whatever the steps")
+    parser.add_argument("--minutes", type=float, default=50.0, help="stop after this time, at any step")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--evaluate-only", action="store_true", help="score the model in --out on unseen questions")

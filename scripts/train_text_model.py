@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time, whatever the steps")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time, at any step")
     arguments = parser.parse_args()
 
     start = time.monotonic()

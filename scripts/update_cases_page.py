@@ -23,10 +23,10 @@ REPORT = re.compile(r"([\w.-]+/[\w.-]+)#([1-9][0-9]*)")
 
 TEXT = """# Inputs that were reported, or tried to break it
 
-Written by `make cases` from the tests that carry `@pytest.mark.case`, and one of those tests fails where this page says
-something else. A report is the public issue or pull request that the input comes from, most of them about the caches of
-other projects; without one, the input was tried here. Wrong or extreme input to `KVQ.update` and the operations of a
-cache has a table of its own: [bad-input.md](bad-input.md).
+Written by `make cases` from the tests that carry `@pytest.mark.case`; if this page is wrong, one of those tests
+fails. A report is the public issue or pull request that the input comes from, most of them about the caches of other
+projects. A row without a report was tried here. Wrong or extreme input to `KVQ.update` and the operations of a cache
+is on its own page, [bad input](bad-input.md).
 
 {count}
 
@@ -114,7 +114,7 @@ def _link(report: str | None) -> str:
 
 
 def render(cases: Iterable[Case]) -> str:
-    """Return the page: a section a file, sorted, whatever order the cases come in."""
+    """Return the page: a section a file, sorted, for any order of the cases."""
     by_path: dict[str, set[Case]] = {}
     for case in cases:
         by_path.setdefault(case.path, set()).add(case)

@@ -32,7 +32,7 @@ def peak_above_held(tokens, chunk, batch=1, **fields):
 )
 @pytest.mark.case(
     "the peak of memory while a long prompt is quantized",
-    "some MiB above what is held, at 8k and at 16k tokens",
+    "some MiB above the finished cache, at 8k and at 16k tokens",
     report="ml-explore/mlx-lm#1587",
 )
 def test_a_prefill_takes_mebibytes_whatever_its_length(fields):

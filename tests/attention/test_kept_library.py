@@ -94,7 +94,7 @@ def link_elsewhere(path):
 DAMAGES = [cut, zero, zero_the_end, empty, replace_by_another, let_others_write, grow_beyond_memory, link_elsewhere]
 
 
-@pytest.mark.case("a damaged kernel in the cache folder", "it is told before it is loaded, and built anew")
+@pytest.mark.case("a damaged kernel in the cache folder", "it is detected before it is loaded, and built again")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_built_anew(source, damage):
     built = provide_library(source)

@@ -328,7 +328,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.case("a damaged or foreign file of a verdict", "it is ignored, and written anew")
+@pytest.mark.case("a damaged or foreign file of a verdict", "it is ignored, and written again")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_file_that_cannot_be_trusted_is_rewritten(put, trials, forget, make_request, tmp_path, damage):
     put()
@@ -352,7 +352,7 @@ def test_a_file_that_others_may_write_to_is_not_believed(put, trials, forget, ma
     assert len(trials) == 2
 
 
-@pytest.mark.case("a verdict's file of 4 TiB", "it is not read, and written anew")
+@pytest.mark.case("a verdict's file of 4 TiB", "it is not read, and written again")
 def test_a_file_longer_than_memory_is_rewritten(put, trials, forget, make_request, tmp_path):
     put()
     choose(make_request())
@@ -370,7 +370,7 @@ def make_sparse(file):
         pytest.skip("the file system takes no file of this length")
 
 
-@pytest.mark.case("a kernel that passed, and raises when it is tried again", "what was kept of it is deleted")
+@pytest.mark.case("a kernel that passed, and raises when it is tried again", "its files are deleted")
 @pytest.mark.parametrize("trouble", ["it raises", "it is wrong and nothing can be written"])
 def test_a_verdict_that_is_in_doubt_does_not_stay(put, forget, make_request, monkeypatch, tmp_path, trouble):
     probe = put()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -11,7 +12,17 @@ import stage_site
 import yaml
 from stage_site import FENCED, ROOT, find_links, list_pages
 
+import kvq
+import kvq.config
+import kvq.errors
+import kvq.planning
+import kvq.plugin_api
+import kvq.registry
+import kvq.testing
+
 PAGES = list_pages()
+WITH_AN_EXTRA = {"kvq.evaluation.harness.model.KVQHarnessModel"}
+"""Names that cannot be imported without an extra of kvq."""
 
 
 def list_nav(entries):
@@ -38,6 +49,21 @@ def test_the_index_of_the_documents_leads_to_every_one():
     linked = {(ROOT / index.parent / link).resolve() for link in find_links((ROOT / index).read_text("utf-8"))}
     documents = {(ROOT / page).resolve() for page in PAGES if page.parts[0] == "docs" and page != index}
     assert documents - linked == set()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "reference" in page.parts], ids=str)
+def test_the_names_of_the_reference_exist(page):
+    names = re.findall(r"^::: (.+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert names
+    assert [name for name in names if name not in WITH_AN_EXTRA and not pydoc.locate(name)] == []
+
+
+@pytest.mark.parametrize("module", [kvq, kvq.plugin_api, kvq.testing, kvq.planning, kvq.registry, kvq.config])
+def test_the_reference_leaves_no_public_name_out(module):
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES if "reference" in page.parts)
+    documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (.+)$", text, re.MULTILINE)}
+    elsewhere = {*vars(kvq.errors), *vars(kvq.plugin_api.hooks), "CHECKS", "DEFAULT_BACKEND"}
+    assert set(module.__all__) - documented - elsewhere == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -75,7 +75,7 @@ def test_the_states_of_the_present_forward_are_returned_exact(quantization, data
 
 
 @pytest.mark.case(
-    "padding on the left of one row", "shapes no scale of its tokens, whatever it holds", report="Blaizzy/mlx-vlm#1946"
+    "padding on the left of one row", "changes no scale of its tokens, with any content", report="Blaizzy/mlx-vlm#1946"
 )
 @pytest.mark.parametrize("quantization", COVERING, ids=str)
 @settings(max_examples=example_count(3))

@@ -1,4 +1,4 @@
-"""The page of the docs that says what was checked on which kinds of models."""
+"""The page of the docs that lists the kinds of models and their checks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 TEXT = f"""# Models
 
-Written by `make models`, which runs the checks below on a tiny random model of each kind; `make test` runs them too and
-fails where this page says something else. Made with transformers {{version}}.
+Written by `make models`, which runs the checks below on a tiny random model of each kind. `make test` runs them
+too, and fails if this page is wrong. Made with transformers {{version}}.
 
-What is checked of every row, always beside `DynamicCache` with the same model:
+Every row was checked beside `DynamicCache` with the same model:
 
 - **Exact states**: with a window longer than the text, greedy generation gives the same {NEW_TOKENS} tokens in float32,
   with `KVQ(model=model)`, and attached with one of two prompts padded by {PADDING} tokens on the left. At least
@@ -27,11 +27,11 @@ What is checked of every row, always beside `DynamicCache` with the same model:
 - **Flushes**: how often the quantized layer that has the fewest moved tokens from its window
   ({QUANTIZED["residual_length"]} tokens here) to the store.
 - **Crop**: {CROPPED} tokens are taken back, through the window into the store, and other ones follow.
-- **Without `model=`**: whether a cache that was not told of the model gives the same tokens, or asks for it.
+- **Without `model=`**: whether a cache that does not know the model gives the same tokens, or asks for it.
 - Encoder-decoder models: the same of the decoder, and once more with `cross_attention="quantize"`.
 
 Layers are those of the default configuration in the small model: numbers of layers in front, sliding windows of
-{SLIDING_WINDOW} tokens. What is "kept" stays in full precision, as transformers holds it.
+{SLIDING_WINDOW} tokens. Layers that are "kept" stay in full precision, as transformers holds them.
 
 | model | class | layers | without `model=` | flushes | crop |
 | --- | --- | --- | --- | ---: | --- |

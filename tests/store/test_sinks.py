@@ -22,7 +22,7 @@ def full_precision(tokens, batch=2):
     return 2 * batch * HEADS * tokens * DIM * 4
 
 
-@pytest.mark.case("`sink_length=1000000`", "costs what is held, not what is configured")
+@pytest.mark.case("`sink_length=1000000`", "costs as much as the tokens that exist")
 @pytest.mark.parametrize(
     "fields",
     [{"sink_length": HUGE}, {"residual_length": HUGE}, {"sink_length": HUGE, "residual_length": HUGE}],
