@@ -646,9 +646,7 @@ def test_a_sample_depends_on_its_seed_alone_and_every_code_occurs():
     first, again, other = (Sample(bits=(3, 2)).build(CPU, seed) for seed in (1, 1, 2))
     assert first.pair.key.materialize().equal(again.pair.key.materialize())
     assert not first.pair.key.materialize().equal(other.pair.key.materialize())
-    codes = read_centred_codes(
-        get_packed_format(first.pair.key.store.codec), first.pair.key.store.segments[0].parts
-    )
+    codes = read_centred_codes(get_packed_format(first.pair.key.store.codec), first.pair.key.store.segments[0].parts)
     assert set(codes.flatten().tolist()) == set(range(-4, 4))
     assert first.pair.key.materialize().std() > 0.3
 
