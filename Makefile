@@ -75,7 +75,7 @@ eval-harness: .venv-eval/installed ## test the model type of lm-evaluation-harne
 mutants: venv ## break the code piece by piece and show that the tests turn red (minutes)
 	$(BIN)/python tests/mutants/run.py -n $(WORKERS)
 
-soak: venv ## run the state machines with six times the examples
+soak: venv ## run the state machines with twelve times the examples
 	OMP_NUM_THREADS=1 KVQ_EXAMPLES=soak $(BIN)/pytest $(PYTEST_FLAGS) tests/invariants/test_cache_operations.py
 
 fuzz: venv ## load every mutation of saved caches: each field, offset, shape, dtype, length (minutes)

@@ -1,4 +1,4 @@
-"""Eight bits through a thousand teacher-forced steps: next to nothing changes, and one bit fewer is noticed."""
+"""Eight bits through a thousand teacher-forced predictions: next to nothing changes, and one bit fewer is noticed."""
 
 import pytest
 import torch
@@ -6,45 +6,59 @@ from transformers import DynamicCache
 
 from kvq import KVQ
 
-STEPS = 1000
+LENGTH = 1020
+"""Tokens of a text."""
+SIDE_BY_SIDE = dict(rows=4, prompt=770, chunk=70)
+"""Four texts of 250 predictions each, all of them late: a quarter of the steps of one text."""
+STEP_BY_STEP = dict(rows=1, prompt=20, chunk=20)
 EIGHT = dict(nbits_k=8, nbits_v=8, residual_length=32, sliding="quantize")
 
 
-@pytest.fixture
-def text():
-    return torch.randint(2, 199, (1, 20 + STEPS), generator=torch.Generator().manual_seed(3))
+@pytest.fixture(scope="module")
+def references():
+    """Models, their texts and their logits in full precision, as tests come to need them."""
+    return {}
 
 
 @pytest.fixture
-def follow(forced, compare, text, assert_telling):
-    """Largest difference of logits and top-1 agreement of a configuration over all steps."""
+def follow(references, build, forced, compare, assert_telling):
+    """Largest difference of logits and top-1 agreement of a configuration over a thousand predictions."""
 
-    def measure(model, **config):
-        options = dict(prompt=20, chunk=20)
-        reference = forced(model, text, DynamicCache(config=model.config), **options)
-        assert reference.shape[1] == STEPS
-        assert_telling(reference.argmax(-1))
+    def build_reference(family, std, rows, **options):
+        model = build(family, std=std)
+        text = torch.randint(2, 199, (rows, LENGTH), generator=torch.Generator().manual_seed(3))
+        logits = forced(model, text, DynamicCache(config=model.config), **options)
+        assert logits.shape[:2].numel() == 1000
+        assert_telling(logits.argmax(-1))
+        return model, text, logits
+
+    def measure(family, std, pace=SIDE_BY_SIDE, **config):
+        wanted = family, std, pace["rows"]
+        if wanted not in references:
+            references[wanted] = build_reference(family, std, **pace)
+        model, text, reference = references[wanted]
         cache = KVQ(model=model, **config)
-        logits = forced(model, text, cache, **options)
+        logits = forced(model, text, cache, prompt=pace["prompt"], chunk=pace["chunk"])
         assert all(side.store.length > 900 for layer in cache.layers for _, side in layer.sides())
         return compare(logits, reference)
 
     return measure
 
 
-def test_as_transformers_initializes_it(family, build, follow):
-    difference, agreement = follow(build(family, std=None), backend="native", **EIGHT)
+def test_as_transformers_initializes_it(family, follow):
+    difference, agreement = follow(family, None, backend="native", **EIGHT)
     assert difference < 0.02
     assert agreement >= 0.99
 
 
 @pytest.mark.parametrize("backend", ["quanto", "hqq", "native"])
-def test_with_sharp_attention(backend, build, follow):
-    difference, agreement = follow(build("llama", std=0.15), backend=backend, **EIGHT)
+def test_with_sharp_attention(backend, follow):
+    pace = STEP_BY_STEP if backend == "native" else SIDE_BY_SIDE
+    difference, agreement = follow("llama", 0.15, pace, backend=backend, **EIGHT)
     assert difference < 0.02
     assert agreement >= 0.99
 
 
-def test_one_bit_fewer_is_noticed(build, follow):
-    _, agreement = follow(build("llama", std=0.15), backend="native", **{**EIGHT, "nbits_k": 7, "nbits_v": 7})
+def test_one_bit_fewer_is_noticed(follow):
+    _, agreement = follow("llama", 0.15, backend="native", **{**EIGHT, "nbits_k": 7, "nbits_v": 7})
     assert agreement < 0.99
