@@ -30,10 +30,10 @@ CASES = {
     "head dim 80": {"head_dim": 80},
     "head dim 256": {"head_dim": 256, "tokens": 270},
     "other head dim of the values": {"head_dim": 64, "value_dim": 32},
-    "many chunks": {"pieces": 11},
+    "many chunks": {"pieces": 11, "tokens": 403},
     "no sinks": {"sink_length": 0},
     "sinks and store alone": {"residual_length": 0, "tokens": 512},
-    "long window": {"residual_length": 256},
+    "long window": {"residual_length": 256, "tokens": 403},
     "several queries": {"queries": 3},
     "padding": {"batch": 2, "padding": (0, 37)},
     "padding and several queries": {"batch": 2, "padding": (5, 0), "queries": 3},
@@ -49,7 +49,7 @@ CASES = {
 
 
 def build_request(
-    batch=1, heads=2, groups=4, head_dim=64, value_dim=None, tokens=403, pieces=1, queries=1, padding=None,
+    batch=1, heads=2, groups=4, head_dim=64, value_dim=None, tokens=275, pieces=1, queries=1, padding=None,
     softcap=None, logits=False, rows=None, dtype=torch.float32, dtypes=None, factor=1.0, **fields,
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(7)
