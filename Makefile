@@ -14,6 +14,10 @@ ONCE ?= tests/store tests/mutants tests/testing tests/test_import_order.py tests
 	$(filter-out %/test_cache_operations.py,$(wildcard tests/invariants/test_*.py))
 # The torch of test-newest: the pinned one, since a newer one may come with CUDA alone; NEWEST_TORCH=torch lifts it.
 NEWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
+# `make mutants-sampled`. The programs for a GPU are left out: under Triton's interpreter each mutant takes a minute.
+SEED ?= 0
+MUTANTS ?= 60
+SAMPLED ?= $(shell find kvq/store kvq/attention -name '*.py' -not -path '*/triton/*' | sort)
 # `make bench` and `make reproduce`
 BENCH_NAME ?= cpu
 BENCH_ARGS ?=
@@ -33,10 +37,10 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench reproduce test test-fast test-oldest test-newest test-classes eval-harness mutants soak fuzz lint types examples plugin wheel models cases pages docs venv clean
+.PHONY: help demo bench reproduce test test-fast test-oldest test-newest test-classes eval-harness mutants mutants-sampled soak fuzz lint types examples plugin wheel models cases pages docs venv clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: venv ## compare the backends on the embedded model
 	$(BIN)/kvq demo
@@ -74,6 +78,11 @@ eval-harness: .venv-eval/installed ## test the model type of lm-evaluation-harne
 
 mutants: venv ## break the code piece by piece and show that the tests turn red (minutes)
 	$(BIN)/python tests/mutants/run.py -n $(WORKERS)
+
+# cosmic-ray draws in an environment of its own: it brings some thirty packages, and nothing else here needs them.
+mutants-sampled: venv .venv-mutants/installed ## break random places of kvq/store and kvq/attention (SEED, MUTANTS), an hour or so
+	.venv-mutants/bin/python tests/mutants/draw.py --seed $(SEED) --count $(MUTANTS) --out build/mutants.json $(SAMPLED)
+	$(BIN)/python tests/mutants/sampled.py -n $(WORKERS) build/mutants.json
 
 soak: venv ## run the state machines with twelve times the examples
 	OMP_NUM_THREADS=1 KVQ_EXAMPLES=soak $(BIN)/pytest $(PYTEST_FLAGS) tests/invariants/test_cache_operations.py
@@ -149,6 +158,11 @@ clean: ## remove everything that these targets made
 	$(PYTHON_OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt torch
 	.venv-oldest/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+.venv-mutants/installed:
+	$(PYTHON) -m venv .venv-mutants
+	.venv-mutants/bin/python $(PIP_INSTALL) "cosmic-ray==8.7.*"
 	touch $@
 
 .venv-eval/installed: pyproject.toml constraints.txt

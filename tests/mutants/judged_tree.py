@@ -71,18 +71,19 @@ class JudgedTree:
         finally:
             place.path.write_text(original, encoding="utf-8")
 
-    def run(self, tests: list[str], must_import: Path | None = None) -> Outcome:
+    def run(self, tests: list[str], must_import: Path | None = None, timeout: float | None = None) -> Outcome:
         """Run tests until one fails; the copy's code comes before what is installed.
 
         Args:
             tests: as pytest names them.
             must_import: the file that makes the difference; the run shows nothing if it was not imported.
+            timeout: seconds that the run may take; None: those of one test for each.
         """
         verdict = self.root / "verdict.json"
         verdict.unlink(missing_ok=True)
         started = time.monotonic()
         try:
-            process = self._start_pytest(tests, verdict)
+            process = self._start_pytest(tests, verdict, timeout or TIMEOUT_SECONDS * len(tests))
         except subprocess.TimeoutExpired:
             return Outcome("ran out of time", time.monotonic() - started)
         seconds = time.monotonic() - started
@@ -102,7 +103,7 @@ class JudgedTree:
         state = "cannot run" if CRASHES & set(first["error"]) else "red"
         return Outcome(state, seconds, first["test"], first["error"][0], output)
 
-    def _start_pytest(self, tests: list[str], verdict: Path) -> subprocess.CompletedProcess[str]:
+    def _start_pytest(self, tests: list[str], verdict: Path, timeout: float) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(self.root), str(HERE)]),
@@ -119,6 +120,6 @@ class JudgedTree:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS * len(tests),
+            timeout=timeout,
             check=False,
         )

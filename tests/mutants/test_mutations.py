@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from definitions import find_places
 from mutations import MisfitError, load_mutations
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 MUTATIONS = load_mutations()
 INVARIANTS = set(range(1, 8))
 
@@ -66,3 +69,22 @@ def test_every_invariant_has_some_of_unlike_kinds():
     assert {invariant: len(found) for invariant, found in pieces.items() if len(found) < 3} == {}
     assert all(isinstance(m.breaks, str) or m.breaks in INVARIANTS for m in MUTATIONS)
     assert len({m.name for m in MUTATIONS}) == len(MUTATIONS)
+
+
+RANDOM_PLACES = ("kvq/store", "kvq/attention")
+"""Where `make mutants-sampled` draws."""
+PLACES = yaml.safe_load((HERE / "tests_by_place.yaml").read_text(encoding="utf-8"))
+SURVIVORS = yaml.safe_load((HERE / "survivors.yaml").read_text(encoding="utf-8"))
+
+
+def test_every_place_of_a_random_mutant_has_tests():
+    files = [path.relative_to(ROOT).as_posix() for name in RANDOM_PLACES for path in (ROOT / name).rglob("*.py")]
+    assert [file for file in files if not file.startswith(tuple(PLACES))] == []
+    assert [place for place in PLACES if not any(file.startswith(place) for file in files)] == []
+    assert [test for tests in PLACES.values() for test in tests if not (ROOT / test).exists()] == []
+
+
+def test_every_survivor_that_is_explained_is_still_a_piece_of_the_code():
+    counts = {entry["old"]: len(find_places(ROOT, None, entry["where"], entry["old"])) for entry in SURVIVORS}
+    assert {old: count for old, count in counts.items() if count != 1} == {}
+    assert all(entry["why"] and entry["old"] != entry["new"] for entry in SURVIVORS)
