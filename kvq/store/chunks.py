@@ -52,7 +52,10 @@ class StoreView:
     @property
     def device(self) -> torch.device | None:
         """Where the chunks are, or None where there are none."""
-        return next((part.device for segment in self.segments for part in segment.parts.values()), None)
+        for segment in self.segments:  # no generator: asked in every layer at every step
+            for part in segment.parts.values():
+                return part.device
+        return None
 
     def decode_into(self, out: torch.Tensor, start: int = 0) -> None:
         """Write the states of the tokens from `start`, a multiple of the block length, into `out` `[B, H, T, D]`."""
