@@ -16,7 +16,7 @@ from kvq.layers.quantized_layer import KVQLayer
 KERNELS = {kernel.name: kernel for kernel in OWN_KERNELS if not kernel.device_types or "cpu" in kernel.device_types}
 
 
-@pytest.fixture(params=["compiled", "eager"])
+@pytest.fixture(params=[name for name in KERNELS if name != "blockwise"])
 def kernel(request):
     """Each kernel that serves a single query on the CPU."""
     chosen = KERNELS[request.param]

@@ -219,7 +219,8 @@ def test_copies_of_a_layer_start_without_addresses(make_request, request_):
 
 
 @pytest.mark.parametrize("change", [lambda layer: layer.crop(-250), lambda layer: layer.batch_repeat_interleave(2)])
-def test_no_plan_keeps_chunks_alive_that_the_layer_has_left(make_request, request_, change):
+def test_no_kernel_keeps_chunks_alive_that_the_layer_has_left(make_request, request_, change):
+    attend_packed(request_, request_.pair.kernel_cache)
     layer = make_request.layer
     layer.kernel_cache.kernel_data["a kernel"] = layer.side("key").view().store.segments
     change(layer)

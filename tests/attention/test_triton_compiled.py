@@ -11,7 +11,7 @@ import torch
 
 from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
-from kvq.attention.kernels.triton.chunk_table import get_plan
+from kvq.attention.kernels.triton.chunk_table import get_chunk_table
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton, _Launch
 
 pytestmark = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
@@ -29,7 +29,7 @@ def make_launch(dtype, head_dim, **fields):
     pair = cache.layers[0].update(states[:, :, :1], states[:, :, :1], packed=True)[0].pair
     request = AttentionRequest(torch.randn(1, 4, 1, head_dim, dtype=dtype), pair, None, scaling=1.0)
     assert TRITON.why_unsupported(request) is None
-    return _Launch(request, get_plan(pair, torch.device("cpu")))
+    return _Launch(request, get_chunk_table(pair, torch.device("cpu")))
 
 
 def compile_for(function, pointers, scalars, options, architecture):
@@ -77,7 +77,7 @@ def compile_parts(launch, architecture):
     from kvq.attention.kernels.triton import programs
 
     state = NAMES[launch.request.query.dtype]
-    query = state if launch.key.codec.rotation is None else "fp32"
+    query = state if launch.key.rotation is None else "fp32"
     pointers = {**TABLES, **OTHERS, **dict.fromkeys(STATES, state), "query": query}
     scalars = {"scaling": "fp32", "softcap": "fp32"}
     return compile_for(programs.attend_parts, pointers, scalars, launch.options(), architecture)

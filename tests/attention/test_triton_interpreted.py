@@ -14,7 +14,7 @@ import torch
 from kvq import KVQ
 from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
-from kvq.attention.kernels.triton.chunk_table import get_plan
+from kvq.attention.kernels.triton.chunk_table import get_chunk_table
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
 
 SCRIPT = Path(__file__).with_name("interpreted_triton.py")
@@ -95,9 +95,9 @@ def test_nothing_is_uploaded_between_flushes(monkeypatch):
     counts = []
     for _ in range(130):
         pair = cache.layers[0].update(layer_states, layer_states, packed=True)[0].pair
-        plan = get_plan(pair, CPU)
+        table = get_chunk_table(pair, CPU)
         counts.append(len(uploads))
-        assert plan.stored_length.item() == pair.key.store.length
+        assert table.stored_length.item() == pair.key.store.length
     flushes = len(set(counts)) - 1
     assert flushes == 2
     assert counts[-1] == (1 + flushes) * counts[0] > 0
@@ -110,7 +110,8 @@ def test_the_table_points_at_every_stored_block():
         cache.update(states, states, 0)
     cache.layers[0].reorder_cache(torch.tensor([1, 0]))
     pair = cache.layers[0].update(states[:, :, :1], states[:, :, :1], packed=True)[0].pair
-    for view, table in ((pair.key.store, get_plan(pair, CPU).key), (pair.value.store, get_plan(pair, CPU).value)):
+    found = get_chunk_table(pair, CPU)
+    for view, table in ((pair.key.store, found.key), (pair.value.store, found.value)):
         places = [(place, block) for place, segment in enumerate(view.segments) for block in range(segment.used)]
         assert [tuple(block) for block in table.blocks.tolist()] == places
         for segment, row in zip(view.segments, table.addresses.tolist(), strict=True):

@@ -15,11 +15,12 @@ from transformers import DynamicCache, EncoderDecoderCache
 from kvq import KVQ, KVQCacheConfig
 from kvq.attention.attention_detector import report_model
 from kvq.attention.handle import PackedStates
+from kvq.attention.kernels.own_kernels import OWN_KERNELS
 from kvq.cache.encoder_decoder import EncoderDecoderKVQ
 
 GREEDY = dict(max_new_tokens=12, do_sample=False)
 SMALL = dict(nbits_k=8, nbits_v=8, residual_length=32)
-KERNELS = {"compiled", "blockwise", "eager"}
+KERNELS = {kernel.name for kernel in OWN_KERNELS}
 
 
 @pytest.fixture
