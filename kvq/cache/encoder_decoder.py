@@ -28,14 +28,14 @@ class EncoderDecoderKVQ(EncoderDecoderCache):
     the input has; with `cross_attention="quantize"` they are quantized too, else they stay in full precision.
 
     Args:
-        config: as for `KVQ`.
+        config: the configuration, as for `KVQ`.
         model: the model or its configuration.
         padding: tokens of left padding of the decoder's input in each row.
         **overrides: single fields, which win over `config`.
 
     Raises:
         ConfigError: the configuration is wrong.
-        BackendError: the backend cannot be had.
+        BackendError: the backend is unavailable.
         ModelError: the model is no encoder-decoder model, or nothing in it would be quantized.
 
     Example:

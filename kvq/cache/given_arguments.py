@@ -1,4 +1,4 @@
-"""What a user hands to a cache, checked before anything is built."""
+"""Checks of the arguments that a user gives to a cache, before anything is built."""
 
 from __future__ import annotations
 

@@ -41,15 +41,15 @@ class KVQ(CarriedStates, KnownTokens):
 
     Args:
         config: a `KVQCacheConfig`, a mapping of its fields, the path of a YAML or JSON file, or None for the defaults.
-        model: the model or its configuration. It tells which layers are sliding, shared or hybrid, and is needed where
-            a layer is counted from the end.
-        padding: tokens of left padding in each row of the batch; what they hold then never shapes a group's scale.
-            Under the "kvq" attention the first forward's mask tells it; under another one, pass it.
+        model: the model or its configuration. It says which layers are sliding, shared or hybrid, and is needed
+            where a layer is counted from the end.
+        padding: tokens of left padding in each row of the batch, which then never shape a group's scale. Under the
+            "kvq" attention the cache reads it from the first forward's mask; under another one, pass it.
         **overrides: single fields, which win over `config`.
 
     Raises:
         ConfigError: the configuration is wrong.
-        BackendError: the backend cannot be had.
+        BackendError: the backend is unavailable.
         ModelError: nothing in this model would be quantized.
 
     Example:
@@ -70,7 +70,7 @@ class KVQ(CarriedStates, KnownTokens):
 
     @classmethod
     def of_decoder(cls, config: KVQCacheConfig, decoder: DecoderConfig, padding: Sequence[int] | None = None) -> KVQ:
-        """Return a cache for one of the attentions of an encoder-decoder model; raises what the constructor raises."""
+        """Return a cache for one attention of an encoder-decoder model; raises the errors of the constructor."""
         cache = cls.__new__(cls)
         cache._fill(config, decoder, padding)
         return cache
@@ -86,14 +86,14 @@ class KVQ(CarriedStates, KnownTokens):
         self._history: TokenHistory | None = None
         self._thread_guard = ThreadGuard()
         if self._model_config is None and self.config.needs_layer_count:
-            fault = Fault(("layers",), "a layer is counted from the end; pass `model=` so that the number is known")
+            fault = Fault(("layers",), "a layer is counted from the end; pass `model=`, which has the number of layers")
             raise ConfigError([fault])
         layers = (
             [] if self._model_config is None else build_layers(self.config, self._model_config, self._padding.counts)
         )
         super().__init__(layers=layers)
 
-    # Traced by torch.compile, it would be compiled anew with every chunk.
+    # Traced by torch.compile, it would be compiled again with every chunk.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -105,16 +105,16 @@ class KVQ(CarriedStates, KnownTokens):
             value_states: `[B, H, T, D_v]`; copied.
             layer_idx: index of the layer.
             *args: passed on to layers of transformers.
-            **kwargs: likewise.
+            **kwargs: passed on too.
 
         Returns:
             Keys and values `[B, H, total, D]`: plain tensors that alias nothing in the cache, or handles where the
-            model's active attention is "kvq". Without `model=` the first attention of the model tells which it is.
+            model's active attention is "kvq". Without `model=` the cache detects it at the model's first attention.
 
         Raises:
             StatesError: the states do not fit; the cache is then as it was before.
-            CacheStateError: another thread is in the middle of a forward with this cache; likewise. Or torch.export is
-                tracing, of which the cache can be no part.
+            CacheStateError: another thread is in the middle of a forward with this cache, which is then as it was. Or
+                torch.export is tracing, which the cache cannot be part of.
         """
         if _is_exporting():
             raise CacheStateError(
@@ -183,10 +183,10 @@ class KVQ(CarriedStates, KnownTokens):
         model: PreTrainedModel | PretrainedConfig | None = None,
         token_ids: torch.Tensor | None = None,
     ) -> None:
-        """Write the cache to a file, in place of one that is there; killed at any moment, the old one or the new stays.
+        """Write the cache to a file atomically: a crash leaves the old file or the new one.
 
         Args:
-            path: of the file, safetensors.
+            path: the file to write, safetensors.
             model: the model whose states these are, for `load` to check; by default that of `KVQ(model=...)`.
             token_ids: int64 `[B, T]`, the tokens that were fed, or more; they come back as `token_ids`. By default
                 those of the cache, where it knows all that it holds.
@@ -213,13 +213,13 @@ class KVQ(CarriedStates, KnownTokens):
         """Return the cache that a file holds; nothing in the file is executed.
 
         Args:
-            path: of the file.
+            path: the file to read.
             model: the model that goes on with it; checked against the one whose states were saved.
             device: where the states live; default: where the layers of the model are, or the CPU.
 
         Raises:
             CacheFileError: the file is damaged, of another kind, newer than this release, or of another model.
-            ConfigError, BackendError: the configuration in the file cannot be had here.
+            ConfigError, BackendError: the configuration in the file is not available here.
         """
         with CacheFile(path) as file:
             if model is not None:
@@ -231,9 +231,9 @@ class KVQ(CarriedStates, KnownTokens):
         return cache
 
     def move_to(self, device: str | torch.device) -> None:
-        """Move all layers to a device; what the configuration offloads stays where it is.
+        """Move all layers to a device; a store that the configuration offloads stays where it is.
 
-        It is not called `to`, since accelerate calls that on whatever has it.
+        It is not called `to`, since accelerate calls that on every object that has it.
 
         Raises:
             ConfigError: the device cannot be used.
@@ -255,12 +255,12 @@ class KVQ(CarriedStates, KnownTokens):
         return other
 
     def activate_past_recording(self) -> None:
-        """Let layers keep what a crop may have to bring back; see `KVQLayer.activate_past_recording`."""
+        """Let layers keep the states that a crop may have to bring back; see `KVQLayer.activate_past_recording`."""
         self._records_past = True
         super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens, and quantize what was put off while the past was recorded; see `KVQLayer.crop`.
+        """Forget the newest tokens, and quantize those that waited while the past was recorded; see `KVQLayer.crop`.
 
         Raises:
             CacheStateError: a layer carries a state that is the sum of all tokens, from which none can be taken back.
@@ -385,7 +385,7 @@ class KVQ(CarriedStates, KnownTokens):
             self._history = self._history.select_rows(choose(torch.arange(len(self._history.ids))))
 
     def _check_order(self, layer: KVQLayer, key_states: torch.Tensor) -> None:
-        """Check, where no model tells how its layers use the cache, that they are filled in step.
+        """Check, without a model that says how its layers use the cache, that they are filled in step.
 
         An encoder-decoder model, which would store self- and cross-attention on top of each other, is noticed here.
         """
@@ -396,8 +396,8 @@ class KVQ(CarriedStates, KnownTokens):
         if isinstance(before, KVQLayer) and before.get_seq_length() != reached:
             raise StatesError(
                 f"layer {layer.layer_idx} would hold {reached} tokens, but layer {before.layer_idx} holds "
-                f"{before.get_seq_length()}; pass `model=` if the layers of this model use the cache in unlike ways, "
-                "and a new cache if a forward was cut short"
+                f"{before.get_seq_length()}; pass `model=` if the layers of this model use the cache in different "
+                "ways, and a new cache if a forward was cut short"
             )
 
     def _reads_packed(self) -> bool:

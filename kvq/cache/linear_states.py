@@ -1,7 +1,6 @@
-"""What models ask of a cache about states that are no keys and values: convolutions, linear attention, indexers.
+"""Convolution, linear-attention and indexer states, delegated to transformers' layers.
 
-Transformers' own layers hold them, where a model told the cache which layers have any. Without one the cache has layers
-of keys and values only, and says so instead of failing somewhere inside.
+Without a model a cache has layers of keys and values only, and says so instead of failing somewhere inside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Left padding of a batch: what a cache was told of it, what a mask says, and what states without a mask betray.
+"""Left padding of a batch, given by the user, read from a mask, or noticed in states without one.
 
 It must not know what a cache is.
 """
@@ -14,16 +14,16 @@ class BatchPadding:
     """The left padding of one batch, from before its first tokens until it is forgotten.
 
     Args:
-        told: tokens of left padding in each row, from the user or a file; None to learn them from the first mask.
+        given: tokens of left padding in each row, from the user or a file; None to learn them from the first mask.
 
     Attributes:
         counts: tokens of left padding in each row; None: no padding, as far as is known.
-        is_settled: whether it can no longer change, since it was told or tokens are held.
+        is_settled: whether it can no longer change, since it was given or tokens are held.
     """
 
-    def __init__(self, told: tuple[int, ...] | None) -> None:
-        self.counts: tuple[int, ...] | None = told
-        self.is_settled = self._was_told = told is not None
+    def __init__(self, given: tuple[int, ...] | None) -> None:
+        self.counts: tuple[int, ...] | None = given
+        self.is_settled = self._was_given = given is not None
         self._has_seen_mask = False
 
     def learn(self, attention_mask: torch.Tensor | None) -> None:
@@ -41,7 +41,7 @@ class BatchPadding:
             )
 
     def settle(self, first_values: torch.Tensor | None = None) -> None:
-        """Keep what is known: tokens are held now.
+        """Keep the padding as it is known: tokens are held now.
 
         Args:
             first_values: `[B, H, T, D]`, the first values of the first layer; warns where they look left-padded and no
@@ -58,15 +58,15 @@ class BatchPadding:
             )
 
     def forget(self) -> None:
-        """Learn anew, from the next batch."""
+        """Forget the padding, and learn that of the next batch."""
         self.counts = None
-        self.is_settled = self._was_told = self._has_seen_mask = False
+        self.is_settled = self._was_given = self._has_seen_mask = False
 
     def forget_learnt(self) -> bool:
-        """Learn anew unless it was told; return whether it was not."""
-        if not self._was_told:
+        """Forget the padding unless it was given; return whether it was forgotten."""
+        if not self._was_given:
             self.forget()
-        return not self._was_told
+        return not self._was_given
 
 
 def left_padding(attention_mask: object) -> list[int] | None:

@@ -1,6 +1,6 @@
 """Notices two threads that use one cache at the same time.
 
-A cache may wander from thread to thread, one forward after the other. What it cannot survive is a forward that another
+A cache may wander from thread to thread, one forward after the other. It does not survive a forward that another
 thread interrupts: the layers would hold the tokens of both. It must not know what a cache or a layer is.
 """
 
@@ -27,7 +27,7 @@ class ThreadGuard:
 
         Args:
             layer_idx: the layer that is updated.
-            is_in_step: tells whether all layers that hold tokens hold equally many, as between two forwards; asked
+            is_in_step: returns whether all layers that hold tokens hold equally many, as between two forwards; asked
                 only where the thread is another one than at the last update.
 
         Raises:

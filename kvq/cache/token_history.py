@@ -1,6 +1,6 @@
-"""Which tokens a cache holds the states of, as far as somebody has told it.
+"""The ids of the tokens whose states a cache holds, as far as they are known.
 
-A cache sees states and no tokens. It must not know layers; whoever changes what the layers hold tells it.
+A cache sees states and no tokens. It must not know layers; code that changes the layers must report to it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from kvq.errors import StatesError
 
 @dataclass(frozen=True, eq=False)
 class TokenHistory:
-    """Token ids, as they were told at one moment.
+    """Token ids, as they were given at one moment.
 
     Attributes:
-        ids: int64 `[B, T]` on the CPU, never written to; they may go on behind what the cache held then.
+        ids: int64 `[B, T]` on the CPU, never written to; they may go on behind the tokens held then.
         held: tokens that the cache held then, or holds by now if these are fewer.
     """
 

@@ -1,7 +1,7 @@
 """Keys with a bias that is large against their spread, which groups inside one token lose.
 
 A bias moves every key of a channel by the same number. Per-channel groups take it up in their offset. A per-token group
-spans many channels, so that its range, and with it the step of its codes, grows with the largest bias in it: of Qwen2.5
+spans many channels, so its range, and with it the step of its codes, grows with the largest bias in it: of Qwen2.5
 at 4 bits the KL divergence was 0.069 per token and 0.0008 per channel.
 
 Owns the judgement from a model's modules. It must not know who asks, nor warn by itself.
@@ -45,7 +45,7 @@ class KeyBias:
         layer_idx: index of the layer.
         path: the module that computes the keys.
         growth: how many times wider the bias makes a group inside one token, 1 or more, of the head where it is the
-            most; None where the weights have no data to tell from (a model on the meta device, or packed weights).
+            most; None where the weights have no data (a model on the meta device, or packed weights).
     """
 
     layer_idx: int
@@ -56,7 +56,7 @@ class KeyBias:
 def find_biased_keys(model: PreTrainedModel, least_growth: float = LEAST_GROWTH) -> tuple[KeyBias, ...]:
     """Return the layers whose keys have a large bias, or one of unknown size.
 
-    The input of a projection is taken as normalized, so that channel `c` has the standard deviation `||W_c||`. Biases
+    The input of a projection is taken as normalized, so channel `c` has the standard deviation `||W_c||`. Biases
     that are zero are none.
 
     Args:
@@ -79,14 +79,14 @@ def find_biased_keys(model: PreTrainedModel, least_growth: float = LEAST_GROWTH)
 
 
 def explain_biased_keys(biases: Iterable[KeyBias], layers: Mapping[int, ResolvedLayer]) -> str | None:
-    """Return what to tell about keys that a configuration quantizes inside tokens although they have a large bias.
+    """Return a warning about keys that a configuration quantizes inside tokens although they have a large bias.
 
     Args:
-        biases: of the model, as `find_biased_keys` returns them.
+        biases: the model's key biases, as `find_biased_keys` returns them.
         layers: what holds for each quantized layer, by index.
 
     Returns:
-        One line, or None where there is nothing to tell.
+        One line, or None where there is nothing to warn of.
     """
     hurt = [bias for bias in biases if bias.layer_idx in layers and _is_hurt(bias, layers[bias.layer_idx])]
     if not hurt:

@@ -45,10 +45,10 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 @contextmanager
 def reading_ahead(layers: Sequence[Any], layer_idx: int) -> Iterator[None]:
-    """Read an offloaded layer within the block, and begin to bring the next one, around the end, after it.
+    """Read an offloaded layer within the block, then start copying the next layer (wrapping around).
 
-    The copies of a layer are dropped with the block: what was returned to the attention keeps them as long as it needs,
-    and what a kernel keeps of them goes when the next layer is read. On a GPU they travel on a stream of their own
+    The copies of a layer are dropped with the block: the states returned to the attention keep them as long as needed,
+    and a kernel drops its data about them when the next layer is read. On a GPU they travel on a stream of their own
     while the model computes.
     """
     layer = layers[layer_idx]

@@ -1,4 +1,4 @@
-"""Whether states that a model hands over can be taken in by a layer."""
+"""Checks of the states that a model gives to a layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_states(layer: str, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Check that keys and values can be quantized.
 
     Args:
-        layer: how errors call the layer that they are given to.
+        layer: the layer's name in errors.
         keys: `[B, H, T, D_k]`.
         values: `[B, H, T, D_v]`.
 
@@ -42,7 +42,7 @@ def check_continuity(what: str, states: torch.Tensor, held: torch.Tensor) -> Non
     """Check that states go on from those that a layer holds.
 
     Args:
-        what: how errors call the states.
+        what: the states' name in errors.
         states: `[B, H, T, D]`.
         held: some that the layer holds.
 
@@ -63,7 +63,7 @@ def check_rows(what: str, states: torch.Tensor, held: int | None) -> None:
     """Check that states have as many rows as a layer holds.
 
     Args:
-        what: how errors call the states.
+        what: the states' name in errors.
         states: `[B, H, T, D]`.
         held: rows of the layer, or None where it holds nothing.
 

@@ -110,7 +110,7 @@ class LayerMemory:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What a cache holds against what `DynamicCache` would hold.
+    """The bytes that a cache holds, beside those that `DynamicCache` would hold.
 
     Attributes:
         layers: one entry a layer.

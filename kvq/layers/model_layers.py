@@ -1,7 +1,7 @@
 """The layers of a cache for one model: which are quantized, which stay those of transformers, and what is refused.
 
-It asks transformers for its own list and replaces the plain layers, so that a kind of layer that it does not know stays
-as transformers made it.
+It asks transformers for its own list and replaces the plain layers, so a kind of layer that it does not know stays as
+transformers made it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LATENT_VALUE_BITS = 8
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What a cache reads of a model.
+    """The parts of a model's configuration that a cache reads.
 
     Attributes:
         layers: describes the layers of the decoder; for some encoder-decoder models a copy.
@@ -50,7 +50,7 @@ class DecoderConfig:
             return cls(text, text, is_encoder_decoder=False)
         if text is config or type(text) is not type(config):
             return cls(text, text, is_encoder_decoder=True)
-        # One flat configuration for both halves, of which `text` is a copy that tells the decoder's sizes.
+        # One flat configuration for both halves, of which `text` is a copy with the decoder's sizes.
         layers = copy.deepcopy(text)
         layers.is_encoder_decoder = False
         layers.num_hidden_layers = getattr(config, "num_decoder_layers", None) or layers.num_hidden_layers
@@ -63,8 +63,8 @@ def build_layers(
     """Return transformers' own list of layers with the plain ones replaced; all, where nothing else is there.
 
     Args:
-        config: of the cache.
-        model_config: of the decoder.
+        config: the cache's configuration.
+        model_config: the decoder's configuration.
         padding: tokens of left padding in each row, or None.
 
     Raises:

@@ -32,7 +32,7 @@ class KVQLayer(CacheLayerMixin):
 
     Args:
         layer_idx: index of the layer in the model.
-        settings: what the configuration says of this layer.
+        settings: the configuration of this layer.
         padding: tokens of left padding in each row, or None where there is none.
     """
 
@@ -184,7 +184,7 @@ class KVQLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens and quantize what was put off while the past was recorded, also for 0 tokens.
+        """Forget the newest tokens and quantize those that waited while the past was recorded, also for 0 tokens.
 
         Args:
             tokens_to_remove: zero or negative, as transformers counts since 5.18. Up to `residual_length` tokens come
@@ -246,12 +246,12 @@ class KVQLayer(CacheLayerMixin):
             side.offload()
 
     def prefetch(self) -> None:
-        """Copy an offloaded store to where the states are, for what reads it until the next `offload`."""
+        """Copy an offloaded store to where the states are, for reads until the next `offload`."""
         for side in self._sides.values():
             side.prefetch()
 
     def release_prefetched(self) -> None:
-        """Forget what `prefetch` copied; what is being read stays until it is read."""
+        """Forget the copies of `prefetch`; views that read them keep them."""
         for side in self._sides.values():
             side.release_prefetched()
 
@@ -288,7 +288,7 @@ class KVQLayer(CacheLayerMixin):
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
-        """Hold again what is held now if the block fails."""
+        """Undo every change since now if the block fails."""
         before = [(side, side.contents) for side in self._sides.values()]
         try:
             yield

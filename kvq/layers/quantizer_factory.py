@@ -32,7 +32,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
     """Build what quantizes one side of one layer.
 
     Args:
-        settings: of the layer.
+        settings: the layer's settings.
         side: keys or values.
         layer_idx: index of the layer.
         states: the first states, `[B, H, T, D]`, for their shape, dtype and device.

@@ -1,4 +1,4 @@
-"""Which of the two protocols a backend's object keeps, told by its shape before anything is called on it."""
+"""Which of the two protocols a backend's object keeps, judged by its shape before anything is called on it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def find_kind(quantizer: object, name: str) -> Kind:
     """Return which protocol an object keeps; one that has something of `Quantizer` beyond the other is meant as one.
 
     Args:
-        quantizer: what a backend built.
-        name: how to call it in an error.
+        quantizer: the object that a backend built.
+        name: its name in errors.
 
     Raises:
         QuantizerContractError: neither; the message says what is missing or wrong.
@@ -82,7 +82,7 @@ def _takes(method: object, count: int) -> bool:
         inspect.signature(method).bind(*[None] * count)
     except TypeError:
         return False
-    except ValueError:  # a method of a native extension tells no signature
+    except ValueError:  # a method of a native extension has no signature
         return True
     return True
 

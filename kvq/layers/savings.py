@@ -25,9 +25,9 @@ def check_savings(quantizer: Quantizer, chosen: ResolvedSide, spec: QuantSpec, r
     """Refuse what can never save anything, and warn, once, of what does so seldom.
 
     Args:
-        quantizer: as the store uses it.
-        chosen: what the configuration says of the side.
-        spec: of the quantizer.
+        quantizer: the quantizer, as the store uses it.
+        chosen: the configuration of the side.
+        spec: the spec that it was built from.
         residual_length: newest tokens that are exact.
 
     Raises:

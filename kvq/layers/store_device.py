@@ -15,8 +15,8 @@ def choose_store_device(wanted: torch.device | None, states: torch.device) -> to
     one `device=model.device` must not gather them all on the first.
 
     Args:
-        wanted: what the configuration says, or None: with the states.
-        states: where the states are.
+        wanted: the configured device, or None: with the states.
+        states: the device of the states.
 
     Raises:
         ConfigError: the wanted device cannot be used.

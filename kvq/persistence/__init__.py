@@ -1,4 +1,4 @@
-"""Files of caches: safetensors with a header that tells what is in them, written whole or not at all.
+"""Files of caches: safetensors with a header that describes their content, written whole or not at all.
 
 Owns the format, its checks and the fingerprints of model and backends. It knows layers, and no cache.
 """

@@ -1,4 +1,4 @@
-"""Writing a file so that there is the old one or the new one, whatever happens in between."""
+"""Writing a file atomically: a crash leaves the old file or the new one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class UnfinishedFile:
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[UnfinishedFile]:
-    """Put what the block writes in the place of the file at `path`, or leave that as it is if the block fails.
+    """Replace the file at `path` by the one that the block writes; if the block fails, leave it as it is.
 
     A symbolic link stays one: the file that it leads to is replaced.
 
@@ -55,7 +55,7 @@ def written_atomically(path: Path) -> Iterator[UnfinishedFile]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(temporary, target)  # noqa: PTH105  # what happens here is told in calls of the system
+        os.replace(temporary, target)  # noqa: PTH105  # one call of the system
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

@@ -1,7 +1,7 @@
 """The container: a safetensors file whose every byte is covered by a checksum.
 
 Owns bytes, offsets and dtypes; it must not know what the tensors mean. A header is believed only as far as the file is
-long, so that no number in it can make the reader allocate more than the file holds.
+long, so no number in it can make the reader allocate more than the file holds.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write_container(file: UnfinishedFile, metadata: Mapping[str, str], tensors: 
         metadata: strings by name.
         tensors: by name; each is fetched once.
     """
-    # Wide elements first, so that each tensor begins at a multiple of its element size.
+    # Wide elements first: each tensor then begins at a multiple of its element size.
     names = sorted(tensors, key=lambda name: -tensors[name].spec.dtype.itemsize)
     table: dict[str, Any] = {"__metadata__": {CHECKSUM_KEY: NO_CHECKSUM, **metadata}}
     end = 0

@@ -1,4 +1,4 @@
-"""What tells one model, or one release of a backend, from another.
+"""Facts that distinguish one model, or one release of a backend, from another.
 
 Two models of one shape differ in their weights: a few fixed elements of the first and the last key projection are
 compared, since keys and values of one model mean nothing to another.
@@ -32,13 +32,13 @@ MODEL_FACTS = (
     "sliding_window",
     "rope_parameters",
 )
-"""What is compared of a configuration: by these the states of two models of unlike shape differ."""
+"""The parts of a configuration that are compared: if they differ, so do the models' states."""
 SAMPLE_COUNT = 4096
-"""Most elements of a weight that are compared, evenly spread, so that each part of a fused projection is among them."""
+"""Most elements of a weight that are compared, evenly spread: each part of a fused projection is among them."""
 
 
 def fingerprint_model(model: PreTrainedModel | PretrainedConfig) -> ModelFingerprint:
-    """Return what tells a model from others; of a configuration alone, no weights.
+    """Return the facts that distinguish a model from others; of a configuration alone, no weights.
 
     Args:
         model: the model; a weight that is not in memory (on disk, or without data) is left out.
@@ -66,14 +66,14 @@ def fingerprint_backends(specs: Iterable[BackendSpec]) -> dict[str, BackendFinge
 
 
 def _digest(module: nn.Module) -> str | None:
-    """Return a digest of fixed elements of a weight, in whatever dtype it is; None where they cannot be read."""
+    """Return a digest of fixed elements of a weight, in any dtype; None where they cannot be read."""
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     weight = module.weight if weights is None else weights["weight"]
     if not isinstance(weight, torch.Tensor) or weight.device.type == "meta":
         return None
     local = weight.to_local() if hasattr(weight, "to_local") else weight
     flat = local.detach().reshape(-1)
-    # An odd step, so that it never runs down one column of a matrix.
+    # An odd step: it never runs down one column of a matrix.
     sample = flat[:: -(-flat.numel() // SAMPLE_COUNT) | 1].to("cpu")
     values = sample.double() if sample.is_floating_point() else sample.long()
     return hashlib.sha256(repr(local.shape).encode() + values.numpy().tobytes()).hexdigest()

@@ -1,6 +1,6 @@
-"""What the header of a file says: the configuration, the fingerprints, and the shape of what each layer holds.
+"""The header of a file: the configuration, the fingerprints, and the shape of each layer's states.
 
-Owns the words of the format. Everything is bounded here, so that what reads a checked header may rely on it.
+Owns the words of the format. Everything is bounded here, so code that reads a checked header may rely on it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SideHeader(_Strict):
     sinks: bool
     sink_tokens: Count | None = Field(default=None, description="sinks in the file; left out where all of them are")
     runs: list[RunHeader]
-    survivors: list[tuple[Tokens, Count]] = Field(description="first position and tokens of what crops left of groups")
+    survivors: list[tuple[Tokens, Count]] = Field(description="first position and tokens of each cropped group")
     others: dict[str, TensorHeader] = Field(default={}, description="what else the side holds; left out where nothing")
 
     @model_serializer(mode="wrap")
@@ -78,7 +78,7 @@ class SideHeader(_Strict):
 
 
 class StatesDtypes(_Strict):
-    """The dtypes of what a layer holds; under autocast the two sides differ."""
+    """The dtypes of a layer's states; under autocast the two sides differ."""
 
     dtype: StatesDtype = Field(description="of the keys")
     value_dtype: StatesDtype | None = Field(default=None, description="of the values; left out where it is the same")
@@ -103,7 +103,7 @@ def name_dtypes(keys: torch.dtype, values: torch.dtype) -> dict[str, Any]:
 
 
 class QuantizedStates(StatesDtypes):
-    """What a quantized layer holds."""
+    """The states of a quantized layer."""
 
     starts: list[Tokens] = Field(min_length=1, description="position of the first real token of each row")
     window: Tokens
@@ -112,7 +112,7 @@ class QuantizedStates(StatesDtypes):
 
 
 class PlainStates(StatesDtypes):
-    """What a layer of transformers holds."""
+    """The states of a layer of transformers."""
 
     batch_size: Count
     tokens: Tokens = Field(description="tokens that the tensors hold")
@@ -154,7 +154,7 @@ class WeightsSample(_Strict):
 
 
 class ModelFingerprint(_Strict):
-    """What tells one model from another: facts of its configuration and samples of its weights."""
+    """Facts of a model's configuration and samples of its weights, by which it is recognized."""
 
     facts: dict[str, Any]
     weights: list[WeightsSample]

@@ -1,4 +1,4 @@
-"""What saves and loads a layer, by the form that the layer takes in a file."""
+"""The formats that save and load layers, by the form that a layer takes in a file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kvq.transformers_seams.layer_kinds import kind_of
 
 
 class LayerFormat(Protocol):
-    """Layers of one form in a file: what the header says of them, which tensors they need, and the way back.
+    """Layers of one form in a file: their header, their tensors, and the way back.
 
-    `states` is what the header says of a layer that holds tokens, `prefix` what the names of its tensors begin with.
+    `states` is the part of the header about the states that a layer holds; `prefix` begins the names of its tensors.
     """
 
     def describe(self, layer: Any) -> LayerHeader:
-        """Return what the header says of a layer."""
+        """Return the header of a layer."""
 
     def collect(self, layer: Any, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
         """Yield the tensors of a layer that holds tokens, by name."""
@@ -38,11 +38,11 @@ class LayerFormat(Protocol):
         """Yield the tensors that the file must have for a prepared layer, by name.
 
         Raises:
-            CacheFileError: what the header says makes no such layer.
+            CacheFileError: the header describes no such layer.
         """
 
     def fill(self, layer: Any, states: Any, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
-        """Put what the file holds into a prepared layer.
+        """Fill a prepared layer from the file.
 
         Raises:
             CacheFileError: the tensors make no such layer.
@@ -64,7 +64,7 @@ def find_form(layer: Any) -> str | None:
 
 
 def describe_layer(layer: Any) -> LayerHeader:
-    """Return what the header says of a layer that a file can hold."""
+    """Return the header of a layer that a file can hold."""
     form = find_form(layer)
     if form is None:
         raise CacheStateError(f"no file can hold a {type(layer).__name__}")
@@ -72,5 +72,5 @@ def describe_layer(layer: Any) -> LayerHeader:
 
 
 def format_of(header: LayerHeader) -> LayerFormat:
-    """Return what saves and loads the layer of a header."""
+    """Return the format of a layer by its header."""
     return _FORMATS[header.kind]

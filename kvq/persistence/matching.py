@@ -39,8 +39,8 @@ def check_backends_match(saved: Mapping[str, BackendFingerprint], layers: Sequen
     """Refuse what another release of a backend may decode in another way; warn where it may only encode so.
 
     Args:
-        saved: what the file says of each backend.
-        layers: prepared for what the file holds.
+        saved: the backends in the file.
+        layers: the layers, prepared for the states in the file.
 
     Raises:
         CacheFileError: a backend with a representation of its own is of another release here.

@@ -17,7 +17,7 @@ class DynamicLayerFormat:
     """Layers whose whole state is keys and values of all tokens; a `LayerFormat`."""
 
     def describe(self, layer: DynamicLayer) -> DynamicHeader | SlidingHeader:
-        """Return what the header says of a layer."""
+        """Return the header of a layer."""
         return DynamicHeader(states=self._describe_states(layer))
 
     def collect(self, layer: DynamicLayer, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
@@ -50,7 +50,7 @@ class DynamicLayerFormat:
             yield f"{prefix}.{name}.states", TensorSpec((states.batch_size, heads, states.tokens, head_dim), dtype)
 
     def fill(self, layer: Any, states: PlainStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
-        """Put what the file holds into a prepared layer."""
+        """Fill a prepared layer from the file."""
         del states
         layer.keys, layer.values = (read(f"{prefix}.{name}.states").to(layer.device) for name in ("key", "value"))
 
@@ -81,11 +81,11 @@ class SlidingLayerFormat(DynamicLayerFormat):
     """Layers that forget the tokens behind a sliding window."""
 
     def describe(self, layer: DynamicSlidingWindowLayer) -> SlidingHeader:
-        """Return what the header says of a layer."""
+        """Return the header of a layer."""
         return SlidingHeader(sliding_window=layer.sliding_window, states=self._describe_states(layer))
 
     def fill(self, layer: Any, states: PlainStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
-        """Put what the file holds into a prepared layer."""
+        """Fill a prepared layer from the file."""
         super().fill(layer, states, prefix, read)
         layer.cumulative_length = states.seen
 

@@ -1,4 +1,4 @@
-"""A quantized layer in a file: what the header says of it, which tensors it needs, and the way back."""
+"""A quantized layer in a file: its header, its tensors, and the way back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class QuantizedLayerFormat:
     """Quantized layers; a `LayerFormat`."""
 
     def describe(self, layer: KVQLayer) -> QuantizedHeader:
-        """Return what the header says of a layer; one that holds no tokens is as good as new."""
+        """Return the header of a layer; one that holds no tokens is as good as new."""
         if not layer.get_seq_length():
             return QuantizedHeader(states=None)
         sides = dict(layer.sides())
@@ -86,7 +86,7 @@ class QuantizedLayerFormat:
             yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in planned.items())
 
     def fill(self, layer: KVQLayer, states: QuantizedStates, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
-        """Put what the file holds into a prepared layer.
+        """Fill a prepared layer from the file.
 
         Raises:
             CacheFileError: a batch index leads nowhere, or the backend does not take its constants back.
@@ -166,7 +166,7 @@ def _check_cropped(side: LayerSide, header: SideHeader, tokens: int) -> None:
     end = 0
     for start, length in header.survivors:
         if start < end or start % side.flush_length or length >= side.flush_length or start + length > tokens:
-            raise CacheFileError(f"{length} tokens at position {start} are no survivors of a cut group")
+            raise CacheFileError(f"{length} tokens at position {start} are no cropped group")
         end = start + length
 
 

@@ -52,15 +52,15 @@ class CacheFile:
     It is open for the time of a `with` block, and every refusal within names it.
 
     Args:
-        path: of the file.
+        path: the file to read.
 
     Attributes:
-        header: what the file says of itself.
-        config: of the cache.
+        header: the header of the file.
+        config: the cache's configuration.
 
     Raises:
         CacheFileError: the file is no cache, or one that this version does not read.
-        ConfigError, BackendError: the configuration in it cannot be had here.
+        ConfigError, BackendError: the configuration in it is not available here.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,7 +91,7 @@ class CacheFile:
             raise CacheFileError(f"{self.path} cannot be loaded: {error}") from error
 
     def check_model(self, model: PreTrainedModel | PretrainedConfig) -> None:
-        """Check that the states in the file are those of `model`; warn where the file does not tell.
+        """Check that the states in the file are those of `model`; warn where the file does not say.
 
         Raises:
             CacheFileError: they are of another model.
@@ -112,9 +112,9 @@ class CacheFile:
         """Return the layers of the cache, filled.
 
         Args:
-            layers: as a new cache of this configuration has them; where it has none, they are made.
-            model: whose layers tell where the states live, or None.
-            device: where the states of all layers live, or None: with the model, else on the CPU.
+            layers: the layers of a new cache with this configuration; where it has none, they are made.
+            model: the model on whose devices the states live, or None.
+            device: the device of all states, or None: with the model, else the CPU.
 
         Raises:
             CacheFileError: what the file holds does not fit its configuration or the model.

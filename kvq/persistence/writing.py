@@ -30,18 +30,18 @@ def write_layers(
     model: PreTrainedModel | PretrainedConfig | None,
     token_ids: torch.Tensor | None,
 ) -> None:
-    """Write the layers of a cache, in place of a file that is there.
+    """Write the layers of a cache; an existing file is replaced.
 
     Args:
-        path: of the file.
-        config: of the cache.
-        layers: of the cache.
+        path: the file to write.
+        config: the cache's configuration.
+        layers: the cache's layers.
         padding: tokens of left padding in each row that the cache was built with, or None.
-        model: whose states the layers hold, or None where that is not known.
+        model: the model whose states the layers hold, or None where that is not known.
         token_ids: int64 `[B, T]`, the tokens that the states are of, or None.
 
     Raises:
-        CacheFileError: the file cannot be written; what was there before is unchanged.
+        CacheFileError: the file cannot be written; an existing file is unchanged.
         CacheStateError: a layer is of a kind that the format does not know, or a forward was cut short.
         ConfigError: a backend was given as an object that no file can name.
     """
@@ -80,15 +80,15 @@ def _check_layers(layers: Sequence[Any]) -> None:
         if find_form(layer) is None:
             raise CacheStateError(
                 f"layer {index} is a {type(layer).__name__}, whose states no file of this version can hold; "
-                "run the prompt again in place of saving it"
+                "rerun the prompt instead"
             )
     lengths = {layer.get_seq_length() for layer in layers} - {0}
     if not lengths:
         raise CacheStateError("the cache holds no tokens yet; run the model before it is saved")
     if len(lengths) > 1:
         raise CacheStateError(
-            f"the layers hold {' and '.join(map(str, sorted(lengths)))} tokens; a forward was cut short, so that the "
-            "cache is no beginning of any text"
+            f"the layers hold {' and '.join(map(str, sorted(lengths)))} tokens; a forward was cut short, so the cache "
+            "is no beginning of any text"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a cache will hold, from the configuration of a model alone: no weights, no device."""
+"""Plans: the bytes that a cache will hold, from the configuration of a model alone, without weights or device."""
 
 from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan
 from kvq.planning.planner import plan

@@ -23,11 +23,11 @@ class SidePlan:
     Attributes:
         num_heads: key-value heads (H).
         head_dim: elements of one head (D).
-        backend: what quantizes them; None: they stay in full precision, and so are the rest of the fields.
+        backend: the backend that quantizes them; None: they stay in full precision, and so are the rest of the fields.
         nbits: bits per code.
         granularity: `per_token` or `per_channel`.
         group_length: elements that share a scale; None where the backend has a representation of its own.
-        rotation: what they are rotated by before quantizing.
+        rotation: the rotation before quantizing.
         effective_bits: codes and metadata per stored element, without slack.
     """
 
@@ -85,25 +85,25 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a cache will hold after a prompt.
+    """The bytes that a cache will hold after a prompt.
 
     Attributes:
         model: class of the model.
         context: tokens of the prompt, the same in each row.
         batch: rows.
-        dtype: of weights and states.
+        dtype: the dtype of weights and states.
         layers: one entry a layer of the cache.
         horizon: tokens generated after the prompt in `later_bytes` and `peak_bytes`; they open every chunk that the
             next ones fill.
-        num_parameters: of the model.
-        weights_bytes: of the model.
-        gpu_memory_bytes: of the device, or None.
+        num_parameters: parameters of the model.
+        weights_bytes: bytes of its weights.
+        gpu_memory_bytes: bytes of the device, or None.
         largest_context: most tokens whose cache fits beside the weights, 0 if none do; None without `gpu_memory_bytes`.
         is_search_bounded: whether more would fit, but that was not looked for.
-        unsupported: what is not quantized and cannot be.
-        warnings: what speaks against this configuration for this model.
-        notes: what to know about these numbers.
-        left_out: what takes memory too and is not counted.
+        unsupported: the states that cannot be quantized.
+        warnings: reasons against this configuration for this model.
+        notes: facts about these numbers.
+        left_out: other uses of memory, which are not counted.
     """
 
     model: str

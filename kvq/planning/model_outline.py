@@ -1,7 +1,7 @@
-"""What a model hands to its cache, found by running it on torch's meta device, where tensors have shapes and no data.
+"""The states that a model gives to its cache, found by running it on torch's meta device, without data.
 
-The configurations of architectures disagree on where head counts and head sizes stand, and some do not tell them at all
-(latent attention, layers of unlike sizes, states of linear attention); the model's own code knows.
+The configurations of architectures disagree on where head counts and head sizes stand, and some lack them
+(latent attention, layers of different sizes, states of linear attention); the model's own code knows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ModelOutline:
         layers: the layers of transformers' own cache after one token; all their tensors are on the meta device.
         num_parameters: elements of all parameters, shared ones once.
         weights_bytes: bytes of these parameters in `dtype`.
-        dtype: of the parameters.
+        dtype: the dtype of the parameters.
         key_biases: the layers whose keys have a bias, of unknown size.
     """
 
@@ -50,9 +50,9 @@ def outline_model(model_config: PretrainedConfig, batch: int, dtype: torch.dtype
     """Build a model on the meta device and run it on one token of each row.
 
     Args:
-        model_config: of the model; not changed.
+        model_config: the model's configuration; not changed.
         batch: rows (B).
-        dtype: of weights and states; None: that of the configuration.
+        dtype: the dtype of weights and states; None: that of the configuration.
 
     Raises:
         ModelError: transformers has no generating model for this configuration, or it does not run without data.
@@ -67,7 +67,7 @@ def outline_model(model_config: PretrainedConfig, batch: int, dtype: torch.dtype
             layers = _run_one_token(model, batch)
     except Exception as error:  # code of some hundred architectures, which raises anything
         raise ModelError(
-            f"{type(model_config).__name__}: the model does not run without weights, so that what it caches is not "
+            f"{type(model_config).__name__}: the model does not run without weights, so what it caches is not "
             f"known from its configuration alone ({type(error).__name__}: {error}); measure it with cache.memory()"
         ) from error
     parameters = list(model.parameters())

@@ -44,17 +44,17 @@ def plan(
     """Plan the cache of a model from its configuration alone.
 
     Args:
-        model_config: configuration of the model.
-        config: of the cache, as `KVQ` takes it.
+        model_config: the model's configuration.
+        config: the cache's configuration, as `KVQ` takes it.
         context: tokens of the prompt in each row, 1 to `MAX_CONTEXT`.
         batch: rows, at least 1.
-        dtype: of weights and states; None: that of the configuration.
+        dtype: the dtype of weights and states; None: that of the configuration.
         gpu_memory: bytes of the device, for the largest context that fits; None: it is not looked for.
         weights_bytes: bytes of the weights; None: parameters times their dtype.
 
     Raises:
         ConfigError: a number is out of range, or the configuration is wrong or makes no sense for this model.
-        BackendError: a backend cannot be had.
+        BackendError: a backend is unavailable.
         ModelError: the cache cannot serve this model or its dtype, or what it caches is not known from its
             configuration.
     """
@@ -89,9 +89,9 @@ class _Stage:
     """The layers of a cache, each kind rehearsed once.
 
     Args:
-        cache: not yet filled.
-        outline: of its model.
-        model_config: of its model.
+        cache: the cache, not yet filled.
+        outline: the outline of its model.
+        model_config: the configuration of its model.
     """
 
     def __init__(self, cache: KVQ, outline: ModelOutline, model_config: PretrainedConfig) -> None:

@@ -17,9 +17,9 @@ class Reasons:
     """Explains layers of one cache.
 
     Args:
-        config: of the cache.
-        model_config: of the text model.
-        layers: of the cache.
+        config: the cache's configuration.
+        model_config: the text model's configuration.
+        layers: the cache's layers.
     """
 
     def __init__(self, config: KVQCacheConfig, model_config: PretrainedConfig, layers: list[Any]) -> None:

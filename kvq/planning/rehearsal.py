@@ -1,7 +1,7 @@
 """Layers that take tokens without data: the product's own layers on torch's meta device.
 
-What is allocated when is decided by the code that decides it in a real cache, so that there is no second set of
-formulas. Only the quantizing itself is left out.
+The same code as in a real cache decides when it allocates what, so there is no second set of formulas. Only the
+quantizing itself is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_HORIZON = 512
 
 @dataclass(frozen=True)
 class Moments:
-    """What a layer holds at two moments.
+    """The bytes that a layer holds at two moments.
 
     Attributes:
         prompt: right after the prompt.
@@ -47,7 +47,7 @@ class Rehearsal:
     """One layer of a cache, which can be filled any number of times.
 
     Args:
-        layer: of the cache, not yet filled: a `KVQLayer`, or one of transformers.
+        layer: a layer of the cache, not yet filled: a `KVQLayer`, or one of transformers.
         outline: the layer of transformers' own cache after one token, on the meta device.
 
     Raises:

@@ -1,7 +1,7 @@
 """The storage of affine quantizers: grouping, packing and metadata around a backend that decides numbers.
 
-`AffineCodec` gives any `AffineQuantizer` the shape of a `Quantizer`, so that the rest of the store knows one kind only.
-A stored group is `scale * (code - 2 ** (bits - 1)) + mid`: centred codes, with the value of the middle code in place of
+`AffineCodec` gives any `AffineQuantizer` the shape of a `Quantizer`, so the rest of the store knows one kind only.
+A stored group is `scale * (code - 2 ** (bits - 1)) + mid`: centred codes, with the value of the middle code instead of
 the value of code 0, because scale and mid are what survives a narrow dtype.
 """
 
@@ -27,7 +27,7 @@ from kvq.store.rotation import HadamardRotation
 PER_TOKEN_BLOCK_LENGTH = 32
 """Tokens that per-token groups are packed by: a whole number of bytes at every width."""
 EXPONENT_TARGET = 14
-"""Metadata in float16 is scaled by a power of two per block so that its largest magnitude is about 2 ** 14."""
+"""Metadata in float16 is scaled by a power of two per block, which brings its largest magnitude to about 2 ** 14."""
 FLOAT16_MAX = torch.finfo(torch.float16).max
 LOWEST_EXPONENT = -1000
 """Stands for the exponent of a number that has none: 0, or one that is not finite."""
@@ -43,14 +43,14 @@ class AffineCodec:
 
     Args:
         quantizer: the backend's quantizer.
-        spec: what it was built from.
+        spec: the spec that it was built from.
         rotation: applied to the states before quantizing and undone after, or None.
         compute_dtype: dtype that decoding computes in.
         scale_dtype: dtype that scales are stored in, or None: that of the spec, which mid always has.
         backend: name of what built the quantizer, for errors.
 
     Attributes:
-        packed_format: where codes, scales and mids lie, for what reads them without this class.
+        packed_format: where codes, scales and mids lie, for kernels, which read them without this class.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class AffineCodec:
     def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Quantize whole blocks of `[B, H, T, D]` in one call of the backend; the parts never alias the input.
 
-        A group with an element that is not finite comes back as NaN, all of it: what it was is lost, and nothing that
-        looks like an ordinary number may stand in its place. The backend sees zeros there.
+        A group with an element that is not finite comes back as NaN, all of it: its states are lost, and no ordinary
+        number may take their place. The backend sees zeros there.
         """
         rotated = states if self.rotation is None else self.rotation.apply(states.float())
         groups = self._group(rotated.unflatten(2, (-1, self.block_length))).float()

@@ -19,7 +19,7 @@ from kvq.store.segments import Segment, copy_segments
 MAX_CHUNK_LENGTH = 2048
 """Tokens in the largest chunk."""
 GROWTH_DIVISOR = 4
-"""A chunk opened for future tokens holds at most this fraction of what is stored, which bounds the slack."""
+"""A chunk opened for future tokens holds at most this fraction of the stored blocks, which bounds the slack."""
 
 
 def chunk_capacity(stored: int, wanted: int, block_length: int) -> int:
@@ -37,7 +37,7 @@ def chunk_capacity(stored: int, wanted: int, block_length: int) -> int:
 
 @dataclass(frozen=True)
 class StoreView:
-    """What a store held at one moment; later changes of the store do not reach it.
+    """The tokens of a store at one moment; later changes of the store do not reach it.
 
     Attributes:
         codec: the quantizer that decodes the segments.
@@ -122,7 +122,7 @@ class ChunkedStore:
         return self.writer.device
 
     def view(self) -> StoreView:
-        """Return what is stored now, without copying."""
+        """Return the tokens stored now, without copying."""
         if not self.prefetched:  # the very same tuple, by which a kernel knows that nothing has changed
             return StoreView(self.codec, self.segments, self.length)
         found = tuple(self.prefetched.get(segment, segment) for segment in self.segments)
@@ -172,7 +172,7 @@ class ChunkedStore:
                 break
             kept.append(segment if segment.used <= keep else replace(segment, used=keep))
             keep -= kept[-1].used
-        # Views of what is cut off may still be read: the chunk is copied before it is written to again.
+        # Views may still read what is cut off: the chunk is copied before it is written to again.
         return replace(self, segments=tuple(kept), owns_last=self.owns_last and tuple(kept) == self.segments)
 
     def select_rows(self, rows: torch.Tensor) -> ChunkedStore:
@@ -203,7 +203,7 @@ class ChunkedStore:
         return ChunkedStore(ChunkWriter(codec, self.num_heads, device, pinned=pinned), self.batch_size, segments)
 
     def prefetch(self, device: torch.device) -> ChunkedStore:
-        """Keep copies of the chunks on a device, for views to read; what is written goes to the chunks."""
+        """Keep copies of the chunks on a device, for views to read; writes go to the chunks."""
         waiting = tuple(segment for segment in self.segments if segment not in self.prefetched)
         kept = {segment: self.prefetched[segment] for segment in self.segments if segment in self.prefetched}
         added = dict(zip(waiting, copy_segments(waiting, device, pinned=False), strict=True))

@@ -1,4 +1,4 @@
-"""Giving a quantizer that was built anew the constants of the one that encoded what a store holds."""
+"""Giving a new quantizer the constants of the one that encoded the blocks of a store."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def restore_constants(
     """Write constants into a quantizer that was just built, and check that it keeps them.
 
     Args:
-        quantizer: as built; its constants have the names, shapes and dtypes of `constants`.
-        constants: of a quantizer built from the same spec, on any device.
+        quantizer: the new quantizer; its constants have the names, shapes and dtypes of `constants`.
+        constants: the constants of a quantizer built from the same spec, on any device.
         like: states `[B, H, T, D]` that give heads, head dim, dtype and device.
-        settled: whether a block was encoded with them, so that they must not change any more.
+        settled: whether a block was encoded with them, after which they must not change.
 
     Raises:
-        QuantizerContractError: it does not take them, or learns anew from the next block that it encodes.
+        QuantizerContractError: it does not take them, or learns others from the next block that it encodes.
     """
     if not constants:
         return
@@ -43,5 +43,5 @@ def restore_constants(
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # Bit by bit, so that NaN equals itself and a dtype without comparison (float8) is no exception.
+    # Bit by bit: NaN then equals itself, and a dtype without comparison (float8) needs no exception.
     return torch.equal(*(tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))

@@ -1,4 +1,4 @@
-"""What the first blocks of a process are looked at for: numbers that no store could tell from good ones.
+"""A look at the first blocks of a process, for numbers that no store could tell from good ones.
 
 Codes beyond their width and metadata that is not finite would be packed and read back as garbage, in silence. A backend
 that makes such is wrong from its first block on: one look a kind of quantizer is enough, and later blocks cost nothing
@@ -29,9 +29,9 @@ def check_first_codes(
     """Look at what an affine quantizer returned, once a kind.
 
     Args:
-        kind: of the quantizer.
-        name: how to call it in an error.
-        bits: of a code.
+        kind: the kind of quantizer, as `kind_of` returns it.
+        name: the quantizer's name in errors.
+        bits: bits of a code.
         encoded: codes `[..., G]`, scale and offset `[...]`, of the right shapes and dtypes.
         lost: bool `[...]`, the groups whose states are not finite, in whose place zeros were quantized.
 
@@ -63,11 +63,11 @@ def check_first_blocks(
     """Decode the first block that a quantizer of its own representation returned, once a kind.
 
     Args:
-        kind: of the quantizer.
-        name: how to call it in an error.
-        quantizer: what encoded it.
-        states: `[B, H, T, D]`, what was encoded.
-        parts: what came of it, of the shapes and dtypes of the layout.
+        kind: the kind of quantizer, as `kind_of` returns it.
+        name: the quantizer's name in errors.
+        quantizer: the quantizer that encoded them.
+        states: `[B, H, T, D]`, as they were encoded.
+        parts: the encoded blocks, of the shapes and dtypes of the layout.
 
     Raises:
         QuantizerContractError: finite states do not come back finite.

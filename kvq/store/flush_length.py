@@ -10,7 +10,7 @@ from kvq.plugin_api.quantizer import Quantizer
 MAX_FLUSH_FACTOR = 4
 """Most blocks of the longer side that are flushed together where the block lengths of keys and values differ."""
 MIN_FLUSH_LENGTH = 32
-"""Fewest tokens that are quantized at once, so that a flush does not happen at every step."""
+"""Fewest tokens that are quantized at once; with fewer a flush would happen at every step."""
 
 
 def common_flush_length(key: Quantizer, value: Quantizer) -> int:

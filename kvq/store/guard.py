@@ -1,6 +1,6 @@
-"""A backend's own `Quantizer`, watched: what goes wrong in it is told with its place.
+"""A wrapper around a backend's own `Quantizer`, which adds to its errors where they happened.
 
-It stands around the backend's and does what that does. It must not know what the parts mean, nor how they are stored.
+It does what the wrapped one does. It must not know what the parts mean, nor how they are stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FUSED_METHODS = frozenset({"prepare_query", "scores", "mix", "finish_output"})
 
 
 class GuardedQuantizer:
-    """Satisfies `Quantizer`, and has whatever else the backend's own one has.
+    """Satisfies `Quantizer`, and has every other attribute of the backend's own one.
 
     Args:
         quantizer: the backend's.

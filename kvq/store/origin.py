@@ -1,4 +1,4 @@
-"""Where a quantizer comes from, and how that is named in whatever goes wrong in it."""
+"""Where a quantizer comes from, and how errors name it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the store does stays in the dtypes that it chose, also where the model runs under autocast.
+"""Keep the store's arithmetic in its own dtypes when the model runs under autocast.
 
-Autocast is about the model's arithmetic. It would round what a quantizer multiplies to half precision, so that what is
-stored would depend on where a flush happened to fall, and on processors it concatenates no float16.
+Autocast is about the model's arithmetic. It would round the factors in a quantizer to half precision, so the stored
+blocks would depend on where a flush happened to fall, and on processors it concatenates no float16.
 """
 
 from __future__ import annotations

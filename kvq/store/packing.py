@@ -2,7 +2,7 @@
 
 A width that divides 8 is stored in one plane, the others in several (7 = 4 + 2 + 1), lowest bits first. Within a plane
 the codes of one block are packed split-half: with four bits, byte `i` holds code `i` in its low and code `i + L / 2` in
-its high part, so that a kernel that reads low and high parts reads two runs of neighbours.
+its high part, so a kernel that reads low and high parts reads two runs of neighbours.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def pack(plane: torch.Tensor, width: int, dim: int) -> torch.Tensor:
         dim: the dimension to pack along.
 
     Returns:
-        uint8 with `L * width / 8` in place of L; for 8 bits `plane` itself.
+        uint8 with `L * width / 8` instead of L; for 8 bits `plane` itself.
     """
     parts = plane.chunk(8 // width, dim=dim)
     packed = parts[0]

@@ -1,8 +1,8 @@
 """Keys and values to look at: tensors whose writes are refused.
 
-What a quantized layer shows as its `keys` is made anew at every reading, and a write to it would be lost without a
-word. So it is refused, also through a slice or another view. Everything else works as on any tensor, and gives plain
-tensors. Whoever takes the storage itself (`untyped_storage`, `as_subclass`) writes to a copy.
+A quantized layer decodes its `keys` at every reading, so a write to them would be lost without a word. So it is
+refused, also through a slice or another view. Everything else works as on any tensor, and gives plain tensors. Code
+that takes the storage itself (`untyped_storage`, `as_subclass`) writes to a copy.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ReadStates(torch.Tensor):
 
 
 def refuse_assignment(source: str) -> NoReturn:
-    """Refuse to take a tensor in the place of what a layer shows.
+    """Refuse to assign a tensor to the keys or values of a layer.
 
     Raises:
         CacheStateError: always.
@@ -137,7 +137,7 @@ def _each(value: Any) -> Iterator[Any]:
 
 @_untraced
 def _guard_views(result: Any, origins: list[ReadStates]) -> Any:
-    """Return a result with whatever shares the storage of one of its origins guarded like it."""
+    """Return a result in which all that shares the storage of one of its origins is guarded like it."""
     if type(result) in (list, tuple):
         return type(result)(_guard_views(one, origins) for one in result)
     if type(result) is torch.Tensor and result.layout is torch.strided:

@@ -35,7 +35,7 @@ class Segment:
 def copy_segments(segments: Sequence[Segment], device: torch.device, *, pinned: bool) -> tuple[Segment, ...]:
     """Return segments on another device; a batch order that several share stays one.
 
-    From pinned memory to a GPU the copies are only begun: they are there for whatever follows on the same stream.
+    From pinned memory to a GPU the copies are only begun: all that follows on the same stream finds them.
     """
     orders = {id(segment.rows): segment.rows.to(device) for segment in segments if segment.rows is not None}
     with torch.inference_mode(False):

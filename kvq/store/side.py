@@ -1,7 +1,7 @@
 """One side of one layer: sinks, store and window together, and the view that attention reads.
 
-Owns the rule of what is quantized when: flushes happen at fixed token positions, so that what is stored depends on the
-states and not on how the updates that brought them were split.
+Owns the rule of what is quantized when: flushes happen at fixed token positions, so the stored
+blocks depend on the states and not on how updates split them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from kvq.store.window import TokenBuffer
 
 @dataclass(frozen=True)
 class SideView:
-    """The tokens of one side at one moment: what was held, then the states of the current forward, exact.
+    """The tokens of one side at one moment: those held, then the states of the current forward, exact.
 
     Attributes:
-        sinks: laid over the stored tokens.
+        sinks: exact states that are laid over the stored tokens.
         store: the quantized tokens.
         window: the newest tokens, `[B, H, W, D]`.
         new: the states that the current update brought, `[B, H, T, D]`, or None.
@@ -51,7 +51,7 @@ class SideView:
         return self.window
 
     def materialize(self) -> torch.Tensor:
-        """Return `[B, H, length, D]` in the dtype of the states; never aliases what the cache holds.
+        """Return `[B, H, length, D]` in the dtype of the states; never aliases a tensor of the cache.
 
         Where `new` is all there is, it is `new` itself: the caller's own tensor.
         """
@@ -103,7 +103,7 @@ class LayerSide:
 
     Args:
         flush_length: tokens that are flushed together, a multiple of the block length.
-        contents: the tokens that it begins with.
+        contents: the contents that it begins with.
 
     Attributes:
         contents: all that it holds; setting it to what it was before undoes every change since.
@@ -175,7 +175,7 @@ class LayerSide:
         return self.contents.held()
 
     def view(self, new: torch.Tensor | None = None) -> SideView:
-        """Return what is held now, followed by `new`."""
+        """Return the tokens held now, followed by `new`."""
         held = self.contents
         return SideView(held.sinks, held.store.view(), held.window.view(), new)
 
@@ -194,7 +194,7 @@ class LayerSide:
         self.contents = replace(self.contents, store=self.store.append_encoded(parts, rows))
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from position `length` on; what a crop leaves of a group returns to the window."""
+        """Forget the tokens from position `length` on; those that a crop leaves of a group return to the window."""
         kept = length // self.flush_length * self.flush_length
         left = None
         if kept < length < self.store.length:
@@ -224,9 +224,9 @@ class LayerSide:
         """Return an independent side on other devices.
 
         Args:
-            device: of the exact states.
+            device: where the exact states go.
             codec: the quantizer, built for states on that device.
-            store_device: of the quantized ones.
+            store_device: where the store goes.
         """
         self.contents = self.contents.shared()
         store = self.store.moved_to(store_device, codec, pinned=_pins(store_device, device))

@@ -1,4 +1,4 @@
-"""All that one side of one layer holds, as one value, and what adding and forgetting tokens make of it."""
+"""All that one side of one layer holds, as one value, and the values that adding and forgetting tokens make of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The first real tokens of each row, kept exact beside the store.
 
-The store keeps a slot for every token, so that positions agree across rows whatever their padding; sinks are laid over
-their slots on reading. In the slots themselves stand values that leave the scale of their group as it would be without
+The store keeps a slot for every token, so positions agree across rows of unequal padding; sinks are laid over their
+slots on reading. In the slots themselves stand values that leave the scale of their group as it would be without
 them, since sinks are often outliers and padding is noise.
 """
 

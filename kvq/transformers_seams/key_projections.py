@@ -26,7 +26,7 @@ def find_key_projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that compute the keys of the decoder's layers, in their order, with their names.
 
     Where no name is known, every weight matrix of a numbered layer is yielded: the first and the last of them still
-    tell two models apart.
+    distinguish two models.
     """
     layers = [(name, module) for name, module in model.named_modules() if _is_matrix(module) and _is_in_decoder(name)]
     for pattern in _KEY_NAMES:

@@ -42,12 +42,12 @@ class LayerKind:
         layer_class: the class itself; a subclass is another kind.
         reason: why a cache holds such a layer as transformers made it; `{window}` stands for its sliding window.
         states: the attributes that hold a row for each row of the batch, tensors or mappings of tensors.
-        growth: how much more it holds after more tokens.
+        growth: the growth with more tokens.
         replaced: when a quantized layer takes its place.
         slides: whether it forgets the tokens behind a sliding window, `sliding_window` tokens long.
-        is_never_written: whether its tensors are replaced by new ones and never written to, so that forks share them.
+        is_never_written: whether its tensors are replaced by new ones and never written to: forks share them.
         form_in_files: the `kind` of its header in saved caches; None: no file can hold it.
-        unsupported: what kvq does not quantize in it whatever the configuration says; empty: nothing is left over.
+        unsupported: the states that kvq never quantizes, under any configuration; empty: none.
     """
 
     layer_class: type

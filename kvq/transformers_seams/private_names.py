@@ -26,7 +26,7 @@ ATTENTION = "_attn_implementation_internal"
 CHECKPOINTS = "gradient_checkpointing"
 """The attribute of modules that drop the cache of a forward in training mode."""
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What the supported versions call the cache in `generate`, forward and outputs, the newest name first."""
+"""The names of the cache in `generate`, forward and outputs of the supported versions, the newest first."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ SEAMS = (
     ),
     Seam(
         "_attn_implementation",
-        "a configuration tells by it which attention its modules call, and each module reads it at every forward",
+        "a configuration names in it the attention that its modules call, and each module reads it at every forward",
         (
             "attention/attention_detector.py",
             "attention/entry.py",
@@ -69,7 +69,7 @@ SEAMS = (
     Seam(ATTENTION, "where `_attn_implementation` is stored", ("transformers_seams/private_names.py",)),
     Seam(
         "_supports_default_dynamic_cache",
-        "tells whether a class takes a `DynamicCache`, and so another `Cache` in its place",
+        "returns whether a class takes a `DynamicCache`, and so any other `Cache`",
         ("attaching/unwrap.py",),
     ),
     Seam(
@@ -84,12 +84,12 @@ SEAMS = (
     ),
     Seam(
         "is_recurrent_states_initialized",
-        "a mapping by which a layer of linear attention tells whether it holds a state",
+        "a mapping in which a layer of linear attention says whether it holds a state",
         ("layers/transformers_layers.py",),
     ),
     Seam(
         "recurrent_states",
-        "a mapping of the states of a layer of linear attention, [B, ...]; `conv_states` likewise",
+        "a mapping of the states of a layer of linear attention, [B, ...]; `conv_states` too",
         ("transformers_seams/layer_kinds.py",),
     ),
     Seam(

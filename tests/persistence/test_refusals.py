@@ -120,7 +120,7 @@ BYTES = {
     ),
     "which is no state of a cache": lambda data: signed(data, cache_of(*FIRST, "window", to=1)),
     "sinks of the keys are there or missing": lambda data: signed(data, cache_of(*FIRST, "key", "sinks", to=False)),
-    "5 tokens at position 7 are no survivors": lambda data: signed(
+    "5 tokens at position 7 are no cropped group": lambda data: signed(
         data, cache_of(*FIRST, "key", "survivors", to=[[7, 5]])
     ),
     "which is no number of flushes": lambda data: signed(
