@@ -201,8 +201,7 @@ def test_a_layer_counted_from_the_end_needs_the_model(tmp_path):
 KNOWN_STATE = {
     "KVQLayer": {
         "_sides", "device", "dtype", "is_initialized", "layer_idx", "padding", "settings",
-        "version",  # of views within this process
-        "attention",  # what the attention remembers of this process
+        "kernel_cache",  # what kernels keep in this process
         "record_past",  # asked for by each `generate` that needs it
     },
     "LayerSide": {"flush_length", "contents"},
