@@ -37,7 +37,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench reproduce test test-fast test-oldest test-newest test-classes eval-harness mutants mutants-sampled soak fuzz lint types examples plugin wheel models cases pages docs venv clean
+.PHONY: help demo bench reproduce test test-costly test-fast test-oldest test-newest test-classes eval-harness mutants mutants-sampled soak fuzz lint types examples plugin wheel models cases pages docs venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,11 +56,15 @@ reproduce: venv ## MODEL=... quality and speed on a model of yours, into REPORT 
 	$(BIN)/kvq bench --model "$(MODEL)" --out build/reproduce-bench.json $(BENCH_ARGS)
 	$(BIN)/python scripts/join_reports.py $(REPORT) quality=build/reproduce-eval.json speed=build/reproduce-bench.json
 
-test: venv ## run all tests (PYTEST_ARGS="-k ..." narrows)
-	KVQ_VERSIONS=pinned OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
+test: venv ## run all tests but the costly ones (PYTEST_ARGS="-k ..." narrows)
+	KVQ_VERSIONS=pinned OMP_NUM_THREADS=1 $(BIN)/pytest -m "not costly" $(PYTEST_FLAGS)
+
+# Other processes, compilers and processors: minutes that say little new from one edit to the next. CI runs them.
+test-costly: venv ## run the tests that `make test` leaves out
+	KVQ_VERSIONS=pinned OMP_NUM_THREADS=1 $(BIN)/pytest -m costly $(PYTEST_FLAGS)
 
 test-fast: venv ## run the tests that take less than some seconds
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not costly" $(PYTEST_FLAGS)
 
 test-oldest: .venv-oldest/installed ## repeat what depends on versions at the oldest supported ones (ONCE= repeats all)
 	KVQ_VERSIONS=oldest OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(PYTEST_FLAGS) $(REPEATED)

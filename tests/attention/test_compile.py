@@ -18,6 +18,7 @@ def llama():
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="kvq").eval()
 
 
+@pytest.mark.costly
 def test_the_graphs_of_the_first_steps_serve_all_later_ones(llama):
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -84,6 +84,7 @@ def build(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.case("the C kernel on ARM and on x86-64 without AVX", "the same numbers")
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_processor_gives_the_same_numbers(

@@ -710,6 +710,7 @@ with attach(model, nbits_k=4, nbits_v=4) as handle:
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.skipif(library.why_unavailable() is not None, reason="no C compiler")
 def test_attach_tries_the_compiled_kernel_by_itself(tmp_path):
     """Which kernel wins is the machine's affair; that what it says is obeyed is ours."""

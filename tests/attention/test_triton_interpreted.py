@@ -34,6 +34,7 @@ def errors():
 
 
 @needs_triton
+@pytest.mark.costly
 def test_every_case_is_attention_by_its_definition(errors):
     assert len(errors) >= 30
     assert {name: error for name, error in errors.items() if not isinstance(error, float)} == {}

@@ -67,6 +67,7 @@ def test_the_dead_package_and_a_torch_that_cannot_be_imported(run_kvq, make_dist
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.skipif(why_kernel_unavailable() is not None, reason="no C compiler")
 def test_kernels_are_shown_with_what_speaks_for_them_and_tried_when_asked(run_kvq, tmp_path):
     built = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvq" / "kernels"

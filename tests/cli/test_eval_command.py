@@ -121,6 +121,7 @@ def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_two_processes_measure_what_one_does(run, call_eval, tmp_path):
     args = (*QUICK, "--config", "k4v4.yaml", "--needles", "1")
     assert call_eval(*args, "--out", "one.json").returncode == 0

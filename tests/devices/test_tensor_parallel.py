@@ -31,6 +31,7 @@ def free_port():
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_two_processes(tmp_path):
     (whole,) = results([RUN, "whole", tmp_path])
     run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]

@@ -85,6 +85,7 @@ def test_a_compiled_model(llama, prompts, assert_telling):
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7"), reason="torch 2.6 compiles no forward of transformers 5, by any cache"
 )

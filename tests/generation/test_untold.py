@@ -183,6 +183,7 @@ def test_gradients_flow_where_nothing_was_told(ours):
     assert ours.model.layers[0].self_attn.k_proj.weight.grad.ne(0).any()
 
 
+@pytest.mark.costly
 def test_a_compiled_model_teaches_as_well(ours, returned):
     torch._dynamo.reset()
     cache, plain = KVQ(**SMALL), KVQ(**SMALL, model=ours)

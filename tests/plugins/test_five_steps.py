@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from installed_plugins import PLUGINS, environment_with, install
 
 README = (PLUGINS / "README.md").read_text(encoding="utf-8")
@@ -29,6 +30,7 @@ def find_steps() -> list[str]:
     return [line.strip() for block in re.findall(r"```sh\n(.*?)```", steps, re.DOTALL) for line in block.splitlines()]
 
 
+@pytest.mark.costly
 def test_the_five_steps_make_a_backend_that_generates(tmp_path):
     shutil.copytree(PLUGINS, tmp_path / "plugins", ignore=shutil.ignore_patterns("__pycache__"))
     numbered = re.findall(r"^(\d)\. ", README.split("## Five steps")[1].split("\n## ")[0], re.MULTILINE)
