@@ -175,3 +175,14 @@ def test_an_empty_variable_is_none(monkeypatch, blank):
 def test_what_a_compiler_made_can_be_called(source):
     built = provide_library(source)
     assert ctypes.CDLL(str(built.path)).answer() == 42
+
+
+def test_a_compiler_that_cannot_be_run_is_a_reason(source, monkeypatch, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(b"\x7fELF, but no more of it")
+    damaged.chmod(0o755)
+    monkeypatch.setenv("CC", str(damaged))
+    with pytest.raises(BuildError, match=r"damaged cannot be run: .*Exec format error"):
+        provide_library(source)
+    with pytest.raises(BuildError, match="cannot be run: embedded null byte"):
+        Toolchain(("cc\0",), ((),)).fingerprint(b"")
