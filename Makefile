@@ -88,7 +88,7 @@ mutants-sampled: venv .venv-mutants/installed ## break random places of kvq/stor
 	.venv-mutants/bin/python tests/mutants/draw.py --seed $(SEED) --count $(MUTANTS) --out build/mutants.json $(SAMPLED)
 	$(BIN)/python tests/mutants/sampled.py -n $(WORKERS) build/mutants.json
 
-soak: venv ## run the state machines with twelve times the examples
+soak: venv ## run the state machines with six times the examples
 	OMP_NUM_THREADS=1 KVQ_EXAMPLES=soak $(BIN)/pytest $(PYTEST_FLAGS) tests/invariants/test_cache_operations.py
 
 fuzz: venv ## load every mutation of saved caches: each field, offset, shape, dtype, length (minutes)

@@ -25,7 +25,7 @@ from kvq.plugin_api import BackendSpec, Granularity
 
 ROOT = Path(__file__).parents[2]
 OWN_BACKENDS = sorted(path.parent.name for path in (ROOT / "kvq_backends").glob("*/plugin.py"))
-SOAK_FACTOR = 12
+SOAK_FACTOR = 6
 
 # Behind everything else: an installed template plugin wins over the one of the tree.
 sys.path.append(str(ROOT / "plugins" / "kvq-template" / "src"))

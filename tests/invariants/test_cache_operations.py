@@ -406,7 +406,7 @@ def run_machine(
 
 
 def test_beside_dynamic_cache(record_property):
-    run_machine(BesideDynamicCache, 30, record_property)
+    run_machine(BesideDynamicCache, 60, record_property)
 
 
 @pytest.mark.case(
@@ -415,8 +415,8 @@ def test_beside_dynamic_cache(record_property):
     report="huggingface/transformers#45510",
 )
 def test_beside_its_own_states(record_property):
-    run_machine(BesideItsOwnStates, 40, record_property)
+    run_machine(BesideItsOwnStates, 80, record_property)
 
 
 def test_while_the_past_is_recorded(record_property):
-    run_machine(WhileThePastIsRecorded, 20, record_property, operations=("update", "crop", "copy"))
+    run_machine(WhileThePastIsRecorded, 30, record_property, operations=("update", "crop", "copy"))
