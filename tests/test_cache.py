@@ -253,3 +253,16 @@ def test_a_refused_crop_leaves_all_layers_as_they_are(removed, error):
     with pytest.raises(error):
         cache.crop(removed)
     assert [layer.get_seq_length() for layer in cache.layers] == [40] * 4
+
+
+@pytest.mark.parametrize("tokens", [5, 400], ids=["window", "store"])
+def test_rows_of_a_batch_are_repeated_next_to_each_other(tokens):
+    cache, expected = KVQ(), DynamicCache()
+    keys, values = states(tokens, batch=3)
+    cache.update(keys, values, 0)
+    held = cache.materialize(0)
+    expected.update(*held, 0)
+    for one in (cache, expected):
+        one.batch_repeat_interleave(2)
+    for found, wanted in zip(cache.materialize(0), (expected.layers[0].keys, expected.layers[0].values), strict=True):
+        assert torch.equal(found, wanted)
