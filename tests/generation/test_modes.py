@@ -151,7 +151,7 @@ class Witness:
 def packed(store):
     """The bytes of each part of a store in order of tokens, however chunks divide them and without slack."""
     blocks = [segment.read(0, segment.used) for segment in store.segments]
-    return {name: torch.cat([one[name] for one in blocks], dim=2).numpy().tobytes() for name in store.layout}
+    return {name: torch.cat([one[name] for one in blocks], dim=2).numpy().tobytes() for name in store.writer.layout}
 
 
 @pytest.mark.parametrize("name", ["prompt lookup", "draft model"])
