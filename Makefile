@@ -46,7 +46,7 @@ demo: venv ## compare the backends on the embedded model
 	$(BIN)/kvq demo
 
 # On a quiet machine: what others do meanwhile widens every interval.
-bench: venv ## measure speed into benchmarks/results (half an hour or more; BENCH_ARGS="--quick" and other options of kvq bench)
+bench: venv ## measure speed into benchmarks/results (the better part of an hour; BENCH_ARGS="--quick" and other options of kvq bench)
 	$(BIN)/kvq bench --out benchmarks/results/speed-$(BENCH_NAME).json --picture benchmarks/results/speed-$(BENCH_NAME).png $(BENCH_ARGS)
 
 reproduce: venv ## MODEL=... quality and speed on a model of yours, into REPORT (reproduce.json)

@@ -109,7 +109,8 @@ def render_summary() -> str:
     given = results["parameters"]
     note = (
         f"`kvq demo` with the backend {SUMMARY_BACKEND}: {given['contexts'] * given['questions']} questions about "
-        f"lists of records, answered by the small Llama that ships with kvq."
+        f"lists of records, answered by the small Llama that ships with kvq. Held: the cache of "
+        f"all {given['contexts']} contexts at the end."
     )
     return f"{table(('cache', 'exact answers', 'held', 'smaller'), cells, right=(1, 2, 3))}\n\n{note}"
 

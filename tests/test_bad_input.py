@@ -186,7 +186,7 @@ def _(cache):
     cache.update(states(3)[0], states(4)[1], 0)
 
 
-@row("states that have not four dimensions")
+@row("states without four dimensions")
 def _(cache):
     cache.update(torch.zeros(2, 3, 64), torch.zeros(2, 3, 64), 0)
 
@@ -196,7 +196,7 @@ def _(cache):
     cache.update(torch.zeros(64), torch.zeros(64), 1)
 
 
-@row("something that is no tensor")
+@row("something that is not a tensor")
 def _(cache):
     cache.update(None, None, 0)
 

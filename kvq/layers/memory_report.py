@@ -177,7 +177,7 @@ class MemoryReport:
         return self._sum("index_bytes")
 
     @property
-    def survivor_bytes(self) -> int:
+    def cropped_bytes(self) -> int:
         """The tokens that crops left of groups that they cut, as they were then."""
         return self._sum("survivor_bytes")
 

@@ -109,7 +109,7 @@ def test_the_lines_add_up_after_a_crop():
     cache.crop(-500)
     report = cache.memory()
     assert report.total_bytes == sum_of_lines(report)
-    assert report.survivor_bytes == 2 * 2 * 2 * (400 % 64) * 64 * 4
+    assert report.cropped_bytes == 2 * 2 * 2 * (400 % 64) * 64 * 4
     assert "cropped" in str(report)
     assert "cropped" not in str(KVQ().memory())
 

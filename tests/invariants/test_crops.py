@@ -13,7 +13,7 @@ CYCLES = 4
 
 @pytest.mark.case(
     "a crop into the quantized tokens",
-    "the survivors stay as they were, and the length is right",
+    "the tokens left of a cut group stay as they were, and the length is right",
     report="huggingface/transformers#45510",
 )
 @settings(max_examples=example_count(40))
