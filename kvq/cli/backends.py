@@ -12,7 +12,7 @@ from kvq.errors import UnknownBackendError
 
 def backends(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="A backend to show in full.")
+        str | None, typer.Argument(metavar="NAME", show_default=False, help="A backend to show in full.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")] = False,
 ) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvq.cli.bench_parts import run_plan, time_generation, time_prompts
+from kvq.cli.given_path import find_config_file
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import show_progress
 from kvq.cli.usage_errors import usage_errors
@@ -69,61 +70,97 @@ _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 def bench(
     length: Annotated[
-        list[int] | None, typer.Option(min=64, help="Tokens of history; repeatable. Default: 2048, 8192, 32768.")
+        list[int] | None,
+        typer.Option(metavar="INTEGER", min=64, help="Tokens of history; repeatable. Default: 2048, 8192, 32768."),
     ] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(min=1, help="Rows of the batch; repeatable. Default: 1, 4.")
+        list[int] | None, typer.Option(metavar="INTEGER", min=1, help="Rows of the batch; repeatable. Default: 1, 4.")
     ] = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="float32, bfloat16, float16; repeatable. Default: the first two.")
+        list[str] | None,
+        typer.Option(metavar="DTYPE", help="float32, bfloat16, float16; repeatable. Default: the first two."),
     ] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="A backend of kvq; repeatable. Default: all that work here.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A backend of kvq; repeatable. Default: all that work here."),
     ] = None,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="A configuration file, instead of backends; repeatable.")
+        list[Path] | None,
+        typer.Option("--config", "-c", metavar="FILE", help="A configuration file, instead of backends; repeatable."),
     ] = None,
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits of keys and values, for kvq and its peers.")] = 4,
+    bits: Annotated[
+        int, typer.Option(metavar="INTEGER", min=2, max=8, help="Bits of keys and values, for kvq and its peers.")
+    ] = 4,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
-    rounds: Annotated[int | None, typer.Option(min=3, help="Timed steps of each cache. Default: 21.")] = None,
-    flushes: Annotated[int | None, typer.Option(min=0, help="Timed flushes of each cache. Default: 5.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="INTEGER", min=3, help="Timed steps of each cache. Default: 21.")
+    ] = None,
+    flushes: Annotated[
+        int | None, typer.Option(metavar="INTEGER", min=0, help="Timed flushes of each cache. Default: 5.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="PATH_OR_ID", help="A model of yours, in its dtype, instead of a random one."),
     ] = None,
     layers: Annotated[
         int | None,
-        typer.Option(min=0, help="Layers of a whole random model, measured too; 0: none. Default: 4."),
+        typer.Option(
+            metavar="INTEGER", min=0, help="Also time a whole random model of this many layers; 0: none. Default: 4."
+        ),
     ] = None,
     deep: Annotated[
         int | None,
-        typer.Option(min=0, help="Layers of a model of cheap layers, after 16,384 tokens; 0: none. Default: 32."),
+        typer.Option(
+            metavar="INTEGER",
+            min=0,
+            help="Also time a model of this many small layers, after 16,384 tokens; 0: none. Default: 32.",
+        ),
     ] = None,
     prompt: Annotated[
-        list[int] | None, typer.Option(min=256, help="Prompt length to time the first token for; repeatable.")
+        list[int] | None,
+        typer.Option(metavar="INTEGER", min=256, help="Prompt length to time the first token for; repeatable."),
     ] = None,
     chunk: Annotated[
-        list[int] | None, typer.Option(min=2, help="Length of a prompt's chunk to time after the history; repeatable.")
+        list[int] | None,
+        typer.Option(
+            metavar="INTEGER", min=2, help="Length of a prompt's chunk to time after the history; repeatable."
+        ),
     ] = None,
     draft: Annotated[
-        list[int] | None, typer.Option(min=2, help="Draft length to time verification for; repeatable.")
+        list[int] | None,
+        typer.Option(metavar="INTEGER", min=2, help="Draft length to time verification for; repeatable."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps in a row, for their median and 99th percentile. Default: 512.")
+        int | None,
+        typer.Option(
+            metavar="INTEGER", min=0, help="Steps in a row, for their median and 99th percentile. Default: 512."
+        ),
     ] = None,
     limit: Annotated[
         float,
-        typer.Option(min=1, help="Seconds to fill one cache, and again for its flushes; six times that for prompts."),
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="Time to fill one cache, and again for its flushes; six times that for prompts. A cache expected to "
+            "take longer is left out, with the reason; flushes after that time are not measured.",
+        ),
     ] = 60,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="CPU threads. Default: torch's own choice.")
+        int | None,
+        typer.Option(metavar="INTEGER", min=1, max=MAX_THREADS, help="CPU threads. Default: torch's own choice."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as cuda or cpu. Default: a GPU if there is one.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="One layer, 2,048 tokens, batch 1, float32, few rounds: a minute.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw time against context: a PNG, SVG or PDF file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything measured to this JSON file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw time against context: a PNG, SVG or PDF file.")
+    ] = None,
 ) -> None:
     """Time decode steps of each cache against full precision.
 
@@ -184,7 +221,7 @@ def _choose_contenders(
     if backends and files:
         raise EvaluationError("--backend and --config cannot be combined; a configuration names its backend itself")
     if files:
-        configs = {file.stem: KVQCacheConfig.from_file(file) for file in files}
+        configs = {file.stem: KVQCacheConfig.from_file(find_config_file(file)) for file in files}
         if len(configs) < len(files):
             raise EvaluationError("two configurations have the same file name; rename one, the table needs two names")
     else:

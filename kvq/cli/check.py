@@ -8,24 +8,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvq.cli.console import print_error, print_line, print_table, print_warning
-from kvq.cli.given_path import exists, expand
+from kvq.cli.given_path import exists, find_config_file
 from kvq.cli.progress import show_progress
 from kvq.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from kvq.cli.config_summary import ConfigSummary, SideSummary
 
-SUFFIXES = (".yaml", ".yml", ".json")
-
 
 def check(
     target: Annotated[str, typer.Argument(metavar="FILE|NAME", help="A YAML or JSON configuration, or a backend.")],
     head_dim: Annotated[
-        int, typer.Option("--head-dim", min=1, help="For FILE: elements of one head of the model.")
+        int, typer.Option("--head-dim", metavar="INTEGER", min=1, help="For FILE: elements of one head of the model.")
     ] = 128,
-    only: Annotated[list[str] | None, typer.Option("--only", help="For NAME: run only this check; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="For NAME: run only this check; repeatable.")
+    ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", help="For NAME: an option of the backend, KEY=VALUE; repeatable.")
+        list[str] | None,
+        typer.Option("--option", metavar="KEY=VALUE", help="For NAME: an option of the backend; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For NAME: print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
@@ -48,7 +49,7 @@ def check(
         check_backend(target, only=only or [], options=option or [], as_json=as_json)
         return
     _refuse_backend_options(target, {"--only": only, "--option": option, "--json": as_json})
-    path = _find_file(target)
+    path = find_config_file(target)
     try:
         with show_progress(f"reading {target}"):
             summary = _summarize(path, head_dim)
@@ -78,31 +79,10 @@ def _summarize(path: Path, head_dim: int) -> ConfigSummary:
     from kvq.config.files import load_mapping
 
     values = load_mapping(path)
-    # A file that is no YAML or JSON is refused before the imports of the rest, which take seconds.
+    # A file that is not YAML or JSON is refused before the imports of the rest, which take seconds.
     from kvq.cli.config_summary import summarize_mapping
 
     return summarize_mapping(values, str(path), head_dim)
-
-
-def _find_file(text: str) -> Path:
-    """Return the path of an existing file.
-
-    Raises:
-        typer.Exit: there is none; the error is printed.
-    """
-    path = expand(text)
-    if exists(path) and path.is_file():
-        return path
-    if not text:
-        problem = "is no file; give the path of a configuration file"
-    elif exists(path) and path.is_dir():
-        problem = "is a directory; give a configuration file in it"
-    elif path.suffix.lower() in SUFFIXES:
-        problem = "does not exist; give the path of a configuration file"
-    else:
-        problem = f"is no file; give the path of a configuration file ({', '.join(SUFFIXES)})"
-    print_error(f"{text!r} {problem}")
-    raise typer.Exit(2)
 
 
 def _print_summary(file: str, summary: ConfigSummary, head_dim: int) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 import yaml
 
-from kvq.cli.console import GrowingTable, print_error, print_json, print_line
+from kvq.cli.console import GrowingTable, print_json, print_line
 from kvq.cli.progress import Progress, show_progress
+from kvq.cli.usage_errors import print_usage_error
 from kvq.errors import BackendError, CheckNotApplicableError, ConfigError
 
 if TYPE_CHECKING:
@@ -57,14 +58,14 @@ def _list_checks(name: str, only: Sequence[str], options: Sequence[str]) -> list
             KVQCacheConfig(backend_options={name: given})
         return list_checks(name, given, only=only)
     except (BackendError, CheckNotApplicableError, ConfigError) as error:
-        print_error(str(error))
+        print_usage_error(error)
         raise typer.Exit(2) from error
 
 
 def _parse_option(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
-        raise CheckNotApplicableError(f"--option {text!r} is no KEY=VALUE")
+        raise CheckNotApplicableError(f"--option {text!r} is not KEY=VALUE")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -21,11 +21,21 @@ COLUMNS = ("backend", "bits", "exact answers", "same tokens", "bits held (K / V)
 
 
 def demo(
-    backend: Annotated[list[str] | None, typer.Option("--backend", "-b", help="Only this backend; repeatable.")] = None,
-    contexts: Annotated[int, typer.Option(min=1, max=256, help="Contexts to ask about, in one batch.")] = 8,
-    questions: Annotated[int, typer.Option(min=1, max=64, help="Questions asked about each context.")] = 32,
-    records: Annotated[int, typer.Option(min=16, max=MAX_RECORDS, help="Records in a context, six tokens each.")] = 160,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the contexts and questions.")] = 1,
+    backend: Annotated[
+        list[str] | None, typer.Option("--backend", "-b", metavar="NAME", help="Only this backend; repeatable.")
+    ] = None,
+    contexts: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, max=256, help="Contexts to ask about, in one batch.")
+    ] = 8,
+    questions: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, max=64, help="Questions asked about each context.")
+    ] = 32,
+    records: Annotated[
+        int, typer.Option(metavar="INTEGER", min=16, max=MAX_RECORDS, help="Records in a context, six tokens each.")
+    ] = 160,
+    seed: Annotated[
+        int, typer.Option(metavar="INTEGER", min=0, max=MAX_SEED, help="Seed of the contexts and questions.")
+    ] = 1,
 ) -> None:
     """Answer questions from quantized caches, offline (minutes).
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvq.cli.console import GrowingTable, print_error, print_line, print_table
+from kvq.cli.given_path import exists, find_config_file
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
 from kvq.cli.usage_errors import usage_errors
@@ -36,9 +37,9 @@ def evaluate(
         str, typer.Option(metavar="PATH_OR_ID", help="A causal model of transformers, or 'embedded'.")
     ] = EMBEDDED,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", "-c", help="A configuration file; repeatable.")
+        list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="A configuration file; repeatable.")
     ] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="A text file; repeatable.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A text file; repeatable.")] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -48,24 +49,44 @@ def evaluate(
         ),
     ] = None,
     gate: Annotated[
-        str | None, typer.Option(help="Conditions that every configuration must meet, e.g. 'kl<0.05,top1>0.97'.")
+        str | None,
+        typer.Option(
+            metavar="CONDITIONS", help="Conditions that every configuration must meet, e.g. 'kl<0.05,top1>0.97'."
+        ),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, max=MAX_SEQUENCES, help="Sequences to read.")] = 16,
-    length: Annotated[int, typer.Option(min=160, help="Tokens of each sequence.")] = 1024,
-    prefill: Annotated[int, typer.Option(min=16, help="First tokens of each, read at once and not scored.")] = 128,
-    step: Annotated[int, typer.Option(min=1, help="Tokens of each later forward; 1: as in generation.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences read together.")] = 8,
+    sequences: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, max=MAX_SEQUENCES, help="Sequences to read.")
+    ] = 16,
+    length: Annotated[int, typer.Option(metavar="INTEGER", min=160, help="Tokens of each sequence.")] = 1024,
+    prefill: Annotated[
+        int, typer.Option(metavar="INTEGER", min=16, help="First tokens of each, read at once and not scored.")
+    ] = 128,
+    step: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, help="Tokens of each later forward; 1: as in generation.")
+    ] = 1,
+    batch_size: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Sequences read together.")] = 8,
     needles: Annotated[
-        int, typer.Option(min=0, max=MAX_NEEDLES, help="Questions about a hidden fact, at each of five depths.")
+        int,
+        typer.Option(
+            metavar="INTEGER", min=0, max=MAX_NEEDLES, help="Questions about a hidden fact, at each of five depths."
+        ),
     ] = 8,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
-    dtype: Annotated[str, typer.Option(help="auto (the model's own), float16, bfloat16 or float32.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu. Default: a GPU if there is one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as cuda or cpu. Default: a GPU if there is one.")
+    ] = None,
     details: Annotated[
         bool, typer.Option("--details", help="Also print KL by position, error by distance, answers by depth.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write everything measured to this JSON file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw quality against size: a PNG, SVG or PDF file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything measured to this JSON file.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw quality against size: a PNG, SVG or PDF file.")
+    ] = None,
 ) -> None:
     """Measure quality and memory of caches against full precision.
 
@@ -87,6 +108,7 @@ def evaluate(
 
             conditions = parse_gate(gate) if gate is not None else ()
             _check_sizes(length, prefill)
+            _check_texts(text)
             check_outputs(out, picture)
             candidates = _load_candidates(config, peers)
             processes = Processes.find()  # before the model is loaded: it chooses the device of this process
@@ -118,12 +140,23 @@ def _check_sizes(length: int, prefill: int) -> None:
         raise EvaluationError(f"--prefill {prefill} leaves nothing of --length {length} to score")
 
 
+def _check_texts(files: list[Path] | None) -> None:
+    """Refuse a text that is not a file, before minutes of loading a model."""
+    for file in files or []:
+        if not exists(file):
+            raise EvaluationError(f"--text {str(file)!r} does not exist; give the path of a text file")
+        if file.is_dir():
+            raise EvaluationError(f"--text {str(file)!r} is a directory; give a text file in it")
+
+
 def _load_candidates(files: list[Path] | None, peers: bool) -> list[Candidate]:
     """Return the candidates of the files, or of the defaults where none is given, and the peers."""
     from kvq.config import KVQCacheConfig
     from kvq.evaluation.quality.candidates import list_peers, make_candidate
 
-    configs = {file.stem: KVQCacheConfig.from_file(file) for file in files or []} or {"defaults": KVQCacheConfig()}
+    configs = {file.stem: KVQCacheConfig.from_file(find_config_file(file)) for file in files or []} or {
+        "defaults": KVQCacheConfig()
+    }
     if files and len(configs) < len(files):
         raise EvaluationError("two configurations have the same file name; rename one, the table needs two names")
     own = [make_candidate(label, config) for label, config in configs.items()]

@@ -45,7 +45,7 @@ def _explain(model: str, path: Path, error: Exception) -> str:
     cause = one_line(str(error)).partition(". ")[0].rstrip(".")
     if not exists(path):
         return (
-            f"{model!r} is no folder, and the hub gave no configuration of that name ({cause}); give a "
+            f"{model!r} is not a folder, and the hub gave no configuration of that name ({cause}); give a "
             f"folder with a config.json, an id on the hub, or {EMBEDDED!r}"
         )
     if path.is_dir() and not (path / "config.json").is_file():

@@ -37,7 +37,7 @@ def check_outputs(out: Path | None, picture: Path | None) -> None:
     if out is not None and out.absolute() == picture.absolute():
         raise EvaluationError(f"--out and --picture are the same file, {str(out)!r}")
     if picture.suffix.lower() not in PICTURE_SUFFIXES:
-        raise EvaluationError(f"{str(picture)!r} is no picture: its suffix is none of {', '.join(PICTURE_SUFFIXES)}")
+        raise EvaluationError(f"{str(picture)!r} is not a picture file: use .png, .svg or .pdf")
     if find_spec("matplotlib") is None:
         raise EvaluationError(MATPLOTLIB_IS_MISSING)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvq.cli.console import print_error, print_json, print_line, print_table, print_warning
+from kvq.cli.given_path import find_config_file
+from kvq.cli.usage_errors import print_usage_error
 from kvq.errors import BackendError, ConfigError, ModelError
 from kvq.units import parse_bytes
 
@@ -28,12 +30,14 @@ def plan(
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="A folder with a config.json, an id on the hub, or 'embedded'.")
     ],
-    context: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of the prompt.")],
+    context: Annotated[int, typer.Option(min=1, max=1 << 24, metavar="INTEGER", help="Tokens of the prompt.")],
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", show_default=False, help="The cache's configuration: YAML or JSON."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch, each with that many tokens.")] = 1,
+    batch: Annotated[
+        int, typer.Option(min=1, metavar="INTEGER", help="Rows of the batch, each with --context tokens.")
+    ] = 1,
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", show_default=False, help="Memory of the device, e.g. 24GiB.")
     ] = None,
@@ -91,11 +95,7 @@ def _exit(code: int, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        if isinstance(error, ConfigError) and len(error.faults) > 1:
-            faults = [str(fault) for fault in error.faults]
-            print_error(f"{error.source or 'the configuration'} has {len(faults)} faults", faults)
-        else:
-            print_error(str(error))
+        print_usage_error(error)
         raise typer.Exit(code) from error
 
 
@@ -113,7 +113,7 @@ def _told() -> Iterator[None]:
 def _read_config(file: str | None) -> KVQCacheConfig:
     from kvq.config import KVQCacheConfig
 
-    return KVQCacheConfig() if file is None else KVQCacheConfig.from_file(file)
+    return KVQCacheConfig() if file is None else KVQCacheConfig.from_file(find_config_file(file))
 
 
 def _read_model(model: str) -> PretrainedConfig:

@@ -11,6 +11,9 @@ import yaml
 
 from kvq.errors import ConfigError, Fault
 
+UNNAMED = "<unicode string>"
+"""What yaml calls a text that it parses."""
+
 
 def load_mapping(path: str | Path) -> dict[Any, Any]:
     """Read the mapping that a file holds; an empty file holds an empty one.
@@ -27,12 +30,14 @@ def load_mapping(path: str | Path) -> dict[Any, Any]:
         # A path with a NUL is a ValueError, the home of an unknown user a RuntimeError.
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError, RuntimeError) as error:
-        problem = f"the file cannot be read: {_one_line(error)}; give the path of a YAML or JSON file"
+        reason = getattr(error, "strerror", None) or _one_line(error)  # the path is named behind it
+        problem = f"the file cannot be read: {reason}; give the path of a YAML or JSON file"
         raise ConfigError([Fault((), problem)], str(path)) from error
     try:
         values = _parse_json(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=_StrictLoader)  # noqa: S506  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = f"the file cannot be parsed: {_one_line(error)}"
+        reason = _one_line(error).replace(UNNAMED, path.name)
+        problem = f"the file cannot be parsed: {reason}"
         raise ConfigError([Fault((), problem)], str(path)) from error
     if values is None:
         return {}

@@ -45,10 +45,13 @@ def find_device(device: str | None) -> torch.device:
     """Return the device of that name; a GPU if there is one, unless given.
 
     Raises:
-        EvaluationError: this machine has no such device.
+        EvaluationError: there is no such device, or none on this machine.
     """
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise EvaluationError(f"device {device!r} is unknown; use e.g. cpu or cuda") from error
+    try:
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise EvaluationError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error

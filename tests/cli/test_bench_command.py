@@ -84,12 +84,14 @@ def test_many_cheap_layers_are_measured_beside_full_precision(call_kvq, monkeypa
         (("--bits", "3", "--backend", "quanto"), "nbits"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(call_kvq, arguments, told):
+def test_bad_input_is_one_message_and_exit_code_2(call_kvq, arguments, told):
     done = call_kvq("bench", "--quick", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert told in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    first, *faults = done.stderr.strip().splitlines()
+    assert first.startswith("error: ")
+    assert all(fault.startswith("  ") for fault in faults)
 
 
 @pytest.mark.parametrize(

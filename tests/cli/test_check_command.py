@@ -64,6 +64,11 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
             "backend: !!python/object/apply:os.mkdir [done]",
             ["  configuration: the file cannot be parsed"],
         ),
+        (
+            "colons.yaml",
+            "a: b: c",
+            ['  configuration: the file cannot be parsed: mapping values are not allowed here in "colons.yaml"'],
+        ),
         ("broken.json", '{"nbits_k": ', ["  configuration: the file cannot be parsed"]),
     ],
 )

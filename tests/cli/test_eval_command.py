@@ -72,7 +72,7 @@ def test_a_gate_that_is_met_exits_with_zero(call_eval):
         (["--model", ".", *QUICK], "model '.' cannot be loaded"),
         ([], "give the text: either --text FILE or --dataset ID"),
         (["--text", "k4v4.yaml", "--dataset", "recall-report"], "give the text: either"),
-        (["--text", "none.txt"], "the embedded model knows the words of its own task only"),
+        (["--text", "k4v4.yaml"], "the embedded model knows the words of its own task only"),
         (["--dataset", "stdlib-report"], "use --dataset recall-calibration or recall-report"),
         (["--dataset", "recall-report", "--length", "5000"], "--length 5000 is more than the"),
         (["--dataset", "recall-report", "--length", "200", "--prefill", "200"], "leaves nothing of --length 200"),

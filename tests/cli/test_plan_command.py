@@ -73,7 +73,7 @@ def test_the_embedded_model_needs_no_folder(plan):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--model", "no/such"], 2, "'no/such' is no folder, and the hub gave no configuration of that name"),
+        (["--model", "no/such"], 2, "'no/such' is not a folder, and the hub gave no configuration of that name"),
         (["--model", "../no/such/place"], 2, "Repo id must be in the form"),
         (["--model", "empty"], 2, "'empty' has no config.json"),
         (["--model", "broken"], 2, "'broken': the configuration cannot be used"),

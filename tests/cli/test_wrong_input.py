@@ -9,6 +9,7 @@ import pytest
 
 EVAL = ("eval", "--dataset", "recall-report", "--needles", "0", "--no-peers")
 BENCH = ("bench", "--quick", "--backend", "native", "--no-peers")
+PLAN = ("plan", "--model", "embedded", "--context", "100")
 LONG = "x" * 300
 
 
@@ -31,7 +32,7 @@ def call_beside_files(call_kvq, tmp_path):
         (["demo", "--questions", "20", "--records", "16"], "--questions 20 is more than --records 16"),
         (["demo", "--seed", "-1"], "'--seed'"),
         (["demo", "--seed", str(2**70)], "'--seed'"),
-        (["check", ""], "'' is no file"),
+        (["check", ""], "'' is not a file"),
         (["check", "folder"], "'folder' is a directory"),
         (["check", LONG + ".yaml"], "does not exist"),
         (["check", LONG], "is unknown"),
@@ -47,13 +48,21 @@ def call_beside_files(call_kvq, tmp_path):
         ([*EVAL, "--out", "plain.txt/a.json"], "'plain.txt/a.json' cannot be written: there is no folder"),
         ([*EVAL, "--out", LONG], "cannot be written: File name too long"),
         ([*EVAL, "--out", "a.png", "--picture", "a.png"], "--out and --picture are the same file"),
-        ([*EVAL, "--picture", "a.gif"], "'a.gif' is no picture: its suffix is none of .png"),
-        ([*EVAL, "-c", "folder"], "the file cannot be read"),
+        ([*EVAL, "--picture", "a.gif"], "'a.gif' is not a picture file: use .png, .svg or .pdf"),
+        ([*EVAL, "-c", "folder"], "'folder' is a directory; give a configuration file in it"),
+        ([*EVAL, "-c", "missing.yaml"], "'missing.yaml' does not exist; give the path of a configuration file"),
+        ([*BENCH[:2], "-c", "missing"], "'missing' is not a file; give the path of a configuration file"),
+        ([*PLAN, "--config", "missing.yaml"], "'missing.yaml' does not exist; give the path of a configuration file"),
+        ([*PLAN, "--config", "folder"], "'folder' is a directory; give a configuration file in it"),
+        (["eval", "--text", "missing.txt"], "--text 'missing.txt' does not exist; give the path of a text file"),
+        (["eval", "--text", "folder"], "--text 'folder' is a directory; give a text file in it"),
+        ([*EVAL, "--device", "foo"], "device 'foo' is unknown; use e.g. cpu or cuda"),
+        ([*BENCH, "--device", "foo"], "device 'foo' is unknown; use e.g. cpu or cuda"),
         ([*EVAL, "--sequences", "0"], "'--sequences'"),
         ([*EVAL, "--sequences", str(10**14)], "'--sequences'"),
         ([*EVAL, "--step", "-1"], "'--step'"),
         ([*BENCH, "--out", ""], "'.' cannot be written: it is a folder"),
-        ([*BENCH, "--picture", "größe"], "'größe' is no picture"),
+        ([*BENCH, "--picture", "größe"], "'größe' is not a picture file"),
         ([*BENCH, "--threads", "0"], "'--threads'"),
         ([*BENCH, "--threads", str(10**12)], "'--threads'"),
         ([*BENCH, "--limit", "nan"], "'--limit'"),
@@ -64,6 +73,16 @@ def test_one_message_and_exit_code_2(call_beside_files, args, message):
     done = call_beside_files(*args)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("command", [EVAL, BENCH[:2], PLAN], ids=["eval", "bench", "plan"])
+def test_each_fault_of_a_configuration_has_its_line(call_kvq, tmp_path, command):
+    (tmp_path / "faulty.yaml").write_text("nbits_k: 99\nresidual_length: -1\n")
+    done = call_kvq(*command, "--config", "faulty.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    first, *faults = done.stderr.splitlines()
+    assert first == "error: faulty.yaml has 2 faults"
+    assert [fault.split(":")[0].strip() for fault in sorted(faults)] == ["nbits_k", "residual_length"]
 
 
 @pytest.mark.parametrize("command", [EVAL, BENCH], ids=["eval", "bench"])

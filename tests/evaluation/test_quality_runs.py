@@ -139,11 +139,11 @@ def test_parts_of_a_text_are_different(loaded):
 @pytest.mark.parametrize(
     ("gate", "message"),
     [
-        ("kl", "'kl' is no condition"),
-        ("", "'' is no condition"),
-        ("kl<nan", "is no condition"),
-        ("kl<0.1 top1>0.9", "is no condition"),
-        ("kl==0", "is no condition"),
+        ("kl", "'kl' is not a condition"),
+        ("", "'' is not a condition"),
+        ("kl<nan", "is not a condition"),
+        ("kl<0.1 top1>0.9", "is not a condition"),
+        ("kl==0", "is not a condition"),
         ("klx<1", "'klx' is not measured; choose from kl, .*; did you mean 'kl'"),
         ("top1>1", "'top1>1' can never be met: top1 lies between 0 and 1"),
         ("kl<0", "can never be met"),

@@ -62,7 +62,7 @@ def parse_gate(text: str) -> tuple[Condition, ...]:
     """Read conditions that are separated by commas.
 
     Raises:
-        EvaluationError: a part is no condition, a name is unknown, or nothing could ever meet the bound.
+        EvaluationError: a part is not a condition, a name is unknown, or nothing could ever meet the bound.
     """
     return tuple(_parse_condition(part.strip()) for part in text.split(","))
 
@@ -83,7 +83,7 @@ def _parse_condition(text: str) -> Condition:
     except ValueError:
         condition = None
     if condition is None or math.isnan(condition.bound):
-        raise EvaluationError(f"gate: {text!r} is no condition such as 'kl<0.05' or 'top1>=0.97'")
+        raise EvaluationError(f"gate: {text!r} is not a condition; write e.g. 'kl<0.05'")
     if condition.metric not in METRICS:
         near = difflib.get_close_matches(condition.metric, METRICS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
