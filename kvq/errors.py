@@ -14,7 +14,7 @@
     ├── ModelError (ValueError)              a model that this cache cannot serve
     ├── EvaluationError (ValueError)         a measurement that cannot be made, or not as it was asked for
     ├── MissingExtraError (ImportError)      a part of kvq needs an extra that is not installed
-    ├── CacheFileError (ValueError)          a file that is no cache, or not the one that was asked for
+    ├── CacheFileError (ValueError)          a file that is not a cache, or not the one that was asked for
     ├── ContractViolationError (AssertionError)  a backend fails a check of `kvq.testing`
     ├── CheckNotApplicableError (LookupError)    a check of `kvq.testing` does not apply to this backend
     └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state

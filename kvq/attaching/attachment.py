@@ -207,7 +207,7 @@ class Attachment:
         return kind(self.config, model=self.model, padding=padding)
 
     def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse continuous batching, in place of the method that all of its ways begin with."""
+        """Refuse continuous batching; replaces the method with which all its forms begin."""
         del args, kwargs
         raise ModelError(
             "generate_batch and the rest of continuous batching keep pages of full-precision states, in which an "

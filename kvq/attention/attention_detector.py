@@ -46,7 +46,7 @@ class AttentionDetector:
             self.config = config
 
     def forget(self) -> None:
-        """Forget what was detected; a configuration that was given stays."""
+        """Forget the detection; a configuration that was given stays."""
         if not self._is_given:
             self.config = None
 

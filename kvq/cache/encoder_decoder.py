@@ -36,7 +36,7 @@ class EncoderDecoderKVQ(EncoderDecoderCache):
     Raises:
         ConfigError: the configuration is wrong.
         BackendError: the backend is unavailable.
-        ModelError: the model is no encoder-decoder model, or nothing in it would be quantized.
+        ModelError: the model is not an encoder-decoder model, or nothing in it would be quantized.
 
     Example:
         >>> cache = EncoderDecoderKVQ(nbits_k=4, nbits_v=4, model=model)  # doctest: +SKIP

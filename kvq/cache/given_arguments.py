@@ -40,7 +40,7 @@ def check_padding(padding: Sequence[int] | None) -> tuple[int, ...] | None:
     """Return the tokens of left padding in each row, or None where they are not given.
 
     Raises:
-        ConfigError: they are no whole numbers.
+        ConfigError: they are not whole numbers.
     """
     if padding is None:
         return None
@@ -55,7 +55,7 @@ def find_decoder(model: PreTrainedModel | PretrainedConfig) -> DecoderConfig:
     """Return the decoder of a model that has no encoder beside it.
 
     Raises:
-        ModelError: it has one, or is no model of transformers.
+        ModelError: it has one, or is not a model of transformers.
     """
     decoder = DecoderConfig.of(model)
     if decoder.is_encoder_decoder:

@@ -39,7 +39,7 @@ class KnownTokens(Cache):
 
         Raises:
             CacheStateError: the tokens that are held are not known.
-            StatesError: the ids are no whole numbers `[B, T]`, or have another batch size than those held.
+            StatesError: the ids are not whole numbers `[B, T]`, or have another batch size than those held.
         """
         if self._history is None:
             raise CacheStateError(

@@ -297,7 +297,7 @@ class KVQ(CarriedStates, KnownTokens):
         self._history = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make row `i` of the batch what was row `beam_idx[i]`."""
+        """Reorder the rows: row `i` becomes the former row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)
         if self._history is not None:
             self._history = self._history.select_rows(beam_idx.cpu())
@@ -321,7 +321,7 @@ class KVQ(CarriedStates, KnownTokens):
             yield keys, values, getattr(layer, "_sliding_window_tensor", None)
 
     def __getitem__(self, index: object) -> NoReturn:
-        """Refuse: a cache is no tuple of tensors any more, and `DynamicCache` none either.
+        """Refuse: a cache is not a tuple of tensors any more, and `DynamicCache` none either.
 
         Raises:
             CacheStateError: always.

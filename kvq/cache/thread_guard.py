@@ -56,5 +56,5 @@ class ThreadGuard:
 def _refusal(layer_idx: int) -> str:
     return (
         f"layer {layer_idx}: another thread is using this cache in the middle of a forward; "
-        "give each thread a cache of its own (cache.fork() shares what is stored)"
+        "give each thread a cache of its own (cache.fork() shares the stored tokens)"
     )

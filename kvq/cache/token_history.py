@@ -29,19 +29,19 @@ class TokenHistory:
         """Take token ids.
 
         Raises:
-            StatesError: they are no whole numbers `[B, T]`.
+            StatesError: they are not whole numbers `[B, T]`.
         """
         return cls(_checked(ids).clone(), held)
 
     def known(self, held: int) -> torch.Tensor:
-        """Return the ids that are sure while the cache holds so many tokens: others may have come behind these."""
+        """Return the ids known for certain at this length; tokens with unknown ids may follow."""
         return self.ids[:, : self.held] if held > self.held else self.ids
 
     def common_prefix(self, ids: torch.Tensor, held: int) -> int:
         """Return how many tokens, of those that the cache holds, begin `ids` `[B, T]` in every row.
 
         Raises:
-            StatesError: they are no whole numbers `[B, T]`, or of another batch.
+            StatesError: they are not whole numbers `[B, T]`, or of another batch.
         """
         given, own = _checked(ids), self.known(held)[:, :held]
         if given.shape[0] != own.shape[0]:
@@ -51,7 +51,7 @@ class TokenHistory:
         return int(differs[0]) if len(differs) else length
 
     def cropped(self, length: int) -> TokenHistory:
-        """Return what is known when the tokens from position `length` on are forgotten."""
+        """Return the history cut to `length` tokens."""
         return replace(self, ids=self.ids[:, :length], held=min(self.held, length))
 
     def select_rows(self, rows: torch.Tensor) -> TokenHistory:

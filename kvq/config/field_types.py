@@ -35,7 +35,7 @@ class KeyValue(FrozenModel):
 
 
 def of_side(setting: Any, side: Side) -> Any:
-    """Return the setting of one side; a setting that is no `KeyValue` holds for both."""
+    """Return the setting of one side; a setting that is not a `KeyValue` holds for both."""
     return getattr(setting, side) if isinstance(setting, KeyValue) else setting
 
 

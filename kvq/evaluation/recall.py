@@ -3,7 +3,7 @@
 Owns the vocabulary, the generator and the scoring of the synthetic task. It must not know caches, backends or models:
 training (`scripts/train_recall_model.py`), the demo and the tests all draw their text from here.
 
-A record is `Name word word word word .`; every name and every answer stands in the context exactly once. A question
+A record is `Name word word word word .`; every name and every answer occurs in the context exactly once. A question
 repeats a name, `? Name`, and the answer is right only if all four words come back in order.
 """
 

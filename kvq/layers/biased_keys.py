@@ -114,7 +114,10 @@ def _is_hurt(bias: KeyBias, layer: ResolvedLayer) -> bool:
 def _find_keys(
     model: PreTrainedModel, path: str, module: nn.Module, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Return bias `[H, D]` and weights `[H, sampled, inputs]` of the keys; None for what holds no keys as they are."""
+    """Return bias `[H, D]` and weights `[H, sampled, inputs]` of the keys.
+
+    None if the layer's output is not the keys themselves.
+    """
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 0
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)

@@ -216,7 +216,7 @@ class KVQLayer(CacheLayerMixin):
         self.kernel_cache.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make row `i` of the batch what was row `beam_idx[i]`."""
+        """Reorder the rows: row `i` becomes the former row `beam_idx[i]`."""
         if self.is_initialized:
             # Indexing copies and checks the caller's tensor before anything is changed.
             self._select_rows(self._row_numbers()[beam_idx.cpu()])

@@ -41,7 +41,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
         BackendError: a requirement of the backend is missing or broken, or its own code raised.
         ConfigError: the configuration makes no sense for these states.
         StatesError: the backend does not take states of this dtype or device.
-        QuantizerContractError: the backend built something that is no quantizer.
+        QuantizerContractError: the backend built something that is not a quantizer.
     """
     chosen = settings.side(side)
     _check_states(chosen.backend, states)
@@ -82,7 +82,7 @@ def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:
     except BackendFailedError as error:
         if isinstance(cause := error.__cause__, ImportError):
             raise BrokenBackendError(
-                f"backend {chosen.backend.name!r} is installed, but what it needs cannot be imported: {cause}"
+                f"backend {chosen.backend.name!r} is installed, but a library that it needs cannot be imported: {cause}"
             ) from cause
         raise
 

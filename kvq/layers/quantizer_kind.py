@@ -62,9 +62,9 @@ def _find_faults(quantizer: object, kind: Kind) -> Iterator[str]:
         if not _has(quantizer, name):
             yield f"lacks {name}{_hint(quantizer, name)}"
         elif name == "group_local" and not isinstance(getattr(quantizer, name), bool):
-            yield f"has group_local={getattr(quantizer, name)!r}, which is no bool"
+            yield f"has group_local={getattr(quantizer, name)!r}, which is not a bool"
         elif name == "block_length" and not _is_length(getattr(quantizer, name)):
-            yield f"has block_length={getattr(quantizer, name)!r}, which is no number of tokens from 1 up"
+            yield f"has block_length={getattr(quantizer, name)!r}, which is not a number of tokens from 1 up"
 
 
 def _has(quantizer: object, name: str) -> bool:

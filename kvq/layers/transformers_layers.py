@@ -21,7 +21,7 @@ def fork_layer(layer: Any) -> Any:
 
 
 def select_rows(layer: Any, rows: torch.Tensor) -> None:
-    """Make row `i` of the batch what was row `rows[i]`, int64 `[B']`, which may be more or fewer than before."""
+    """Reorder the rows: row `i` becomes the former row `rows[i]`, int64 `[B']`; more or fewer than before."""
     if hasattr(layer, "reorder_cache"):
         layer.reorder_cache(rows)
 

@@ -64,7 +64,7 @@ def written_atomically(path: Path) -> Iterator[UnfinishedFile]:
 
 
 def find_other_kind(path: Path) -> str | None:
-    """Return what is at a path if it is there and no file, in words; a link counts as what it leads to."""
+    """Describe what is at a path if it exists and is not a file, else None; a link counts as its target."""
     if not path.exists() or path.is_file():
         return None
     kinds = {"a folder": Path.is_dir, "a pipe": Path.is_fifo, "a socket": Path.is_socket}

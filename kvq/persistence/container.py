@@ -147,7 +147,7 @@ class ContainerReader:
         """Read the table of tensors and compare it with the length of the file.
 
         Raises:
-            CacheFileError: an entry is no tensor, or the tensors do not fill the file exactly.
+            CacheFileError: an entry is not a tensor, or the tensors do not fill the file exactly.
         """
         for name, entry in self._table.items():
             self.tensors[name], self._starts[name] = self._check_entry(name, entry)
@@ -177,7 +177,7 @@ class ContainerReader:
             raise CacheFileError(f"it has {size} bytes, fewer than any safetensors file; it was cut off")
         length = int.from_bytes(self._read_exactly(8), "little")
         if not 2 <= length <= MAX_HEADER_BYTES:
-            raise CacheFileError(f"a header of {length:,} bytes is announced; it is no safetensors file of a cache")
+            raise CacheFileError(f"a header of {length:,} bytes is announced; it is not a safetensors file of a cache")
         if length > size - 8:
             raise CacheFileError(f"a header of {length:,} bytes is announced, {size - 8:,} are there; it was cut off")
         return self._read_exactly(length)
@@ -187,10 +187,10 @@ class ContainerReader:
         try:
             text = header.decode()
         except UnicodeDecodeError as error:
-            raise CacheFileError("its header is no text; it is no safetensors file") from error
+            raise CacheFileError("its header is not text; it is not a safetensors file") from error
         table = parse_json(text, "its header")
         if not isinstance(table, dict):
-            raise CacheFileError("its header is no table of tensors; it is no safetensors file")
+            raise CacheFileError("its header is not a table of tensors; it is not a safetensors file")
         return table
 
     @staticmethod
@@ -202,7 +202,7 @@ class ContainerReader:
     @staticmethod
     def _check_entry(name: str, entry: object) -> tuple[TensorSpec, int]:
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise CacheFileError(f"entry {name!r} of its header is no tensor")
+            raise CacheFileError(f"entry {name!r} of its header is not a tensor")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not (isinstance(entry["dtype"], str) and entry["dtype"] in _DTYPES and _are_sizes(shape)):
             raise CacheFileError(f"tensor {name!r} has dtype {entry['dtype']!r} and shape {shape!r}, which are unknown")
@@ -229,12 +229,12 @@ def parse_json(text: str, what: str) -> Any:
     """Return the value that `text` is in JSON.
 
     Raises:
-        CacheFileError: it is no JSON, or a name is given twice.
+        CacheFileError: it is not JSON, or a name is given twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CacheFileError(f"{what} is no JSON: {error}") from error
+        raise CacheFileError(f"{what} is not JSON: {error}") from error
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -255,4 +255,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Iterator[Any]:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")

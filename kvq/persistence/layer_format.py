@@ -29,7 +29,7 @@ class LayerFormat(Protocol):
         """Yield the tensors of a layer that holds tokens, by name."""
 
     def prepare(self, layer: Any, states: Any, device: torch.device) -> None:
-        """Make a new layer one for states like those in the file; nothing is read yet."""
+        """Prepare a new layer for states like those in the file; nothing is read yet."""
 
     def count_tokens(self, layer: Any, states: Any) -> int:
         """Return the tokens that a prepared layer will have been given."""

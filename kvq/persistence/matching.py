@@ -64,7 +64,7 @@ def check_backends_match(saved: Mapping[str, BackendFingerprint], layers: Sequen
         if release.requires != here[name].requires:
             warn_user(
                 f"backend {name!r} was {_describe(release)} when the file was written and is {_describe(here[name])} "
-                "here: what is stored stays as it is, what is added may be rounded in another way"
+                "here: stored tokens stay as they are, new ones may be rounded differently"
             )
 
 

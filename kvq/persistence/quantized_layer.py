@@ -77,7 +77,7 @@ class QuantizedLayerFormat:
             stored = sum(run.blocks for run in header.runs) * side.store.block_length
             if stored % side.flush_length or stored + states.window != self.count_tokens(layer, states):
                 raise CacheFileError(
-                    f"{prefix}: {stored} tokens are stored of the {name}s, which is no number of flushes"
+                    f"{prefix}: {stored} tokens are stored of the {name}s, which is not a number of flushes"
                 )
             if not _are_sinks_whole(side, header, stored):
                 raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
@@ -166,7 +166,7 @@ def _check_cropped(side: LayerSide, header: SideHeader, tokens: int) -> None:
     end = 0
     for start, length in header.survivors:
         if start < end or start % side.flush_length or length >= side.flush_length or start + length > tokens:
-            raise CacheFileError(f"{length} tokens at position {start} are no cropped group")
+            raise CacheFileError(f"{length} tokens at position {start} are not a cropped group")
         end = start + length
 
 

@@ -59,7 +59,7 @@ class CacheFile:
         config: the cache's configuration.
 
     Raises:
-        CacheFileError: the file is no cache, or one that this version does not read.
+        CacheFileError: the file is not a cache, or one that this version does not read.
         ConfigError, BackendError: the configuration in it is not available here.
     """
 
@@ -190,7 +190,7 @@ class CacheFile:
     @staticmethod
     def _check_lengths(lengths: set[int]) -> None:
         if len(lengths) != 1 or 0 in lengths:
-            raise CacheFileError(f"its layers hold {sorted(lengths)} tokens, which is no state of a cache")
+            raise CacheFileError(f"its layers hold {sorted(lengths)} tokens, which is not a state of a cache")
 
     def _check_tensors(self, planned: Mapping[str, TensorSpec]) -> None:
         found, wanted = self._container.tensors, dict(planned)

@@ -88,7 +88,7 @@ def _check_layers(layers: Sequence[Any]) -> None:
     if len(lengths) > 1:
         raise CacheStateError(
             f"the layers hold {' and '.join(map(str, sorted(lengths)))} tokens; a forward was cut short, so the cache "
-            "is no beginning of any text"
+            "is not the beginning of any text"
         )
 
 

@@ -204,7 +204,7 @@ def _list_warnings(cache: KVQ, outline: ModelOutline, layers: tuple[LayerPlan, .
     held, plain = sum(one.total_bytes for one in quantized), sum(one.full_precision_bytes for one in quantized)
     more = (
         f"at {context:,} tokens the quantized layers hold {format_bytes(held)}, no less than the {format_bytes(plain)} "
-        "of full precision: the newest tokens, whole groups and room for the next ones outweigh what is quantized"
+        "of full precision: the newest tokens, whole groups and room for the next ones outweigh what quantizing saves"
     )
     return tuple(filter(None, (biased, more if held >= plain else None)))
 
@@ -252,5 +252,5 @@ def _list_left_out(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
         "activations, above all those of the prompt",
         f"one layer in full precision while attention reads it (up to {format_bytes(largest)}, and what "
         "dequantizing needs beside it)",
-        "what the runtime of the device and fragmentation take",
+        "memory of the device's runtime, and fragmentation",
     )

@@ -33,7 +33,7 @@ class PackedFormat:
       `2 ** exponent`.
 
     Attributes:
-        bits: of a code, 1 to 8.
+        bits: bits per code, 1 to 8.
         plane_widths: the bits of each plane of codes, which add up to `bits`.
         packed_dim: the dimension of a plane along which tokens are packed: -1 where a plane is `[D, bytes]`, as for
             keys, -2 where it is `[bytes, D]`, as for values.

@@ -53,13 +53,13 @@ class AffineQuantizer(Protocol):
 
     Attributes:
         group_local: whether the result for a group depends on that group alone. Where False, the core always calls
-            with exactly one block of one batch row, so that what is stored never depends on how updates were split.
+            with exactly one block of one batch row, so the stored bytes never depend on how updates were split.
     """
 
     group_local: bool
 
     def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantize groups so that `x ~ scale * code + offset`.
+        """Quantize groups such that `x ~ scale * code + offset`.
 
         Args:
             groups: fp32 `[..., G]`, on the device of the spec; not to be written to.
@@ -133,7 +133,7 @@ class Quantizer(Protocol):
         """Return what `decode_into` needs beyond the parts: codebooks, rotations, static scales.
 
         They are counted, saved and moved once for the layer. Once the first block is encoded they must not change, and
-        all that `encode` learned from it is in them: a loaded or moved cache builds the quantizer anew, writes into the
+        all that `encode` learned from it is in them: a loaded or moved cache builds a new quantizer, writes into the
         tensors that this returns, and goes on.
         """
         ...

@@ -24,7 +24,7 @@ def check_spec(spec: object, name: str, origin: str) -> BackendSpec:
         origin: its source, for the error.
 
     Raises:
-        BrokenBackendError: it is no valid spec of that name; the message lists every reason.
+        BrokenBackendError: it is not a valid spec of that name; the message lists every reason.
     """
     if not isinstance(spec, BackendSpec):
         reasons = [f"a BackendSpec is needed, got {type(spec).__name__}"]
@@ -69,7 +69,7 @@ def _find_capability_faults(capabilities: object) -> Iterator[str]:
     if not _is_tuple_of(capabilities.nbits, (int, float)) or not capabilities.nbits:
         yield f"capabilities.nbits={capabilities.nbits!r} is not a tuple of at least one number"
     elif any(isinstance(bits, bool) or not 0 < bits < math.inf for bits in capabilities.nbits):
-        yield f"capabilities.nbits={capabilities.nbits!r} holds something that is no number of bits"
+        yield f"capabilities.nbits={capabilities.nbits!r} holds something that is not a number of bits"
     if not _is_tuple_of(capabilities.granularities, Granularity) or not capabilities.granularities:
         yield f"capabilities.granularities={capabilities.granularities!r} is not a tuple of at least one Granularity"
     for field in ("device_types", "states_dtypes"):

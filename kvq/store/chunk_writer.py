@@ -24,7 +24,7 @@ class ChunkWriter:
     """Allocates the chunks of one side of one layer and fills them.
 
     Args:
-        codec: the quantizer that encodes and decodes; its layout decides what is allocated.
+        codec: the quantizer that encodes and decodes; its layout decides the allocation.
         num_heads: key-value heads (H).
         device: where the chunks live.
         pinned: whether they are in memory that a GPU copies from on its own.
@@ -67,7 +67,7 @@ class ChunkWriter:
         return replace(segment, used=segment.used + states.shape[2] // self.block_length)
 
     def _calls(self, states: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
-        """Yield what is quantized together: rows of the batch, index of the first block, and their states."""
+        """Yield the tokens quantized together: rows of the batch, index of the first block, and their states."""
         per_block = states[:, :, : self.block_length].numel()
         blocks = max(1, ENCODE_ELEMENTS // per_block) if self.codec.group_local else 1
         rows = states.shape[0] if self.codec.group_local else 1

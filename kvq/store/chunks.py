@@ -176,7 +176,7 @@ class ChunkedStore:
         return replace(self, segments=tuple(kept), owns_last=self.owns_last and tuple(kept) == self.segments)
 
     def select_rows(self, rows: torch.Tensor) -> ChunkedStore:
-        """Make row `i` of the batch what was row `rows[i]`, int64 `[B']`.
+        """Reorder the rows: row `i` becomes the former row `rows[i]`, int64 `[B']`.
 
         The packed bytes stay where they are and an index is kept, unless fewer rows remain, which frees the others.
         """

@@ -31,7 +31,7 @@ class GuardedQuantizer:
     """
 
     packed_format: None = None
-    """What the backend's own one says of it does not count: nothing has compared it with `decode_into`."""
+    """Always None: nothing compares a format that the backend declares with its `decode_into`."""
 
     def __init__(self, quantizer: Quantizer, origin: Origin, spec: QuantSpec) -> None:
         self._inner = quantizer
@@ -105,6 +105,6 @@ def _check_constants(origin: Origin, constants: object) -> None:
     if not isinstance(constants, Mapping) or not all(isinstance(one, torch.Tensor) for one in constants.values()):
         found = type(constants).__name__
         raise QuantizerContractError(
-            f"{origin}: constants returned a {found} with something that is no tensor; the contract is a tensor for "
+            f"{origin}: constants returned a {found} with something that is not a tensor; the contract is a tensor for "
             "each name, and {} where there are none"
         )

@@ -28,7 +28,7 @@ class Held(NamedTuple):
 class ExactPiece(Protocol):
     """States that a side keeps beside its store: an immutable value, except that a window may grow in place.
 
-    Whatever holds sides calls these methods on every piece, so a new piece needs no call of its own.
+    Everything that holds sides calls these methods on every piece, so a new piece needs no call of its own.
     """
 
     def held(self) -> Iterator[Held]:

@@ -1,6 +1,6 @@
 """One side of one layer: sinks, store and window together, and the view that attention reads.
 
-Owns the rule of what is quantized when: flushes happen at fixed token positions, so the stored
+Owns the rule when tokens are quantized: flushes happen at fixed token positions, so the stored
 blocks depend on the states and not on how updates split them.
 """
 
@@ -202,7 +202,7 @@ class LayerSide:
         self.contents = self.contents.truncated(length, left)
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Make row `i` of the batch what was row `rows[i]`."""
+        """Reorder the rows: row `i` becomes the former row `rows[i]`."""
         self.contents = self.contents.select_rows(rows)
 
     def fork(self) -> LayerSide:

@@ -54,7 +54,7 @@ class SideContents:
 
         Args:
             new: the tokens.
-            flush_count: of these and those in the window, a multiple of `flush_length`.
+            flush_count: how many of these tokens and those in the window to quantize, a multiple of `flush_length`.
             flush_length: tokens that are flushed together.
         """
         store, sinks = self.store, self.sinks

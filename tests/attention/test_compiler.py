@@ -125,7 +125,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
 
 
 USELESS = {
-    "gcc '": r"the variable CC is \"gcc '\", which is no command: No closing quotation",
+    "gcc '": r"the variable CC is \"gcc '\", which is not a command: No closing quotation",
     "no-such-compiler -O2": "the C compiler 'no-such-compiler -O2', which the variable CC names, is not there",
     "''": r"the C compiler \"''\", which the variable CC names, is not there",
     "/": "the C compiler '/', which the variable CC names, is not there",

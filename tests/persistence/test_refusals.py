@@ -95,9 +95,9 @@ BYTES = {
     "7 bytes, fewer": lambda data: data[:7],
     "a header of 0 bytes": lambda data: header(0),
     "1,000 bytes is announced, 2 are there": lambda data: header(1000),
-    "its header is no JSON": lambda data: header(2, b"{]"),
-    "its header is no text": lambda data: header(2, b"\xff\xff"),
-    "no table of tensors": lambda data: header(2, b"[]"),
+    "its header is not JSON": lambda data: header(2, b"{]"),
+    "its header is not text": lambda data: header(2, b"\xff\xff"),
+    "not a table of tensors": lambda data: header(2, b"[]"),
     "has no metadata": lambda data: header(2),
     "of something else than a cache": lambda data: signed(data, lambda image: image.facts.update(format="pt")),
     "format version '3', and this release": lambda data: signed(
@@ -105,25 +105,25 @@ BYTES = {
     ),
     "checksum is missing": no_checksum,
     "damaged or changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-    "entry 'layers.0.key.window' of its header is no tensor": lambda data: signed(
+    "entry 'layers.0.key.window' of its header is not a tensor": lambda data: signed(
         data, entry("layers.0.key.window", more=1)
     ),
     "dtype 'C64' and shape": lambda data: signed(data, entry("layers.0.key.window", dtype="C64")),
     r"lies at \[0, 1\], but takes": lambda data: signed(data, entry("layers.0.key.window", data_offsets=[0, 1])),
     "begins at byte": lambda data: signed(data, shifted),
     "its tensors take": lambda data: signed(data, lambda image: setattr(image, "data", image.data + b"1234")),
-    "description of the cache is no JSON": lambda data: signed(
+    "description of the cache is not JSON": lambda data: signed(
         data, lambda image: setattr(image, "cache", float("nan"))
     ),
     r"wrong at layers.0.quantized.states.window: .* greater than or equal to 0": lambda data: signed(
         data, cache_of(*FIRST, "window", to=-1)
     ),
-    "which is no state of a cache": lambda data: signed(data, cache_of(*FIRST, "window", to=1)),
+    "which is not a state of a cache": lambda data: signed(data, cache_of(*FIRST, "window", to=1)),
     "sinks of the keys are there or missing": lambda data: signed(data, cache_of(*FIRST, "key", "sinks", to=False)),
-    "5 tokens at position 7 are no cropped group": lambda data: signed(
+    "5 tokens at position 7 are not a cropped group": lambda data: signed(
         data, cache_of(*FIRST, "key", "survivors", to=[[7, 5]])
     ),
-    "which is no number of flushes": lambda data: signed(
+    "which is not a number of flushes": lambda data: signed(
         data, cache_of(*FIRST, "value", "runs", to=[{"blocks": 1, "rows": None}])
     ),
     "1 are missing": lambda data: signed(data, lambda image: image.table.update(x=image.table.pop("token_ids"))),

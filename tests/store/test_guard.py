@@ -87,12 +87,12 @@ def without(base, *names, **attributes):
         ),
         (without(Halves, "block_length", blocklength=32), r"lacks block_length \(is blocklength meant for it\?\)"),
         (without(Halves, "decode_into", "constants"), r"a Quantizer but lacks decode_into\(\) and lacks constants\(\)"),
-        (without(Halves, block_length=0), "block_length=0, which is no number of tokens"),
+        (without(Halves, block_length=0), "block_length=0, which is not a number of tokens"),
         (without(Halves, decode_into=lambda self, parts: None), "decode_into that cannot be called with 2 arguments"),
         (without(Halves, layout={}), "layout that cannot be called with 0 arguments"),
         (without(Eighths, "group_local"), r"looks like an AffineQuantizer but lacks group_local$"),
         (without(Eighths, encode=lambda self: None), "encode that cannot be called with 1 argument$"),
-        (without(Eighths, group_local="yes"), "group_local='yes', which is no bool"),
+        (without(Eighths, group_local="yes"), "group_local='yes', which is not a bool"),
         (lambda: Halves, "build returned the class Halves; return an object of it"),
         (
             lambda: None,
@@ -167,7 +167,8 @@ def test_a_missing_library_keeps_its_own_error():
     def build():
         import no_such_library  # noqa: F401
 
-    refuse(make(build), ImportError, "'toy' is installed, but what it needs cannot be imported: No module named")
+    said = "'toy' is installed, but a library that it needs cannot be imported: No module named"
+    refuse(make(build), ImportError, said)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, KVQ.fork])
@@ -296,7 +297,7 @@ def test_a_layout_or_constants_outside_the_contract_are_refused():
         (odd(layout={"halves": (32, 64)}), r"layout has 'halves': \(32, 64\)"),
         (odd(layout={"halves": Part((32, 0), torch.float16)}), "sizes of at least 1"),
         (odd(constants=[]), "constants returned a list"),
-        (odd(constants={"table": 3}), "something that is no tensor"),
+        (odd(constants={"table": 3}), "something that is not a tensor"),
     ]
     for kind, words in cases:
         refuse(make(kind), QuantizerContractError, words)

@@ -13,12 +13,13 @@ class KernelCache:
     """Belongs to one layer, which reports its changes to it.
 
     Attributes:
-        version: differs whenever what the layer holds has changed.
+        version: changes whenever the layer's contents change.
         choices: the kernel that was chosen for each kind of request.
         kernel_data: what kernels keep, under names of their own: no tensors but those of the layer itself.
         last_reader: how the layer was read the last time, for the report; empty before that.
         passed_over: the kernels that would have come before that one, each with the reason against it.
-        wanted: name of the kernel to use if it can serve a request, in place of what `KVQ_ATTENTION_KERNEL` says.
+        wanted: name of the kernel to use if it can serve a request, instead of the one that `KVQ_ATTENTION_KERNEL`
+            names.
     """
 
     def __init__(self) -> None:

@@ -160,7 +160,7 @@ class KernelRegistry:
         return self._distrusted.get((kernel.name, device))
 
     def _list_others(self, kernel: Kernel, device: torch.device) -> Sequence[Kernel]:
-        """Return what may run on a device in place of a kernel without a benchmark of its own, the preferred first."""
+        """Return the kernels that may run instead of one without a benchmark, preferred first."""
         known = [one for one in self.kernels if not one.needs_benchmark and one.name != kernel.name]
         return [one for one in known if self._why_excluded(one, device) is None]
 

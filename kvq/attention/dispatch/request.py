@@ -58,7 +58,7 @@ class AttentionRequest:
 
     @property
     def is_reordered(self) -> bool:
-        """Whether the rows of the batch stand in another order than in some chunk of the store."""
+        """Whether the rows of the batch are in another order than in some chunk of the store."""
         for side in (self.pair.key, self.pair.value):
             for segment in side.store.segments:
                 if segment.rows is not None:

@@ -28,7 +28,7 @@ class RequestKind(NamedTuple):
         is_causal: as in the request.
         has_softcap: whether scores are capped.
         has_sink_logits: whether each head has a logit without a value.
-        is_reordered: whether the batch stands in another order than in some chunk.
+        is_reordered: whether the batch is in another order than in some chunk.
         store_device: where the chunks lie, or None where nothing is stored.
     """
 
@@ -43,13 +43,13 @@ class RequestKind(NamedTuple):
     store_device: torch.device | None
 
     def without_sizes(self, heads: int) -> RequestKind:
-        """Return the kind with what decides the code in place of the shape; `heads` is H, the key-value heads."""
+        """Return the kind, with the facts that select the code instead of the shape; `heads` is H."""
         _, query_heads, queries, _ = self.shape
         return RequestKind(self.device, self.dtype, (query_heads // heads, min(queries, 2)), *self[3:])
 
 
 class SideKind(NamedTuple):
-    """What does not change while a layer holds tokens.
+    """The facts of one side that do not change while its layer holds tokens.
 
     Attributes:
         dtype: the states' dtype.

@@ -30,7 +30,7 @@ class Standing:
 
     Attributes:
         origin: where this knowledge comes from.
-        reason: why the kernel is no default, or None where it is one.
+        reason: why the kernel is not a default, or None if it is one.
         verdict: the verdict of the trial on this machine, or None.
         record: the shipped record, or None.
     """

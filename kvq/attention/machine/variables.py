@@ -21,5 +21,5 @@ ON_OFF = {"on": True, "1": True, "true": True, "yes": True, "off": False, "0": F
 
 
 def read_variable(name: str) -> str | None:
-    """Return what a variable is set to, without the blanks around it; None where that is nothing."""
+    """Return the value of a variable, stripped; None if it is unset or empty."""
     return os.environ.get(name, "").strip() or None

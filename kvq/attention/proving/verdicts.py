@@ -188,7 +188,7 @@ def facts_of(verdict: Verdict) -> dict[str, Any]:
 
 @cache
 def _tell_once(reason: str) -> None:
-    _LOG.warning("what a trial of an attention kernel found holds for this process only; it cannot be kept: %s", reason)
+    _LOG.warning("the verdict of a kernel trial holds for this process only; it cannot be saved: %s", reason)
 
 
 def _device_facts(device: torch.device) -> str:

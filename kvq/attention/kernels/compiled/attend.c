@@ -1,5 +1,5 @@
 /* Attention over packed blocks for one layer: scales folded into query and probabilities, centred codes, fp32 sums, an
- * online softmax. Compiled on the machine that it runs on; the vector types are those of GCC and Clang, so that any
+ * online softmax. Compiled on the machine that it runs on; the vector types are those of GCC and Clang, so any
  * processor gets its own width, and intrinsics only stand where a faster instruction exists, beside portable code.
  *
  * Words: a row is one query vector, R rows share a key-value head. A tile is the tokens that are weighed together, whole
@@ -21,7 +21,7 @@
 #define VL 4
 #endif
 #define MAX_ROWS 4   /* rows that a micro kernel keeps in registers */
-#define MAX_VECTORS 4 /* vectors of the inner dimension likewise */
+#define MAX_VECTORS 4 /* vectors of the inner dimension that it keeps there too */
 #define EXACT_TILE 64 /* tokens in full precision that are weighed together */
 
 typedef float vf __attribute__((vector_size(4 * VL)));
@@ -330,7 +330,7 @@ static inline __attribute__((always_inline)) void unpack_runs(const int width, i
 }
 
 /* One plane of a block. Keys: D runs of L * width / 8 bytes, the parts of a run as many codes apart. Values: the parts
- * are L * width / 8 tokens, of D codes each, apart, so that a block is one long run. */
+ * are L * width / 8 tokens, of D codes each, apart, so a block is one long run. */
 static void unpack_plane(const side_t *side, int is_key, int64_t width, int shift, uint8_t half, const uint8_t *packed,
                          int8_t *codes) {
   int64_t L = side->block_length, D = side->head_dim, bytes = L * width / 8;
@@ -563,7 +563,7 @@ static void mask_scores(const work_t *w, int64_t r, float *scores, int64_t posit
     for (int64_t i = 0; i < count; i++) scores[i] += widen_one(q->mask, q->mask_type, start + i * step);
 }
 
-/* Turn the scores of a tile into weights, and shrink what was summed before to the new largest score. */
+/* Turn the scores of a tile into weights, and shrink the earlier sums to the new largest score. */
 static void weigh(work_t *w, int64_t position, int64_t count, int64_t hidden_start, int64_t hidden_end) {
   const request_t *q = w->q;
   int64_t Dv = q->value.head_dim;
@@ -713,7 +713,7 @@ static void merge_splits(const request_t *q, int64_t row, int64_t head, int64_t 
   }
 }
 
-/* Undo the rotation of the stored values and add the exact ones; the result stands in `stored_sum`. */
+/* Undo the rotation of the stored values and add the exact ones; the result is in `stored_sum`. */
 static void finish_head(work_t *w) {
   const side_t *side = &w->q->value;
   int64_t Dv = side->head_dim;

@@ -100,7 +100,7 @@ def _split(variable: str, text: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        raise BuildError(f"the variable {variable} is {text!r}, which is no command: {error}") from error
+        raise BuildError(f"the variable {variable} is {text!r}, which is not a command: {error}") from error
 
 
 def _run(command: tuple[str, ...], timeout_seconds: int) -> subprocess.CompletedProcess[bytes]:

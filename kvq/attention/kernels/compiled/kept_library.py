@@ -47,7 +47,7 @@ class BuiltLibrary:
             self.path.unlink()
 
     def release(self) -> None:
-        """Delete the temporary folder; to be called once the library is loaded, or will not be."""
+        """Delete the temporary folder; call it once the library is loaded, or will not be loaded."""
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 

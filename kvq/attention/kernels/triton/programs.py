@@ -187,7 +187,7 @@ def _logits(products, scaling, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _weigh(logits, peak, total):
-    """Return weights, the factor of what was summed before, the new peak and the new sum of weights."""
+    """Return weights, the factor of the earlier sums, the new peak and the new sum of weights."""
     new_peak = tl.maximum(peak, tl.max(logits, axis=1))
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(logits - safe[:, None])
