@@ -10,8 +10,8 @@ import torch
 
 from kvq.benchmark.clock import memory_tool
 from kvq.benchmark.contenders import BUFFER, DYNAMIC
+from kvq.benchmark.kernel_record import summarize_kernel
 from kvq.benchmark.machine import describe_machine
-from kvq.benchmark.record_proof import summarize_proof
 from kvq.benchmark.run import SettingResult
 from kvq.units import format_bytes
 
@@ -53,7 +53,7 @@ def describe_run(
         "machine": describe_machine(device),
         "options": dict(options),
         "memory_tool": memory_tool(device),
-        "proof": summarize_proof(parts.get("layer", ()), device),
+        "proof": summarize_kernel(parts.get("layer", ()), device),
         **{name: list(part) for name, part in parts.items()},
     }
 

@@ -11,10 +11,10 @@ from kvq.benchmark import run as run_module
 from kvq.benchmark.baselines import register_packed_attention
 from kvq.benchmark.contenders import BUFFER, ContenderChoice, backend_configs, list_baselines, list_own, list_peers
 from kvq.benchmark.first_token import measure_first_tokens
+from kvq.benchmark.kernel_record import summarize_kernel
 from kvq.benchmark.measured import Measured
 from kvq.benchmark.models import ModelTrials
 from kvq.benchmark.picture import draw_results, series
-from kvq.benchmark.record_proof import summarize_proof
 from kvq.benchmark.report import compare, describe_results, list_failures, table_rows
 from kvq.benchmark.run import BenchmarkPlan, SettingResult, run
 from kvq.benchmark.setting import Setting, Shape
@@ -157,10 +157,10 @@ def test_a_proof_has_the_largest_error_and_the_least_speed_at_8k_and_more():
         proof_facts(8192, "float32", 1e-5, 0.5),
         proof_facts(32768, "bfloat16", 4e-3, 0.8),
     ]
-    proof = summarize_proof(results, CPU)
+    proof = summarize_kernel(results, CPU)
     assert (proof["kernel"], proof["relative_error"], proof["speedup"]) == ("quick", 2e-5, 1.25)
-    assert summarize_proof(results[:1], CPU) is None
-    assert summarize_proof([proof_facts(8192, "float32", 1e-5, 0.5, kernel="eager")], CPU) is None
+    assert summarize_kernel(results[:1], CPU) is None
+    assert summarize_kernel([proof_facts(8192, "float32", 1e-5, 0.5, kernel="eager")], CPU) is None
 
 
 def test_a_whole_model_decodes_the_same_from_full_precision_in_every_form():

@@ -1,4 +1,4 @@
-"""The proof that a run gives of a kernel: its error against dequantize-then-attend, and its speed."""
+"""The benchmark record that a run gives of a kernel: its error against dequantize-then-attend, and its speed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvq.attention.proving.benchmark_records import device_class
 SHORTEST_LENGTH = 8192
 """Fewest tokens at which speed counts."""
 REFERENCE_KERNEL = "eager"
-"""The kernel that needs no proof."""
+"""The kernel that needs no record."""
 
 
-def summarize_proof(results: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Any] | None:
+def summarize_kernel(results: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Any] | None:
     """Return the largest error and the least speed of the kernel that read the layers; None without one.
 
     Args:
