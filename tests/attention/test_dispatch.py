@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,17 @@ def test_a_kernel_that_does_not_exist_is_refused(request_, monkeypatch):
     monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "fastest")
     with pytest.raises(ConfigError, match=r"'fastest' is not a kernel; choose one of 'auto', 'compiled'"):
         get_kernel_registry().choose(request_)
+
+
+def test_a_kernel_that_is_wanted_and_does_not_exist_is_refused(request_, monkeypatch):
+    registry = get_kernel_registry()
+    for name in ("nonsense", ""):
+        with pytest.raises(ConfigError, match=re.escape(repr(name))):
+            registry.choose(request_, wanted=name)
+    default = registry.choose(request_).kernel.name
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "eager")
+    assert registry.choose(request_).kernel.name == registry.choose(request_, wanted="eager").kernel.name == "eager"
+    assert registry.choose(request_, wanted="auto").kernel.name == default
 
 
 def test_every_kind_of_request_is_chosen_for(make_request):

@@ -79,13 +79,13 @@ class KernelRegistry:
 
         Args:
             request: the call to serve.
-            wanted: name of the kernel to use if it can serve the request, benchmarked or not; by default the one that
-                `KVQ_ATTENTION_KERNEL` names.
+            wanted: name of the kernel to use if it can serve the request, benchmarked or not, or "auto"; by default
+                what `KVQ_ATTENTION_KERNEL` says.
 
         Raises:
             ConfigError: there is no kernel of the wanted name.
         """
-        wanted = wanted or self.find_wanted()
+        wanted = self.find_wanted() if wanted is None else self._known_name(wanted)
         passed_over: dict[str, str] = {}
         for kernel in sorted(self.kernels, key=lambda kernel: kernel.name != wanted):
             reason = self._why_passed_over(kernel, request, is_wanted=kernel.name == wanted)
@@ -137,11 +137,15 @@ class KernelRegistry:
             ConfigError: there is none of that name.
         """
         name = read_variable(KERNEL_VARIABLE)
-        if name is None or name == "auto":
+        return None if name is None else self._known_name(name, source="the environment")
+
+    def _known_name(self, name: str, source: str | None = None) -> str | None:
+        """Return the name of a kernel, or None for "auto"."""
+        if name == "auto":
             return None
         if name not in self._kernels:
             problem = f"{name!r} is not a kernel; choose one of 'auto', {', '.join(map(repr, self._kernels))}"
-            raise ConfigError([Fault((KERNEL_VARIABLE,), problem)], source="the environment")
+            raise ConfigError([Fault((KERNEL_VARIABLE,), problem)], source=source)
         return name
 
     def _why_passed_over(self, kernel: Kernel, request: AttentionRequest, *, is_wanted: bool) -> str | None:
@@ -182,7 +186,7 @@ def register_kernel(kernel: Kernel) -> None:
 def use_kernel_registry(registry: KernelRegistry) -> Iterator[None]:
     """Let attention choose from another registry within the block, in all threads.
 
-    Layers that have chosen before stay with their choice; see `KernelCache`.
+    Layers that have chosen before stay with their choice; see `KernelCache`. Blocks of two threads must not overlap.
     """
     global _registry
     before, _registry = _registry, registry
