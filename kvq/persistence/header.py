@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 FORMAT_NAME = "kvq.cache"
 FORMAT_VERSION = 1
 EXTENDED_VERSION = 2
-"""Format of a file that says more: values of another dtype than the keys, only the first ones of the sinks, or a piece
-of a side that the first format has no word for."""
-READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION)
+"""Format of a file that says more: values of another dtype than the keys, or only the first ones of the sinks."""
+OTHERS_VERSION = 3
+"""Format of a file with a piece of a side that the other formats have no word for."""
+READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION, OTHERS_VERSION)
 MAX_HEAD_DIM = 1 << 11
 """Widest head that is believed: models have up to 576, and a quantizer may build matrices of D * D."""
 MAX_TOKENS = 1 << 40
@@ -183,10 +184,8 @@ class CacheHeader(_Strict):
     def format_version(self) -> int:
         """The version of the format that can say all this; readers of older ones take what they know."""
         held = [layer.states for layer in self.layers if layer.states is not None]
-        extended = any(one.value_dtype is not None for one in held) or any(
-            side.sink_tokens is not None or side.others
-            for one in held
-            if isinstance(one, QuantizedStates)
-            for side in (one.key, one.value)
-        )
+        sides = [side for one in held if isinstance(one, QuantizedStates) for side in (one.key, one.value)]
+        if any(side.others for side in sides):
+            return OTHERS_VERSION
+        extended = any(one.value_dtype is not None for one in held) or any(side.sink_tokens for side in sides)
         return EXTENDED_VERSION if extended else FORMAT_VERSION

@@ -149,7 +149,7 @@ class CacheFile:
         if version not in map(str, READABLE_VERSIONS):
             raise CacheFileError(
                 f"it has format version {version!r}, and this release of kvq reads versions "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; "
+                f"{', '.join(map(str, READABLE_VERSIONS))}; "
                 "use the release that wrote it, or a newer one"
             )
 

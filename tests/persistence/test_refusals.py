@@ -100,8 +100,8 @@ BYTES = {
     "not a table of tensors": lambda data: header(2, b"[]"),
     "has no metadata": lambda data: header(2),
     "of something else than a cache": lambda data: signed(data, lambda image: image.facts.update(format="pt")),
-    "format version '3', and this release": lambda data: signed(
-        data, lambda image: image.facts.update(format_version="3")
+    "format version '4', and this release": lambda data: signed(
+        data, lambda image: image.facts.update(format_version="4")
     ),
     "checksum is missing": no_checksum,
     "damaged or changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),

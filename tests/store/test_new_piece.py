@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import LlamaConfig
 
 from kvq import KVQ
@@ -107,6 +108,8 @@ def test_a_file_holds_it_and_an_older_release_refuses_it(monkeypatch, tmp_path):
         cache = feed(KVQ())
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.save(tmp_path / "cache.safetensors")
+        with safe_open(tmp_path / "cache.safetensors", "pt") as file:
+            assert file.metadata()["format_version"] == "3", "releases before would call it damaged"
         assert scores(KVQ.load(tmp_path / "cache.safetensors")) == [6, 5]
     with pytest.raises(CacheFileError, match=r"holds \['scores'\], which this release does not know"):
         KVQ.load(tmp_path / "cache.safetensors")
