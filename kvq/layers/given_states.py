@@ -19,7 +19,7 @@ def check_states(layer: str, keys: torch.Tensor, values: torch.Tensor) -> None:
         values: `[B, H, T, D_v]`.
 
     Raises:
-        StatesError: rank, dtype or shape do not fit.
+        StatesError: rank or dtype do not fit.
     """
     for what, states in ((f"{layer}: key states", keys), (f"{layer}: value states", values)):
         if not isinstance(states, torch.Tensor):
@@ -34,6 +34,19 @@ def check_states(layer: str, keys: torch.Tensor, values: torch.Tensor) -> None:
                 f"{what} of {states.dtype} cannot be quantized; "
                 f"the cache takes {', '.join(map(str, STATES_DTYPES))}: load the model in one of these"
             )
+
+
+def check_pair(layer: str, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Check that keys and values are those of the same tokens.
+
+    Args:
+        layer: the layer's name in errors.
+        keys: `[B, H, T, D_k]`.
+        values: `[B, H, T, D_v]`.
+
+    Raises:
+        StatesError: batch or tokens differ.
+    """
     if keys.shape[0] != values.shape[0] or keys.shape[2] != values.shape[2]:
         raise StatesError(f"{layer}: keys {list(keys.shape)} and values {list(values.shape)} differ in batch or tokens")
 

@@ -13,7 +13,7 @@ from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import StatesError
-from kvq.layers.given_states import check_continuity, check_states
+from kvq.layers.given_states import check_continuity, check_pair, check_states
 from kvq.layers.quantizer_factory import build_codec
 from kvq.layers.store_device import choose_store_device
 from kvq.plugin_api.quantizer import Quantizer, Side
@@ -321,3 +321,4 @@ class KVQLayer(CacheLayerMixin):
         check_states(f"layer {self.layer_idx}", key_states, value_states)
         for states, (name, side) in zip((key_states, value_states), self.sides(), strict=False):
             check_continuity(f"layer {self.layer_idx}: {name} states", states, side.window.view())
+        check_pair(f"layer {self.layer_idx}", key_states, value_states)  # last: the others know what to do

@@ -52,6 +52,6 @@ def carries_sum(layer: Any) -> bool:
 
 
 def _states(layer: Any) -> Iterator[torch.Tensor | None]:
-    for name in kind_of(layer).states:
-        states = getattr(layer, name)
+    for name in kind_of(layer).states or ("keys",):  # a kind that is not listed holds keys, if anything
+        states = getattr(layer, name, None)
         yield from states.values() if isinstance(states, dict) else (states,)
