@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from kvq import KVQ, KVQCacheConfig
 from kvq.errors import CacheStateError, ConfigError, ModelError, StatesError
@@ -199,6 +200,72 @@ def test_a_fork_shares_what_transformers_never_writes_to():
     other.reset()
     assert (cache.get_seq_length(), other.get_seq_length()) == (105, 0)
     assert torch.equal(cache.materialize(0)[0], before[0][0])
+
+
+def test_a_fork_changes_nothing_in_the_cache_that_it_forks():
+    """Another thread may be adding tokens to that cache."""
+    cache = KVQ(nbits_k=4, nbits_v=4)
+    cache.update(*states(300), 0)
+    sides = [side for _, side in cache.layers[0].sides()]
+    before = [side.contents for side in sides]
+    other = cache.fork()
+    assert [side.contents for side in sides] == before
+    expected, buffers = copy.deepcopy(other), [side.window.buffer for side in sides]
+    for seed in range(9):
+        torch.manual_seed(seed)
+        cache.update(*states(1), 0)
+    assert [side.window.buffer for side in sides] == buffers, "the room behind the tokens is lost"
+    assert torch.equal(torch.stack(other.materialize(0)), torch.stack(expected.materialize(0)))
+    for seed in range(9):
+        torch.manual_seed(seed)
+        other.update(*states(1), 0)
+    assert torch.equal(torch.stack(other.materialize(0)), torch.stack(cache.materialize(0)))
+
+
+class LayerOfAModel(CacheLayerMixin):
+    """As a model may bring it: of no kind that transformers has."""
+
+    is_sliding = is_compileable = False
+
+    def lazy_initialization(self, keys, values):
+        self.is_initialized = True
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
+        self.values = values if self.values is None else torch.cat([self.values, values], dim=2)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def get_seq_length(self):
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_cache_shape(self):
+        return -1
+
+    get_max_length = get_max_cache_shape
+
+
+def test_layers_of_an_unknown_kind_follow_the_batch():
+    cache = KVQ()
+    cache.update(*states(9, batch=2), 0)
+    cache.layers.append(LayerOfAModel())
+    cache.update(*states(9, batch=2), 1)
+    cache.batch_repeat_interleave(3)
+    assert [layer.keys.shape[0] for layer in cache.layers] == [6, 6]
+    cache.batch_select_indices(torch.tensor([4]))
+    assert [layer.keys.shape[0] for layer in cache.layers] == [1, 1]
+    with pytest.raises(StatesError, match="batch_repeat_interleave"):
+        cache.update(*states(1, batch=5), 1)
+
+
+def test_states_of_another_batch_get_advice_also_where_keys_and_values_differ():
+    cache = KVQ()
+    cache.update(*states(9, batch=2), 0)
+    with pytest.raises(StatesError, match=r"value states have batch size 4, .*batch_repeat_interleave\(2\)"):
+        cache.update(states(1, batch=2)[0], states(1, batch=4)[1], 0)
 
 
 def test_a_cache_survives_pickling():

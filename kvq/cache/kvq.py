@@ -245,8 +245,8 @@ class KVQ(CarriedStates, KnownTokens):
     def fork(self) -> KVQ:
         """Return an independent cache with the same tokens; both share the tensors until one of them changes its own.
 
-        The window and an open chunk of a quantized layer are copied when that layer grows. Of transformers' layers,
-        those of plain attention share keys and values; others are copied at once.
+        The fork copies the window and an open chunk of a quantized layer when it grows that layer. Of transformers'
+        layers, those of plain attention share keys and values; others are copied at once.
         """
         other = copy.copy(self)
         other._thread_guard, other.attention_detector = ThreadGuard(), self.attention_detector.fork()

@@ -188,7 +188,7 @@ class ChunkedStore:
         return replace(self, batch_size=len(rows), segments=tuple(chosen), owns_last=shrinks)
 
     def shared(self) -> ChunkedStore:
-        """Return a store with the same chunks that two sides may hold: neither writes to them again."""
+        """Return a store with the same chunks that never writes to them, so another side may hold it."""
         return replace(self, owns_last=False)
 
     def with_codec(self, codec: Quantizer) -> ChunkedStore:

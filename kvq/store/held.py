@@ -51,4 +51,4 @@ class ExactPiece(Protocol):
         """Return the piece on a device."""
 
     def shared(self) -> Self:
-        """Return a value with the same content that two sides may hold: neither writes to the tensors in it."""
+        """Return a value with the same content that never writes to the tensors in it, so another side may hold it."""

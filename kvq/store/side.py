@@ -208,13 +208,15 @@ class LayerSide:
     def fork(self) -> LayerSide:
         """Return an independent side that shares the present tensors.
 
-        The quantizer is shared with them; before there are any, its constants may not be settled yet.
+        Only this side goes on writing behind them; the other one copies before it adds. Nothing here changes, so
+        another thread may add tokens meanwhile. The quantizer is shared too; before there are quantized tokens, its
+        constants may not be settled yet.
         """
-        self.contents = self.contents.shared()
-        store = self.store.release_prefetched()
+        held = self.contents.shared()
+        store = held.store.release_prefetched()
         if not store.length:
-            store = store.with_codec(copy.deepcopy(self.codec))
-        return LayerSide(self.flush_length, replace(self.contents, store=store))
+            store = store.with_codec(copy.deepcopy(store.codec))
+        return LayerSide(self.flush_length, replace(held, store=store))
 
     def restore_constants(self, constants: Mapping[str, torch.Tensor], *, settled: bool) -> None:
         """Give a new quantizer what an equal one had learned; see `kvq.store.constants`."""
@@ -228,10 +230,10 @@ class LayerSide:
             codec: the quantizer, built for states on that device.
             store_device: where the store goes.
         """
-        self.contents = self.contents.shared()
-        store = self.store.moved_to(store_device, codec, pinned=_pins(store_device, device))
-        other = LayerSide(self.flush_length, self.contents.moved_to(device, store))
-        other.restore_constants(self.codec.constants(), settled=bool(self.store.length))
+        held = self.contents.shared()
+        store = held.store.moved_to(store_device, codec, pinned=_pins(store_device, device))
+        other = LayerSide(self.flush_length, held.moved_to(device, store))
+        other.restore_constants(held.store.codec.constants(), settled=bool(held.store.length))
         return other
 
     def offload(self) -> None:

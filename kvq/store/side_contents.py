@@ -94,7 +94,7 @@ class SideContents:
         return replace(self._with_each(lambda piece: piece.moved_to(device)), store=store)
 
     def shared(self) -> SideContents:
-        """Return contents that two sides may hold: neither writes to the tensors in them."""
+        """Return the same contents, which never write to their tensors, so another side may hold them."""
         return replace(self._with_each(lambda piece: piece.shared()), store=self.store.shared())
 
     def _exact_pieces(self) -> dict[str, ExactPiece]:
