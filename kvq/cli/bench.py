@@ -177,7 +177,7 @@ def bench(
     with show_progress("loading") as progress:
         with usage_errors():
             if math.isnan(limit):  # which older versions of click take for a number of at least 1
-                raise EvaluationError("--limit nan is not a number of seconds")
+                raise EvaluationError("'--limit' nan is not a number of seconds")
             check_outputs(out, picture)
             _quieten_libraries()
             where = _find_device(device, threads)
