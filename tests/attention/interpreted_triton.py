@@ -15,6 +15,7 @@ from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.kernel import TRITON
 
+CPU = torch.device("cpu")
 CASES = {
     "defaults": {},
     **{f"{bits} bit": {"nbits_k": bits, "nbits_v": bits} for bits in range(2, 9)},
@@ -50,13 +51,13 @@ CASES = {
 
 def build_request(
     batch=1, heads=2, groups=4, head_dim=64, value_dim=None, tokens=275, pieces=1, queries=1, padding=None,
-    softcap=None, logits=False, rows=None, dtype=torch.float32, dtypes=None, factor=1.0, **fields,
+    softcap=None, logits=False, rows=None, dtype=torch.float32, dtypes=None, factor=1.0, device=CPU, **fields,
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(7)
     query_dtype, key_dtype, value_dtype = dtypes or (dtype, dtype, dtype)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device)
 
     def new_states(count):
         keys = draw(batch, heads, count, head_dim) + means
@@ -74,7 +75,7 @@ def build_request(
     return AttentionRequest(
         query,
         pair,
-        None if padding is None else make_mask(padding, queries, tokens + queries),
+        None if padding is None else make_mask(padding, queries, tokens + queries).to(device),
         scaling=head_dim**-0.5,
         softcap=softcap,
         sink_logits=draw(heads * groups) if logits else None,
@@ -103,7 +104,7 @@ def attend_exactly(request):
     seen = request.mask
     if seen is None:
         queries, length = scores.shape[-2:]
-        seen = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+        seen = torch.ones(queries, length, dtype=torch.bool, device=scores.device).tril(length - queries)
     scores = scores.masked_fill(~seen, -torch.inf)
     if request.sink_logits is not None:
         extra = request.sink_logits.double().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -113,8 +114,8 @@ def attend_exactly(request):
     return (weights @ values).transpose(1, 2)
 
 
-def measure(fields):
-    request = build_request(**fields)
+def measure(fields, device=CPU):
+    request = build_request(device=device, **fields)
     obstacle = TRITON.why_unsupported(request)
     if obstacle is not None:
         return obstacle

@@ -12,14 +12,22 @@ import torch
 from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import get_chunk_table
-from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton, _Launch
+from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
+from kvq.attention.kernels.triton.launch import Launch
+from kvq.attention.kernels.triton.plan import get_plan
+from kvq.attention.proving.trial import CHECKS, TIMED
 
 pytestmark = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
 
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-TABLES = {"key_table": "i64", "key_blocks": "i64", "value_table": "i64", "value_blocks": "i64"}
-OTHERS = {"stored_length": "i32", "starts": "i32", "mask": "u8", "peaks": "fp32", "totals": "fp32", "outputs": "fp32"}
-STATES = ("exact_query", "window_key", "window_value", "new_key", "new_value", "sink_key", "sink_value")
+NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+TYPES = {int: "i32", float: "fp32"}
 
 
 def make_launch(dtype, head_dim, **fields):
@@ -29,28 +37,36 @@ def make_launch(dtype, head_dim, **fields):
     pair = cache.layers[0].update(states[:, :, :1], states[:, :, :1], packed=True)[0].pair
     request = AttentionRequest(torch.randn(1, 4, 1, head_dim, dtype=dtype), pair, None, scaling=1.0)
     assert TRITON.why_unsupported(request) is None
-    return _Launch(request, get_chunk_table(pair, torch.device("cpu")))
+    return plan_launch(request)
 
 
-def compile_for(function, pointers, scalars, options, architecture):
-    """Compile a program as its first launch would; strides and lengths are integers, pointers aligned."""
+def plan_launch(request):
+    table = get_chunk_table(request.pair, torch.device("cpu"))
+    return Launch(request, table, get_plan(request, table))
+
+
+def compile_for(function, arguments, options, architecture):
+    """Compile a program as its launch with these arguments would: sizes that 16 divides, and 1, are known to it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     options = dict(options)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
+    constants = dict(options)
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):
-        if name in options:
+        value = arguments.get(name)
+        if isinstance(value, int) and value == 1:
+            constants[name] = 1
+        if name in constants:
             signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
+            continue
+        signature[name] = f"*{NAMES[value.dtype]}" if isinstance(value, torch.Tensor) else TYPES[type(value)]
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = scalars.get(name, "i32")
-    constants = {(function.arg_names.index(name),): value for name, value in options.items()}
-    source = ASTSource(function, signature, constants, attributes)
+    places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(function, signature, places, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
 
 
@@ -73,23 +89,21 @@ def resources(compiled, architecture, tmp_path):
     return int(re.findall(r"(\d+) bytes spill stores", said)[0]), int(re.findall(r"Used (\d+) registers", said)[0])
 
 
-def compile_parts(launch, architecture):
-    from kvq.attention.kernels.triton import programs
+def compile_parts(launch, architecture, **changes):
+    from kvq.attention.kernels.triton.programs import attend_parts
 
-    state = NAMES[launch.request.query.dtype]
-    query = state if launch.key.rotation is None else "fp32"
-    pointers = {**TABLES, **OTHERS, **dict.fromkeys(STATES, state), "query": query}
-    scalars = {"scaling": "fp32", "softcap": "fp32"}
-    return compile_for(programs.attend_parts, pointers, scalars, launch.options(), architecture)
+    names = [name for name in attend_parts.arg_names if name not in launch.plan.options]
+    arguments = dict(zip(names, launch.attend_arguments(*launch._new_parts()), strict=True))
+    return compile_for(attend_parts, arguments, {**launch.plan.options, **changes}, architecture)
 
 
 @pytest.mark.parametrize(
     ("architecture", "head_dim", "dtype", "fields", "most_spilled"),
     [
-        (90, 128, torch.bfloat16, {"nbits_v": 4}, 0),
-        (80, 128, torch.bfloat16, {"nbits_v": 4, "q_group_size": {"key": 64, "value": 128}}, 0),
-        pytest.param(80, 128, torch.bfloat16, {"nbits_v": 4}, 0, marks=pytest.mark.slow),
-        pytest.param(90, 128, torch.float16, {"nbits_k": 7, "nbits_v": 7}, 0, marks=pytest.mark.slow),
+        (90, 128, torch.bfloat16, {"nbits_v": 4}, 256),
+        (80, 128, torch.bfloat16, {"nbits_v": 4, "q_group_size": {"key": 64, "value": 128}}, 256),
+        pytest.param(80, 128, torch.bfloat16, {"nbits_v": 4}, 256, marks=pytest.mark.slow),
+        pytest.param(90, 128, torch.float16, {"nbits_k": 7, "nbits_v": 7}, 512, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.float32, {}, 0, marks=pytest.mark.slow),
         pytest.param(90, 80, torch.bfloat16, {"axis_key": "per_token"}, 512, marks=pytest.mark.slow),
         pytest.param(90, 256, torch.bfloat16, {}, 512, marks=pytest.mark.slow),
@@ -114,17 +128,26 @@ def test_a_program_keeps_to_its_registers_and_reads_in_wide_loads(
 def test_the_merge_compiles(architecture, tmp_path):
     from kvq.attention.kernels.triton import programs
 
-    pointers = dict.fromkeys(("peaks", "totals", "outputs", "sink_logits", "stored_output"), "fp32")
+    sums = torch.empty(1)
+    arguments = dict.fromkeys(("peaks", "totals", "outputs", "sink_logits", "stored_output"), sums)
+    arguments |= {"output": sums.bfloat16(), "heads": 8, "rows": 4, "splits": 66, "parts": 69}
     constants = {"VALUE_DIM": 128, "VALUE_PADDED": 128, "QUERIES": 1, "HAS_LOGITS": True, "APART": False}
-    compiled = compile_for(programs.combine, {**pointers, "output": "bf16"}, {}, constants, architecture)
+    compiled = compile_for(programs.combine, arguments, constants, architecture)
     spilled, _ = resources(compiled, architecture, tmp_path)
     assert spilled == 0
 
 
+@pytest.mark.costly
+@pytest.mark.parametrize("sample", [TIMED, *CHECKS], ids=str)
+def test_what_a_trial_asks_for_compiles(sample):
+    """Triton wants both ways of an `if` to have the same types; its interpreter does not look."""
+    request = sample.build(torch.device("cpu"))
+    if TRITON.why_unsupported(request) is None:
+        assert compile_parts(plan_launch(request), 80).asm["ptx"]
+
+
 @pytest.mark.slow
-def test_too_many_elements_for_the_warps_would_spill(tmp_path):
-    """What the limits of `WARPS` guard against: the same program on half as many warps."""
-    launch = make_launch(torch.bfloat16, 128, nbits_v=4, q_group_size={"key": 64, "value": 128})
-    options = {**launch.options(), "num_warps": 4}
-    launch.options = lambda: options
-    assert resources(compile_parts(launch, 90), 90, tmp_path)[0] > 0
+def test_too_few_registers_would_spill(tmp_path):
+    """What the number of `REGISTERS` guards against: the same program with half as many."""
+    launch = make_launch(torch.bfloat16, 128, nbits_v=4)
+    assert resources(compile_parts(launch, 90, maxnreg=64), 90, tmp_path)[0] > 256

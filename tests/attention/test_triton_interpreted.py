@@ -113,10 +113,11 @@ def test_the_table_points_at_every_stored_block():
     pair = cache.layers[0].update(states[:, :, :1], states[:, :, :1], packed=True)[0].pair
     found = get_chunk_table(pair, CPU)
     for view, table in ((pair.key.store, found.key), (pair.value.store, found.value)):
-        places = [(place, block) for place, segment in enumerate(view.segments) for block in range(segment.used)]
-        assert [tuple(block) for block in table.blocks.tolist()] == places
-        for segment, row in zip(view.segments, table.addresses.tolist(), strict=True):
-            addresses = [part.data_ptr() for name, part in segment.parts.items() if name.startswith("codes")]
-            assert row[: len(addresses)] == addresses
+        places = [(segment, block) for segment in view.segments for block in range(segment.used)]
+        for (segment, block), row in zip(places, table.blocks.tolist(), strict=True):
+            widths = sorted((int(name[6:]) for name in segment.parts if name.startswith("codes_")), reverse=True)
+            names = [*(f"codes_{width}" for width in widths), "scale", "mid"]
+            addresses = [segment.parts[name][0, 0, block].data_ptr() for name in names]
+            assert [address for address in row[:5] if address] == addresses
             assert row[6:] == [segment.capacity, segment.rows.data_ptr()]
     assert len(pair.key.store.segments) > 2

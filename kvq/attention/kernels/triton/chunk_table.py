@@ -5,8 +5,9 @@ They are made again when the store changes, at a flush: between flushes a step u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,25 +27,19 @@ class SideTable:
 
     Attributes:
         segments: the segments that the table was made from and points into, which it keeps alive.
-        addresses: int64 `[chunks, 8]`: three code planes, scale, mid, exponent, capacity in blocks, rows; 0: absent.
-        blocks: int64 `[stored blocks, 2]`: the chunk of each block, and its place there.
+        blocks: int64 `[stored blocks, 8]`, of the first row and head: the addresses of three code planes, scale, mid
+            and exponent; the capacity of the chunk in blocks; the address of its rows. 0: absent.
     """
 
     segments: tuple[Segment, ...]
-    addresses: torch.Tensor
     blocks: torch.Tensor
 
     @classmethod
     def of(cls, view: StoreView, device: torch.device) -> SideTable:
         """Return the table of the stored blocks."""
-        widths = get_packed_format(view.codec).plane_widths
-        addresses = [_addresses(segment, widths) for segment in view.segments]
-        # On the processor by name, here and below: the caller may have set another default device.
-        chunks = torch.arange(len(view.segments), device="cpu")
-        used = torch.tensor([segment.used for segment in view.segments], device="cpu")
-        places = torch.cat([torch.arange(segment.used, device="cpu") for segment in view.segments])
-        blocks = torch.stack([chunks.repeat_interleave(used), places], 1)
-        return cls(view.segments, _upload(torch.tensor(addresses, device="cpu"), device), _upload(blocks, device))
+        names = [f"codes_{width}" for width in get_packed_format(view.codec).plane_widths]
+        names += [""] * (MAX_PLANES - len(names)) + ["scale", "mid", "exponent"]
+        return cls(view.segments, _upload(torch.cat([_blocks(segment, names) for segment in view.segments]), device))
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,14 @@ class ChunkTable:
         value: table of the values.
         stored_length: int32 `[1]`, tokens in the store.
         starts: int32 `[B]`, position of the first sink of each row.
+        plans: what launches over this table share, by the kind of request.
     """
 
     key: SideTable
     value: SideTable
     stored_length: torch.Tensor
     starts: torch.Tensor
+    plans: dict[Hashable, Any] = field(default_factory=dict)
 
     def fits(self, pair: PackedPair) -> bool:
         """Return whether the store still has the segments that the table was made from."""
@@ -83,18 +80,16 @@ def get_chunk_table(pair: PackedPair, device: torch.device) -> ChunkTable:
     return table
 
 
-def _addresses(segment: Segment, widths: Sequence[int]) -> list[int]:
-    planes = [segment.parts[f"codes_{width}"].data_ptr() for width in widths]
-    exponent = segment.parts.get("exponent")
-    return [
-        *planes,
-        *[0] * (MAX_PLANES - len(planes)),
-        segment.parts["scale"].data_ptr(),
-        segment.parts["mid"].data_ptr(),
-        0 if exponent is None else exponent.data_ptr(),
-        segment.capacity,
-        0 if segment.rows is None else segment.rows.data_ptr(),
-    ]
+def _blocks(segment: Segment, names: Sequence[str]) -> torch.Tensor:
+    """Return the rows of a chunk's blocks; parts lie as `[B, H, blocks, ...]`."""
+    parts = [segment.parts.get(name) for name in names]
+    rows = 0 if segment.rows is None else segment.rows.data_ptr()
+    # On the processor by name, here and below: the caller may have set another default device.
+    first = torch.tensor(
+        [*(0 if part is None else part.data_ptr() for part in parts), segment.capacity, rows], device="cpu"
+    )
+    sizes = [0 if part is None else part[0, 0, 0].numel() * part.element_size() for part in parts]
+    return first + torch.arange(segment.used, device="cpu")[:, None] * torch.tensor([*sizes, 0, 0], device="cpu")
 
 
 def _starts(pair: PackedPair) -> Sequence[int]:

@@ -1,0 +1,140 @@
+"""What two launches need that stays the same from flush to flush: what is compiled, and how the store is shared out.
+
+Triton looks at some fifty arguments at each launch; what is not a length or an address is worked out here, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton.chunk_table import ChunkTable
+from kvq.attention.kernels.triton.layout import SideLayout, padded, power_of_two, triton_dtype
+from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
+from kvq.store.chunks import StoreView
+from kvq.store.rotation import HadamardRotation
+
+LEAST_ROWS = 8
+"""Least outer dimension of a product."""
+EXACT_TILE = 64
+"""As in `programs.py`."""
+PROGRAMS_PER_PROCESSOR = 6
+PROGRAMS_WITHOUT_DEVICE = 8
+"""Where there is no GPU to ask, under Triton's interpreter."""
+SMALL_TILE = 64 * 128
+"""Elements of a tile that two warps keep in registers."""
+REGISTERS = 168
+"""Registers of a thread at such a tile and products in half width, for six programs to fit on a processor."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan for requests of one kind, until the next flush.
+
+    Attributes:
+        key, value: layouts of the sides.
+        rows: query vectors of one key-value head.
+        sinks: exact tokens at the start of each row.
+        splits: runs of tokens that the store is split into.
+        tiles_per_split: tiles of each run.
+        options: the compile-time arguments of `attend_parts`.
+        key_rotation, value_rotation: orthogonal fp32 `[D, D]`: rotated states are `states @ rotation`; None without.
+    """
+
+    key: SideLayout
+    value: SideLayout
+    rows: int
+    sinks: int
+    splits: int
+    tiles_per_split: int
+    options: dict[str, Any]
+    key_rotation: torch.Tensor | None
+    value_rotation: torch.Tensor | None
+
+
+def get_plan(request: AttentionRequest, table: ChunkTable) -> Plan:
+    """Return the plan for a request; the table keeps it."""
+    kind = request.kind()
+    plan: Plan | None = table.plans.get(kind)
+    if plan is None:
+        plan = table.plans[kind] = make_plan(request)
+    return plan
+
+
+def make_plan(request: AttentionRequest) -> Plan:
+    """Return a new plan for a request."""
+    pair, batch = request.pair, request.query.shape[0]
+    key = SideLayout.of_keys(pair.key.store, request.query.shape[3])
+    value = SideLayout.of_values(pair.value.store, pair.value.like.shape[3])
+    tile = max(key.packed.block_length, value.packed.block_length)
+    tiles = request.stored_length // tile
+    splits = min(tiles, max(1, _program_count(request.query.device) // (batch * pair.key.like.shape[1])))
+    tiles_per_split = -(-tiles // splits)
+    sinks = pair.key.sinks.length if pair.key.sinks.states is not None else 0
+    return Plan(
+        key=key,
+        value=value,
+        rows=request.row_count,
+        sinks=sinks,
+        splits=-(-tiles // tiles_per_split),
+        tiles_per_split=tiles_per_split,
+        options={
+            **_options(request, key, value),
+            "TILE": tile,
+            "SINKS": sinks,
+            **_resources(request, key, value, tile),
+        },
+        key_rotation=_find_rotation(pair.key.store),
+        value_rotation=_find_rotation(pair.value.store),
+    )
+
+
+def _options(request: AttentionRequest, key: SideLayout, value: SideLayout) -> dict[str, Any]:
+    dtype, queries = request.common_dtype, request.query.shape[2]
+    return {
+        **key.options("KEY", "K", dtype),
+        **value.options("VALUE", "V", dtype),
+        "VALUE_SPLIT": value.split,
+        "ROWS": max(LEAST_ROWS, power_of_two(request.row_count)),
+        "QUERIES": queries,
+        "HAS_MASK": request.mask is not None,
+        "IS_CAUSAL": request.mask is None and request.is_causal and queries > 1,
+        "SOFTCAP": request.softcap is not None,
+        "DOT": triton_dtype(dtype),
+        "PRECISION": "tf32x3",
+    }
+
+
+def _resources(request: AttentionRequest, key: SideLayout, value: SideLayout, tile: int) -> dict[str, int]:
+    """Return warps, stages and registers, by what was fastest of 13 ways on an H200 (docs/speed.md).
+
+    Few warps share the query, which each of them scales by itself; a pipeline of loads would take the room of programs
+    that hide the waiting as well.
+    """
+    is_small = tile * max(padded(key.head_dim), padded(value.head_dim)) <= SMALL_TILE
+    if is_small and request.common_dtype != torch.float32 and request.row_count <= LEAST_ROWS:
+        return {"num_warps": 2, "num_stages": 1, "maxnreg": REGISTERS}
+    return {"num_warps": 4 if is_small else 8, "num_stages": 1}
+
+
+def _find_rotation(view: StoreView) -> torch.Tensor | None:
+    """Return the matrix of a side's rotation; one product is one launch, where the fast transform takes some twenty."""
+    if not get_packed_format(view.codec).rotation_block:
+        return None
+    return _rotation_matrix(view.codec.constants()[ROTATION_SIGNS])
+
+
+def _rotation_matrix(signs: torch.Tensor) -> torch.Tensor:
+    return HadamardRotation.of_signs(signs).apply(torch.eye(len(signs), device=signs.device))
+
+
+@cache
+def _program_count(device: torch.device) -> int:
+    """Return how many programs keep a device busy."""
+    if device.type != "cuda":
+        return PROGRAMS_WITHOUT_DEVICE
+    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
