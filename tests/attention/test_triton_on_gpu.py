@@ -1,0 +1,98 @@
+"""The Triton kernel computes attention on a GPU, without waiting for it. Skipped where there is none."""
+
+from __future__ import annotations
+
+import warnings
+
+import interpreted_triton
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvq import KVQ, attach
+from kvq.attention.kernels.triton.kernel import TRITON
+from kvq.attention.proving.comparison import TOLERANCE, relative_difference
+from kvq.attention.proving.trial import CHECKS, REFERENCE, TIMED
+from kvq.transformers_seams.private_names import pass_cache
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+GPU = torch.device("cuda", 0)
+HALF = {
+    **{f"{bits} bit": {"nbits_k": bits, "nbits_v": bits, "head_dim": 128} for bits in range(2, 9)},
+    "rotated": {"rotation_k": "hadamard", "rotation_v": "hadamard"},
+    "values per channel": {"axis_value": "per_channel"},
+    "keys per token": {"axis_key": "per_token", "head_dim": 128},
+    "groups of 32": {"q_group_size": 32, "nbits_v": 4, "head_dim": 128},
+    "longer groups of values": {"q_group_size": {"key": 64, "value": 128}, "nbits_v": 4, "head_dim": 128},
+    "head dim 80": {"head_dim": 80},
+    "head dim 256": {"head_dim": 256, "tokens": 270},
+    "padding and several queries": {"batch": 2, "padding": (0, 37), "queries": 3},
+}
+
+
+@pytest.mark.parametrize("name", interpreted_triton.CASES)
+def test_every_case_of_the_interpreter(name):
+    bound = 1e-3 if name.endswith("float16") else 5e-6
+    assert interpreted_triton.measure(interpreted_triton.CASES[name], GPU) <= bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
+@pytest.mark.parametrize("name", HALF)
+def test_half_width(name, dtype, bound):
+    """Codes are widened by lines of PTX then, which the interpreter does not run."""
+    assert interpreted_triton.measure({**HALF[name], "dtype": dtype}, GPU) <= bound
+
+
+@pytest.mark.parametrize("sample", [TIMED, *CHECKS], ids=str)
+def test_what_a_trial_asks_for(sample):
+    request = sample.build(GPU)
+    if TRITON.why_unsupported(request) is None:
+        assert relative_difference(TRITON.attend(request), REFERENCE.attend(request)) <= TOLERANCE[request.query.dtype]
+
+
+def make_model(**fields):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=3, hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=500, initializer_range=0.2, **fields,
+    )  # fmt: skip
+    with GPU:
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("backend", ["native", "quanto", "hqq"])
+def test_text_is_that_of_the_reference(backend, monkeypatch):
+    model, prompt = make_model(), torch.arange(700, device=GPU)[None] % 500
+    texts = []
+    for kernel in ("triton", "eager"):
+        monkeypatch.setenv("KVQ_ATTENTION_KERNEL", kernel)
+        with attach(model, backend=backend, nbits_k=4, nbits_v=4) as attached:
+            options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 150, "do_sample": False}
+            texts.append(model.generate(prompt, **options)[0, 700:].tolist())
+            assert attached.cache.layers[0].kernel_cache.last_reader == kernel
+    assert len(set(texts[0])) > 8
+    assert texts[0] == texts[1]
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "triton")
+    model, cache = make_model(), KVQ(backend="native", nbits_k=4, nbits_v=4)
+    model.set_attn_implementation("kvq")
+    tokens = torch.arange(830, device=GPU)[None] % 500
+    with torch.no_grad():
+        model(tokens[:, :700], use_cache=True, logits_to_keep=1, **pass_cache(model, cache))
+        waits = [count_waits(model, cache, tokens[:, place : place + 1]) for place in range(700, 830)]
+    assert sum(waits[1:]) == 0, "the first step of a kind may compile"
+    assert cache.layers[0].kernel_cache.last_reader == "triton"
+
+
+def count_waits(model, cache, token):
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            model(token, use_cache=True, logits_to_keep=1, **pass_cache(model, cache))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in seen)
