@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ from kvq.config import KVQCacheConfig
 from kvq.layers.quantized_layer import KVQLayer
 
 HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
-LENGTHS = (8192, 32768)
-ERROR_LENGTHS = (130, 1000, 4097)
+SIZES = {"cpu": ((1, 8192), (1, 32768)), "cuda": ((1, 8192), (1, 32768), (1, 131072), (8, 32768), (32, 8192))}
+"""Rows of the batch and tokens, by type of device."""
+ERROR_LENGTHS = (300, 1000, 4097)
 ROUNDS = 15
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -55,33 +57,35 @@ def main() -> None:
 
 def measure(kernel: Kernel, device: torch.device) -> dict[str, Any]:
     errors = [measure_error(kernel, device, length, granularity) for length in ERROR_LENGTHS for granularity in (0, 1)]
-    speeds = [
-        measure_speed(kernel, device, length, dtype) for dtype in (torch.bfloat16, torch.float32) for length in LENGTHS
-    ]
+    dtypes = (torch.bfloat16, torch.float32) if device.type == "cpu" else (torch.bfloat16,)
+    speeds = [measure_speed(kernel, device, *size, dtype) for dtype in dtypes for size in SIZES[device.type]]
     return {
         "kernel": kernel.name,
         "device_class": device_class(device),
         "relative_error": max(errors),
         "speedup": min(one["speedup"] for one in speeds),
         "speeds": speeds,
-        "shape": {"heads": HEADS, "query_heads": QUERY_HEADS, "head_dim": HEAD_DIM, "batch": 1, "bits": [4, 4]},
-        "baseline": "scaled_dot_product_attention over a preallocated buffer, queries packed by key-value head",
+        "shape": {"heads": HEADS, "query_heads": QUERY_HEADS, "head_dim": HEAD_DIM, "bits": [4, 4]},
+        "baseline": "scaled_dot_product_attention over a preallocated buffer, with queries packed by key-value head or "
+        "enable_gqa, whichever is faster",
         "threads": torch.get_num_threads(),
         "rounds": ROUNDS,
         "versions": {"kvq": kvq.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "processor": name_processor(),
+        "processor": name_processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
 
 
-def make_request(length: int, dtype: torch.dtype, device: torch.device, **options: Any) -> AttentionRequest:
+def make_request(
+    length: int, dtype: torch.dtype, device: torch.device, batch: int = 1, **options: Any
+) -> AttentionRequest:
     """Return one decode step over `length` tokens."""
     config = KVQCacheConfig(backend="native", nbits_k=4, nbits_v=4, q_group_size=64, **options)
     layer = KVQLayer(0, config.for_layer(0))
-    history = torch.randn(2, 1, HEADS, length - 1, HEAD_DIM, device=device).to(dtype)
+    history = torch.randn(2, batch, HEADS, length - 1, HEAD_DIM, device=device).to(dtype)
     layer.update(*history)
-    newest = torch.randn(2, 1, HEADS, 1, HEAD_DIM, device=device).to(dtype)
+    newest = torch.randn(2, batch, HEADS, 1, HEAD_DIM, device=device).to(dtype)
     handle, _ = layer.update(*newest, packed=True)
-    query = torch.randn(1, QUERY_HEADS, 1, HEAD_DIM, device=device).to(dtype)
+    query = torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM, device=device).to(dtype)
     return AttentionRequest(query, handle.pair, None, HEAD_DIM**-0.5)
 
 
@@ -96,30 +100,48 @@ def measure_error(kernel: Kernel, device: torch.device, length: int, swapped: in
     return float((kernel.attend(request).double() - expected).abs().max() / expected.abs().max())
 
 
-def measure_speed(kernel: Kernel, device: torch.device, length: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return medians over rounds in which kernel and baseline take turns."""
-    request = make_request(length, dtype, device)
-    keys, values = torch.randn(2, 1, HEADS, length, HEAD_DIM, device=device).to(dtype)
-    query = request.query.reshape(1, HEADS, -1, HEAD_DIM)
-
-    def attend_full_precision() -> None:
-        functional.scaled_dot_product_attention(query, keys, values)
-
-    def attend_packed() -> None:
-        kernel.attend(request)
-
-    ours, theirs = [], []
-    for _ in range(ROUNDS + 2):
-        theirs.append(take_seconds(attend_full_precision, device))
-        ours.append(take_seconds(attend_packed, device))
-    ratios = [full / packed for full, packed in zip(theirs[2:], ours[2:], strict=True)]
+def measure_speed(kernel: Kernel, device: torch.device, batch: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return medians over rounds in which the kernel and two forms of the baseline take turns."""
+    request = make_request(length, dtype, device, batch)
+    keys, values = torch.randn(2, batch, HEADS, length, HEAD_DIM, device=device).to(dtype)
+    packed_query = request.query.reshape(batch, HEADS, -1, HEAD_DIM)
+    attend = functional.scaled_dot_product_attention
+    contenders: dict[str, Callable[[], object]] = {
+        "kernel": lambda: kernel.attend(request),
+        "packed queries": lambda: attend(packed_query, keys, values),
+        "enable_gqa": lambda: attend(request.query, keys, values, enable_gqa=True),
+    }
+    taken = {name: [take_seconds(action, device) for _ in range(2)] for name, action in contenders.items()}
+    for _ in range(ROUNDS):
+        for name, action in contenders.items():
+            taken[name].append(take_seconds(action, device))
+    seconds = {name: one[2:] for name, one in taken.items()}
+    baseline = min(("packed queries", "enable_gqa"), key=lambda name: statistics.median(seconds[name]))
+    ratios = [full / own for full, own in zip(seconds[baseline], seconds["kernel"], strict=True)]
     return {
+        "batch": batch,
         "length": length,
         "dtype": str(dtype).removeprefix("torch."),
         "speedup": statistics.median(ratios),
         "speedup_quartiles": statistics.quantiles(ratios, n=4)[::2],
-        "kernel_ms": 1e3 * statistics.median(ours[2:]),
-        "baseline_ms": 1e3 * statistics.median(theirs[2:]),
+        "kernel_ms": 1e3 * statistics.median(seconds["kernel"]),
+        "baseline": baseline,
+        "baseline_ms": 1e3 * statistics.median(seconds[baseline]),
+        **_device_times(contenders, baseline, device),
+    }
+
+
+def _device_times(
+    contenders: Mapping[str, Callable[[], object]], baseline: str, device: torch.device
+) -> dict[str, float]:
+    """Return milliseconds on a GPU alone, from replayed CUDA graphs: what is left where launches cost nothing."""
+    if device.type != "cuda":
+        return {}
+    from triton.testing import do_bench_cudagraph
+
+    return {
+        "kernel_device_ms": do_bench_cudagraph(contenders["kernel"]),
+        "baseline_device_ms": do_bench_cudagraph(contenders[baseline]),
     }
 
 
