@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import load_gpu_runs, render_gpu_runs
 from markdown_table import table
 from target_table import COLUMNS as TARGET_COLUMNS
 from target_table import target_rows
@@ -34,10 +35,11 @@ def render_speed() -> str:
     parts = []
     for device, place in (("cpu", "a CPU"), ("cuda", "a GPU")):
         runs = load_runs(device)
-        parts.append(f"**Measured here, on {place}.**" + ("" if runs else " Nothing yet."))
+        parts.append(f"**Measured here, on {place}.**")
+        parts += render_gpu_runs() if device == "cuda" else ()
         parts += [text for run in runs if not is_short(run) for text in render_speed_run(run)]
         parts += [text for run in runs if is_short(run) for text in render_short_run(run)]
-    parts += ["Targets, all on the CPU above:", table(TARGET_COLUMNS, target_rows(load_runs("cpu")))]
+    parts += ["Targets, all on the CPU above:", table(TARGET_COLUMNS, target_rows(load_runs("cpu"), load_gpu_runs()))]
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
     return "\n\n".join(parts)

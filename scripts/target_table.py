@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gpu_tables import speedups
+
 BUFFER = "buffer, packed queries"
 DYNAMIC_PACKED = "DynamicCache, packed queries"
 PEER = "transformers quanto 4"
@@ -21,7 +23,7 @@ LEFT_OUT = "not measured"
 Facts = Mapping[str, Any]
 
 
-def target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
+def target_rows(runs: Sequence[Facts], gpu_runs: Sequence[Facts] = ()) -> list[tuple[str, str, str, str]]:
     """Return a row for each target; one that the runs do not have says "not measured"."""
     return [
         ("one layer against the buffer, bf16 / fp32", "1.45x / 2x faster", "2.5x / 4x", _join(_layers(runs, BUFFER))),
@@ -34,8 +36,14 @@ def target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
         ("a step at 64 to 1,024 tokens, batch 1 and 8, against DynamicCache", "at most 1.15x", "", _join(_short(runs))),
         ("512 tokens of a prompt behind 32,768", "at most 1.3x", "", _join(_forwards(runs, is_draft=False))),
         ("5 tokens of a draft behind 32,768", "at most 1.3x", "", _join(_forwards(runs, is_draft=True))),
-        ("Triton on Hopper against bf16 SDPA", "1.3x", "2x", f"{LEFT_OUT}: no GPU"),
+        ("Triton on Hopper against bf16 SDPA", "1.3x", "2x", _join(_gpu_speedups(gpu_runs))),
     ]
+
+
+def _gpu_speedups(runs: Sequence[Facts]) -> Iterable[str]:
+    for run in runs:
+        ratios = speedups(run)
+        yield f"{min(ratios):.2f}x to {max(ratios):.2f}x ({run['device'].partition(',')[0]})"
 
 
 def _settings(runs: Sequence[Facts], part: str, lengths: Iterable[int] = LENGTHS) -> Iterable[Facts]:

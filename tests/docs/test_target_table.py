@@ -2,6 +2,8 @@
 
 from target_table import LEFT_OUT, target_rows
 
+from kvq.attention.kernels.triton.plan import PROGRAMS_PER_PROCESSOR, REGISTERS
+
 
 def measured(label, step_ms=None, **facts):
     step = None if step_ms is None else {"median": step_ms}
@@ -29,7 +31,10 @@ def test_targets_are_filled_from_the_runs():
         },
         {"model": [setting_facts(256, short, batch=8)], "layer": []},
     ]
-    reached = [row[-1] for row in target_rows(runs)]
+    way = {"warps": 2, "registers": REGISTERS, "stages": 1, "programs_per_processor": PROGRAMS_PER_PROCESSOR}
+    ways = [{**way, "kernel_us": 50, "baseline_us": 100}, {**way, "kernel_us": 80, "baseline_us": 60}]
+    gpu_runs = [{"device": "Some GPU, 100 processors", "ways": [*ways, {**ways[0], "warps": 4, "kernel_us": 1}]}]
+    reached = [row[-1] for row in target_rows(runs, gpu_runs)]
     assert reached == [
         "bf16 2.5x at 32,768",
         "bf16 25x at 32,768",
@@ -41,6 +46,6 @@ def test_targets_are_filled_from_the_runs():
         "quanto 0.70x to 0.70x",
         LEFT_OUT,
         "native 0.90x",
-        f"{LEFT_OUT}: no GPU",
+        "0.75x to 2.00x (Some GPU)",
     ]
-    assert {row[-1] for row in target_rows([])} == {LEFT_OUT, f"{LEFT_OUT}: no GPU"}
+    assert {row[-1] for row in target_rows([])} == {LEFT_OUT}
