@@ -21,6 +21,7 @@ import torch
 from configuration_tables import render_backends, render_fields, render_layer_fields, render_options
 from demo_tables import render_demo, render_summary, write_demo
 from markdown_table import table
+from method_tables import render_method
 from quality_tables import render_choices, render_quality
 from speed_tables import render_speed
 
@@ -111,6 +112,7 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "options": render_options,
     },
     "docs/memory.md": {"memory": render_memory, "lengths": render_lengths},
+    "docs/method.md": {"method": render_method},
     "docs/plugins.md": {"checks": render_checks},
     "docs/quality.md": {"demo": render_demo, "quality": render_quality, "choices": render_choices},
     "docs/speed.md": {"speed": render_speed},
