@@ -15,6 +15,7 @@ from kvq.planning import plan
 from kvq.planning.planner import MAX_CONTEXT
 from kvq.registry import register_backend
 from kvq.store.affine import AffineCodec
+from kvq.store.chunks import ChunkedStore
 from kvq.store.window import TokenBuffer
 
 TOKENS, ROWS = 700, 2
@@ -181,6 +182,16 @@ def test_even_a_bound_of_two_percent_would_notice(monkeypatch, break_it):
     right = plan(FAMILIES["llama"](), context=8000, batch=ROWS).total_bytes
     break_it(monkeypatch)
     assert plan(FAMILIES["llama"](), context=8000, batch=ROWS).total_bytes != pytest.approx(right, rel=0.02)
+
+
+def test_chunks_are_counted_only_when_there_are_other_ones(monkeypatch):
+    counted = []
+    held = ChunkedStore.held
+    monkeypatch.setattr(ChunkedStore, "held", lambda self: counted.append(self) or held(self))
+    made = plan(FAMILIES["llama"](), context=TOKENS)
+    assert made.horizon == 64
+    # A side is counted after the prompt, when its window grows, when it is flushed, and at the end.
+    assert 2 * 3 <= len(counted) <= 2 * 5
 
 
 def test_the_largest_context_is_the_largest():

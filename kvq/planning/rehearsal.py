@@ -7,7 +7,7 @@ quantizing itself is left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvq.layers.memory_report import LayerMemory
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.planning.layout_only import LayoutOnly
 from kvq.plugin_api.quantizer import Quantizer, Side
+from kvq.store.side_contents import SideContents
 from kvq.transformers_seams.layer_kinds import Growth, kind_of
 
 MAX_HORIZON = 512
@@ -97,13 +98,22 @@ class Rehearsal:
         """
         layer = self._renew() if self.quantized is not None and not full_precision else copy.deepcopy(self.outline)
         self._feed(layer, context - (0 if isinstance(layer, KVQLayer) else 1))
-        steps = [_measure(layer)]
+        prompt = _measure(layer)
+        peak = max(map(self._own_bytes, (prompt, *self._measure_steps(layer, horizon))))
+        return Moments(prompt, _measure(layer), peak, prompt.total_bytes - self._own_bytes(prompt))
+
+    def _measure_steps(self, layer: Any, horizon: int) -> Iterator[LayerMemory]:
+        """Feed a layer token by token and measure it whenever it holds other tensors, which few tokens bring about."""
         for _ in range(horizon):
+            before = _contents_of(layer)
             self._feed(layer, 1)
-            steps.append(_measure(layer))
-        offloaded = [_chunk_bytes(step) if self.is_offloaded else 0 for step in steps]
-        peak = max(step.total_bytes - away for step, away in zip(steps, offloaded, strict=True))
-        return Moments(steps[0], steps[-1], peak, offloaded[0])
+            pairs = list(zip(before, _contents_of(layer), strict=True))
+            if not pairs or not all(now.holds_tensors_of(old) for old, now in pairs):
+                yield _measure(layer)
+
+    def _own_bytes(self, memory: LayerMemory) -> int:
+        """Return the bytes on the model's device."""
+        return memory.total_bytes - (_chunk_bytes(memory) if self.is_offloaded else 0)
 
     def _feed(self, layer: Any, count: int) -> None:
         if self.states is None or self.kind.growth is Growth.FIXED or not count:
@@ -162,6 +172,11 @@ def _on_cpu(side: ResolvedSide) -> ResolvedSide:
 
 def _measure(layer: Any) -> LayerMemory:
     return report_memory([layer]).layers[0]
+
+
+def _contents_of(layer: Any) -> list[SideContents]:
+    """Return what the sides of a quantized layer hold now; nothing for a layer of transformers."""
+    return [side.contents for _, side in layer.sides()] if isinstance(layer, KVQLayer) else []
 
 
 def _chunk_bytes(memory: LayerMemory) -> int:

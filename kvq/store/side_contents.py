@@ -37,8 +37,12 @@ class SideContents:
     def held(self) -> Iterator[Held]:
         """Yield every tensor that is held."""
         yield from self.store.held()
-        for piece in self._exact_pieces().values():
-            yield from piece.held()
+        yield from self._held_exactly()
+
+    def holds_tensors_of(self, other: SideContents) -> bool:
+        """Return whether the very tensors of other contents are held; tokens may lie in more of their room."""
+        own, others = ([id(one.tensor) for one in contents._held_exactly()] for contents in (self, other))
+        return self.store is other.store and own == others
 
     def saved(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of the exact pieces that a file needs, by their names there."""
@@ -96,6 +100,10 @@ class SideContents:
     def shared(self) -> SideContents:
         """Return the same contents, which never write to their tensors, so another side may hold them."""
         return replace(self._with_each(lambda piece: piece.shared()), store=self.store.shared())
+
+    def _held_exactly(self) -> Iterator[Held]:
+        for piece in self._exact_pieces().values():
+            yield from piece.held()
 
     def _exact_pieces(self) -> dict[str, ExactPiece]:
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "store"}
