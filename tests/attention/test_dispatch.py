@@ -179,15 +179,19 @@ def test_a_kernel_without_a_record_is_no_default(put_kernels, request_, monkeypa
 
 def test_a_kernel_that_does_not_exist_is_refused(request_, monkeypatch):
     monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "fastest")
-    with pytest.raises(ConfigError, match=r"'fastest' is not a kernel; choose one of 'auto', 'compiled'"):
+    with pytest.raises(ConfigError, match=r"'fastest' is not a kernel; choose one of 'auto', 'compiled'") as error:
         get_kernel_registry().choose(request_)
+    assert [fault.path for fault in error.value.faults] == [("KVQ_ATTENTION_KERNEL",)]
+    assert "environment" in str(error.value)
 
 
 def test_a_kernel_that_is_wanted_and_does_not_exist_is_refused(request_, monkeypatch):
     registry = get_kernel_registry()
     for name in ("nonsense", ""):
-        with pytest.raises(ConfigError, match=re.escape(repr(name))):
+        with pytest.raises(ConfigError, match=re.escape(repr(name))) as error:
             registry.choose(request_, wanted=name)
+        assert [fault.path for fault in error.value.faults] == [("wanted",)]
+        assert "KVQ_ATTENTION_KERNEL" not in str(error.value)
     default = registry.choose(request_).kernel.name
     monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "eager")
     assert registry.choose(request_).kernel.name == registry.choose(request_, wanted="eager").kernel.name == "eager"

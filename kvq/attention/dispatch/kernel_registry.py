@@ -85,7 +85,7 @@ class KernelRegistry:
         Raises:
             ConfigError: there is no kernel of the wanted name.
         """
-        wanted = self.find_wanted() if wanted is None else self._known_name(wanted)
+        wanted = self.find_wanted() if wanted is None else self._known_name(wanted, "wanted")
         passed_over: dict[str, str] = {}
         for kernel in sorted(self.kernels, key=lambda kernel: kernel.name != wanted):
             reason = self._why_passed_over(kernel, request, is_wanted=kernel.name == wanted)
@@ -137,15 +137,15 @@ class KernelRegistry:
             ConfigError: there is none of that name.
         """
         name = read_variable(KERNEL_VARIABLE)
-        return None if name is None else self._known_name(name, source="the environment")
+        return None if name is None else self._known_name(name, KERNEL_VARIABLE, source="the environment")
 
-    def _known_name(self, name: str, source: str | None = None) -> str | None:
-        """Return the name of a kernel, or None for "auto"."""
+    def _known_name(self, name: str, given_as: str, source: str | None = None) -> str | None:
+        """Return the name of a kernel, or None for "auto"; an error says as which option it was given."""
         if name == "auto":
             return None
         if name not in self._kernels:
             problem = f"{name!r} is not a kernel; choose one of 'auto', {', '.join(map(repr, self._kernels))}"
-            raise ConfigError([Fault((KERNEL_VARIABLE,), problem)], source=source)
+            raise ConfigError([Fault((given_as,), problem)], source=source)
         return name
 
     def _why_passed_over(self, kernel: Kernel, request: AttentionRequest, *, is_wanted: bool) -> str | None:
