@@ -115,6 +115,7 @@ class Witness:
     def __init__(self, cache):
         self.cache = cache
         self.states = DynamicCache()
+        self.grown = []
         self.removed = []
         self.stored = []
 
@@ -137,10 +138,12 @@ class Witness:
         self.assert_as_grown_token_by_token()
 
     def assert_as_grown_token_by_token(self):
-        for index, layer in enumerate(self.cache.layers):
-            grown = KVQLayer(index, layer.settings)
-            pair = self.states.layers[index].keys, self.states.layers[index].values
-            for keys, values in zip(*(side.split(1, dim=2) for side in pair), strict=True):
+        self.grown = self.grown or [KVQLayer(index, layer.settings) for index, layer in enumerate(self.cache.layers)]
+        for layer, grown, states in zip(self.cache.layers, self.grown, self.states.layers, strict=True):
+            known = grown.get_seq_length() if grown.is_initialized else 0
+            assert states.get_seq_length() > known, "what was verified before is taken back"
+            new = (side[:, :, known:].split(1, dim=2) for side in (states.keys, states.values))
+            for keys, values in zip(*new, strict=True):
                 grown.update(keys, values, packed=True)
             self.stored.append(grown.side("key").store.length)
             for name, side in layer.sides():
