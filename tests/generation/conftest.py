@@ -83,9 +83,9 @@ def assert_telling():
 
 
 @torch.inference_mode()
-def forced_logits(model, text, cache, *, prompt=300, chunk=300, mask=None):
-    """Logits of every token past the prompt, the text fed in chunks and then token by token."""
-    starts = [*range(0, prompt, chunk), *range(prompt, text.shape[1])]
+def forced_logits(model, text, cache, *, prompt=300, chunk=300, step=1, mask=None):
+    """Logits of every token past the prompt, which is fed in chunks; `step` of the tokens after it are fed at once."""
+    starts = [*range(0, prompt, chunk), *range(prompt, text.shape[1], step)]
     logits = []
     for start, stop in zip(starts, [*starts[1:], text.shape[1]], strict=True):
         options = {}

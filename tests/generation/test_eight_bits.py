@@ -8,9 +8,9 @@ from kvq import KVQ
 
 LENGTH = 1020
 """Tokens of a text."""
-SIDE_BY_SIDE = dict(rows=4, prompt=770, chunk=70)
-"""Four texts of 250 predictions each, all of them late: a quarter of the steps of one text."""
-STEP_BY_STEP = dict(rows=1, prompt=20, chunk=20)
+SIDE_BY_SIDE = dict(rows=4, prompt=770, chunk=110, step=5)
+"""Four texts of 250 predictions each, all of them late, five at once: a twentieth of the steps of one text."""
+STEP_BY_STEP = dict(rows=1, prompt=20, chunk=20, step=1)
 EIGHT = dict(nbits_k=8, nbits_v=8, residual_length=32, sliding="quantize")
 
 
@@ -38,7 +38,7 @@ def follow(references, build, forced, compare, assert_telling):
             references[wanted] = build_reference(family, std, **pace)
         model, text, reference = references[wanted]
         cache = KVQ(model=model, **config)
-        logits = forced(model, text, cache, prompt=pace["prompt"], chunk=pace["chunk"])
+        logits = forced(model, text, cache, **{name: size for name, size in pace.items() if name != "rows"})
         assert all(side.store.length > 900 for layer in cache.layers for _, side in layer.sides())
         return compare(logits, reference)
 
