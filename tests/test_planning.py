@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from kvq import KVQ
 from kvq.errors import BackendError, ConfigError, ModelError
-from kvq.planning import plan
+from kvq.planning import plan, planner
 from kvq.planning.planner import MAX_CONTEXT
 from kvq.registry import register_backend
 from kvq.store.affine import AffineCodec
@@ -202,8 +202,10 @@ def test_the_largest_context_is_the_largest():
     assert not plan(config, context=largest + 1, gpu_memory=memory).fits
 
 
-def test_what_fits_only_grows_with_the_context():
+def test_what_fits_only_grows_with_the_context(monkeypatch):
     config = FAMILIES["gemma 2"]()
+    outline = planner.outline_model(config, batch=1)  # which no context changes
+    monkeypatch.setattr(planner, "outline_model", lambda *_: outline)
     contexts = [*range(1, 400, 13), *range(400, 1600, 67)]
     peaks = [plan(config, context=tokens).peak_bytes for tokens in contexts]
     assert peaks == sorted(peaks)

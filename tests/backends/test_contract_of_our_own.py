@@ -10,8 +10,14 @@ from kvq.testing import CHECKS, BoundCheck, list_checks
 BACKENDS = ("hqq", "native", "quanto")
 AT_ALL_WIDTHS = {"check_accuracy", "check_codes"}
 """Checks that see a width and cost little."""
-ONCE = {"check_constant_bytes", "check_fused_attention", "check_generation", "check_honest_bytes"}
-"""Checks that take a second or more."""
+ONCE = {
+    "check_constant_bytes",
+    "check_fused_attention",
+    "check_generation",
+    "check_honest_bytes",
+    "check_light_import",
+}
+"""Checks that take a second or more; a process that imports the plugin knows no direction."""
 
 
 def choose_checks(backend: str) -> list[BoundCheck]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mutations import MisfitError, Mutation
 
 HERE = Path(__file__).parent
-COPIED = ("kvq", "kvq_backends", "plugins", "tests", "docs", "examples", "pyproject.toml", "README.md")
+COPIED = ("kvq", "kvq_backends", "plugins", "benchmarks", "tests", "docs", "examples", "pyproject.toml", "README.md")
 TIMEOUT_SECONDS = 300
 """For the test of one mutant, and for each test that is shown to be green."""
 PASSED, FAILED = 0, 1
