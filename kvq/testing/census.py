@@ -20,7 +20,7 @@ class Census:
     """Counts the memory allocated since it began; see `begin_census`."""
 
     def __init__(self) -> None:
-        known = [thing for thing in gc.get_objects() if _holds_storage(thing)]
+        known = list(_find_holders())
         self._before = dict(_storages(known))
         # An object that the walks leave out may still be resized, and then hold more than before.
         self._known = [weakref.ref(thing) for thing in known]
@@ -30,7 +30,7 @@ class Census:
         """Return the bytes of new, live tensors plus Python's own new allocations."""
         gc.collect()
         python_bytes = max(0, tracemalloc.get_traced_memory()[0] - self._traced)
-        new = [thing for thing in gc.get_objects() if _holds_storage(thing)]
+        new = list(_find_holders())
         old = [thing for reference in self._known if (thing := reference()) is not None]
         found = dict(_storages([*new, *old]))
         return python_bytes + sum(size for key, size in found.items() if key not in self._before)
@@ -54,10 +54,21 @@ def begin_census() -> Iterator[Census]:
             tracemalloc.stop()
 
 
-def _holds_storage(thing: object) -> bool:
-    # `type`, since isinstance would wake up lazy module attributes of libraries. A tensor subclass that is made of
-    # other tensors has no storage of its own.
-    kind = type(thing)
+def _find_holders() -> Iterator[Any]:
+    """Yield the objects that hold a storage, among all that the garbage collector would look at."""
+    known: dict[int, bool] = {}  # by the address of a type, which need not be hashable: half a million objects have few
+    for thing in gc.get_objects():
+        # `type`, since isinstance would wake up lazy module attributes of libraries.
+        kind = type(thing)
+        holds = known.get(id(kind))
+        if holds is None:
+            holds = known[id(kind)] = _holds_storage(kind)
+        if holds:
+            yield thing
+
+
+def _holds_storage(kind: type) -> bool:
+    # A tensor subclass that is made of other tensors has no storage of its own.
     if issubclass(kind, torch.Tensor):
         return not hasattr(kind, "__tensor_flatten__")
     return issubclass(kind, torch.UntypedStorage)

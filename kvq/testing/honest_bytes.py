@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 
@@ -25,8 +27,11 @@ MOST_OF_HALF_PRECISION = 0.75
 
 def check_honest_bytes(case: ContractCase) -> None:
     """At 4,096 tokens the process holds the bytes that the layout declares, after a prompt and after decode steps."""
-    _run(case, tokens=PROMPT_LENGTH // 8)  # memory that a library keeps is there before the census
-    _run(case, tokens=PROMPT_LENGTH, checked=True)
+    short, prompt, step = (_states(case, tokens) for tokens in (PROMPT_LENGTH // 8, PROMPT_LENGTH, 1))
+    deque(_fill(case, short, step), maxlen=0)  # memory that a library keeps is there before the census
+    with begin_census() as census:
+        for cache, when in _fill(case, prompt, step):
+            _compare(case, cache, census, when)
 
 
 def check_constant_bytes(case: ContractCase) -> None:
@@ -42,19 +47,16 @@ def check_constant_bytes(case: ContractCase) -> None:
         require(len(sizes) == 1, f"the constants of the {side}s grow with the tokens: {sorted(sizes)} bytes")
 
 
-def _run(case: ContractCase, *, tokens: int, checked: bool = False) -> None:
-    prompt = _states(case, tokens)
-    step = _states(case, 1)
-    with begin_census() as census, torch.no_grad():
-        cache = case.cache()
-        feed(cache, prompt, prompt)
-        if checked:
-            _compare(case, cache, census, "after the prompt")
-        for _ in range(DECODE_FLUSHES * quantized_layer(cache).flush_length):
-            feed(cache, step, step)
-        cache.materialize(0)
-        if checked:
-            _compare(case, cache, census, "after decode steps and a look at the whole history")
+@torch.no_grad()
+def _fill(case: ContractCase, prompt: torch.Tensor, step: torch.Tensor) -> Iterator[tuple[KVQ, str]]:
+    """Yield a cache at the moments at which its bytes are counted, and the moment in words."""
+    cache = case.cache()
+    feed(cache, prompt, prompt)
+    yield cache, "after the prompt"
+    for _ in range(DECODE_FLUSHES * quantized_layer(cache).flush_length):
+        feed(cache, step, step)
+    cache.materialize(0)
+    yield cache, "after decode steps and a look at the whole history"
 
 
 def _compare(case: ContractCase, cache: KVQ, census: Census, when: str) -> None:
