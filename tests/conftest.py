@@ -30,6 +30,10 @@ OLDEST_LACKS = {
     "cli/test_eval_command.py::test_a_run_is_a_table_a_file_and_a_picture": NO_PICTURES,
     "cli/test_eval_command.py::test_a_gate_that_is_met_exits_with_zero": TORCH_2_6,
     "cli/test_plan_command.py::test_a_plan_is_a_table_and_sentences": TORCH_2_6,
+    **{
+        f"cli/test_command_line.py::test_a_process_of_its_own_says_nothing_on_stderr[{command}]": TORCH_2_6
+        for command in ("bench", "demo", "eval", "plan")
+    },
     "devices/test_tensor_parallel.py::test_two_processes": "tensor parallelism of transformers needs a newer torch",
     "docs/test_documents.py::TestSchema::test_it_is_current": "older pydantic words the schema in another way",
     "evaluation/test_continuations.py::test_few_bits_show_and_padding_to_the_right_does_not": "other rounding",

@@ -37,8 +37,8 @@ def test_the_list_shows_all_without_a_vendors_library(run, toy_path):
     assert not {"optimum", "hqq", "transformers"} & set(imported)
 
 
-def test_the_list_as_json(run_kvq, toy_path):
-    done = run_kvq("backends", "--json", PYTHONPATH=toy_path, KVQ_BLOCK_PLUGINS="hqq")
+def test_the_list_as_json(call_kvq, toy_path):
+    done = call_kvq("backends", "--json", PYTHONPATH=toy_path, KVQ_BLOCK_PLUGINS="hqq")
     assert done.returncode == 0
     assert "noise of a plugin" in done.stderr
     listed = {one["name"]: one for one in json.loads(done.stdout)["backends"]}

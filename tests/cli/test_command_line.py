@@ -15,6 +15,11 @@ try:
 finally:
     print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
 """
+TINY_BENCH = (
+    *("--length", "256", "--batch", "1", "--rounds", "3", "--flushes", "1", "--layers", "0", "--deep", "0"),
+    *("--no-peers", "--dtype", "float32", "--backend", "native", "--threads", "1"),
+)
+TINY_EVAL = ("--dataset", "recall-report", "--sequences", "2", "--length", "200", "--needles", "0", "--no-peers")
 RAISE = """
 import sys
 from kvq.cli import app, main
@@ -63,6 +68,24 @@ def test_wrong_usage_exits_with_2(call_kvq, args, message):
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(
+    ("command", "args", "told"),
+    [
+        ("backends", ("--json",), '"backends"'),
+        ("bench", TINY_BENCH, "kvq native 4"),
+        ("demo", ("--contexts", "2", "--questions", "2", "--backend", "native"), "native"),
+        ("eval", TINY_EVAL, "full precision"),
+        ("plan", ("--model", "embedded", "--context", "961"), "655,488 parameters"),
+    ],
+    ids=["backends", "bench", "demo", "eval", "plan"],
+)
+def test_a_process_of_its_own_says_nothing_on_stderr(run_kvq, command, args, told):
+    done = run_kvq(command, *args, HF_HUB_OFFLINE=1, OMP_NUM_THREADS=1)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert told in done.stdout
 
 
 def test_an_error_of_kvq_is_one_line(run):

@@ -16,27 +16,21 @@ QUICK = (*SMALL, "--needles", "0", "--no-peers")
 
 
 @pytest.fixture
-def run_eval(run_kvq, tmp_path):
-    """Return a function that runs `kvq eval` beside some configurations, without network."""
+def call_eval(call_kvq, tmp_path):
+    """Return a function that runs `kvq eval` beside some configurations in this process."""
     (tmp_path / "k4v4.yaml").write_text("{nbits_k: 4, nbits_v: 4, residual_length: 32}")
     (tmp_path / "k2v2.yaml").write_text("{nbits_k: 2, nbits_v: 2, residual_length: 32}")
     (tmp_path / "faulty.yaml").write_text("nbits: 4")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "k4v4.yaml").write_text("nbits_v: 4")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    return lambda *args: run_kvq("eval", *args, HF_HUB_OFFLINE=1)
-
-
-@pytest.fixture
-def call_eval(run_eval, call_kvq):
-    """Return a function that runs `kvq eval` beside those configurations in this process."""
     return lambda *args: call_kvq("eval", *args)
 
 
-def test_a_run_is_a_table_a_file_and_a_picture(run_eval, tmp_path):
+def test_a_run_is_a_table_a_file_and_a_picture(call_eval, tmp_path):
     configs = ("--config", "k4v4.yaml", "--config", "k2v2.yaml")
     outputs = ("--out", "all.json", "--picture", "all.png", "--details")
-    done = run_eval(*SMALL, "--needles", "1", "--no-peers", *configs, *outputs, "--gate", "kl<0.001,compression>1.5")
+    done = call_eval(*SMALL, "--needles", "1", "--no-peers", *configs, *outputs, "--gate", "kl<0.001,compression>1.5")
     assert done.returncode == 1
     assert "error: the gate is not met" in done.stderr
     assert "k2v2: kl<0.001 is not met" in done.stderr
@@ -86,9 +80,8 @@ def test_a_gate_that_is_met_exits_with_zero(call_eval):
         ([*QUICK, "--out", "no/such/folder.json"], "'no/such/folder.json' cannot be written"),
     ],
 )
-@pytest.mark.usefixtures("run_eval")
-def test_what_is_wrong_is_told_and_nothing_is_measured(call_kvq, args, message):
-    done = call_kvq("eval", *args)
+def test_what_is_wrong_is_told_and_nothing_is_measured(call_eval, args, message):
+    done = call_eval(*args)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in " ".join(done.stderr.split())
 
@@ -100,6 +93,7 @@ def test_an_error_is_one_line_without_a_traceback(call_eval):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.costly
 def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
     args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", "--out", "all.json", "--step", "4"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -34,10 +34,9 @@ def plan(call_kvq, folder):
     return lambda *args: call_kvq("plan", *args)
 
 
-@pytest.mark.usefixtures("folder")
-def test_a_plan_is_a_table_and_sentences(run_kvq):
+def test_a_plan_is_a_table_and_sentences(plan):
     asked = ("--model", "llama", "--config", "good.yaml", "--context", "2000", "--gpu-memory", "1MiB")
-    done = run_kvq("plan", *asked, HF_HUB_OFFLINE=1)
+    done = plan(*asked)
     assert (done.returncode, done.stderr) == (0, "")
     first, *rest = done.stdout.splitlines()
     assert first.startswith("LlamaForCausalLM, 2,000 tokens: ")
