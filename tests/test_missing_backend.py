@@ -82,6 +82,7 @@ def site_without_quanto(tmp_path):
     return tmp_path
 
 
+@pytest.mark.costly
 def test_the_default_cache_says_what_is_missing_and_names_what_is_there(site_without_quanto):
     # -S: without it the interpreter adds its own site-packages again.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site_without_quanto), str(ROOT)])}

@@ -60,11 +60,17 @@ def test_every_example_is_tested_and_described():
 
 
 @pytest.mark.slow
-def test_quickstart_answers_and_reports(run_example):
-    printed = run_example("quickstart.py")
+def test_quickstart_answers_and_reports(run_here):
+    printed = run_here("quickstart.py")
     assert said("generated", printed) == said("right", printed)
     assert len(said("right", printed)[0]) == 4
     assert float(re.search(r"full precision: ([\d.]+)x smaller", printed)[1]) > 2
+
+
+@pytest.mark.costly
+def test_an_example_runs_from_another_folder_without_network(run_example):
+    printed = run_example("quickstart.py")
+    assert said("generated", printed) == said("right", printed)
 
 
 @pytest.mark.slow

@@ -66,6 +66,27 @@ def test_a_patch_of_the_users_own_is_copied(llama, prompts):
     assert llama.generate(prompts) == "mine"
 
 
+class NamesOfClasses(pickle.Unpickler):
+    """Notes the modules that a pickle names."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.modules = set()
+
+    def find_class(self, module, name):
+        self.modules.add(module.partition(".")[0])
+        return super().find_class(module, name)
+
+
+def test_a_pickled_model_names_nothing_of_kvq(llama):
+    with attach(llama, SMALL):
+        reader = NamesOfClasses(io.BytesIO(pickle.dumps(llama)))
+    assert type(reader.load()) is type(llama)
+    assert "transformers" in reader.modules
+    assert "kvq" not in reader.modules
+
+
+@pytest.mark.costly
 def test_a_pickled_model_needs_no_kvq(llama, tmp_path):
     file = tmp_path / "model.pt"
     with attach(llama, SMALL):

@@ -113,6 +113,7 @@ def test_using_another_backend_imports_none_of_them(site):
     assert int(count) >= len(HOSTILE) + 1
 
 
+@pytest.mark.costly
 def test_naming_one_ends_with_a_line_and_no_traceback(site):
     done = run(site, "-m", "kvq", "check", "leaving")
     assert done.returncode == 2

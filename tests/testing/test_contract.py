@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from kvq.errors import CheckNotApplicableError, ContractViolationError
 from kvq.registry import BackendRegistry
 from kvq.testing import CHECKS, list_checks, parametrize_contract, run_checks
 
+pytest_plugins = ["pytester"]
 NAMES = [check.__name__ for check in CHECKS]
 HEAVY_PLUGIN = """
 import safetensors
@@ -118,8 +116,9 @@ class TestParametrize:
         with pytest.raises(CheckNotApplicableError, match=r"check_codes\[9-per_token\]"):
             parametrize_contract(AFFINE, expected_failures={"check_codes[9-per_token]": "no such case"})
 
-    def test_under_pytest(self, tmp_path):
-        (tmp_path / "test_mine.py").write_text(
+    def test_under_pytest(self, pytester):
+        pytester.syspathinsert(Path(__file__).parent)
+        (pytester.path / "test_mine.py").write_text(
             "from wrong_backends import RoundsAtRandom\n"
             "from right_backends import make_spec\n"
             "from kvq.testing import parametrize_contract\n"
@@ -128,26 +127,9 @@ class TestParametrize:
             "def test_contract(contract):\n"
             "    contract()\n"
         )
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            str(tmp_path),
-            "test_mine.py",
-        ]
         chosen = "check_deterministic or check_input_untouched or check_codes or check_spec or check_non_contiguous"
-        done = subprocess.run(
-            [*command, "-k", chosen],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-            check=False,
+        done = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", "test_mine.py", "-k", chosen)
+        done.assert_outcomes(failed=2, passed=1, skipped=1, deselected=25, xfailed=1)
+        done.stdout.fnmatch_lines_random(
+            ["*ContractViolationError: transposed states give other bits*", "*XPASS(strict)*"]
         )
-        assert "2 failed, 1 passed, 1 skipped, 25 deselected, 1 xfailed" in done.stdout, done.stdout
-        assert "ContractViolationError: transposed states give other bits" in done.stdout
-        assert "XPASS(strict)" in done.stdout
