@@ -148,6 +148,12 @@ def test_a_layer_notices_a_kind_that_comes_later(put, make_request):
     assert kernel_cache.last_reader == "eager"
 
 
+def test_sizes_of_a_batch_make_no_other_kind_and_queries_a_head_do(make_request):
+    sizes = [dict(batch=2, heads=2), dict(batch=1, heads=4), dict(batch=3, heads=1)]
+    kinds = [make_request(**one, sharing=3).kind_across_layers() for one in sizes]
+    assert kinds[0] == kinds[1] == kinds[2] != make_request(sharing=2).kind_across_layers()
+
+
 def test_quantizers_that_are_not_affine_are_told_apart(make_request):
     import reference_quantizers
 

@@ -138,7 +138,7 @@ def call_kvq(tmp_path, monkeypatch, capsys) -> Run:
     """Return a function that runs a command of kvq in this process, in a fresh folder and without network.
 
     A process of its own takes seconds to import torch. Keywords are environment variables; what PYTHONPATH names is on
-    the path during the call, and plugins are looked for anew. test_command_line.py starts one for each command all the same.
+    the path during the call, and plugins are looked for anew. test_command_line.py starts one for each command.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -60,9 +60,8 @@ class Judges:
             self._free.put(tree)
 
 
-def check_green(judges: Judges, mutations: list[Mutation], console: Console) -> None:
-    """Run the tests on copies without a mutation; leave with exit code 1 unless they are green."""
-    tests = sorted({mutation.test for mutation in mutations})
+def check_green(judges: Judges, tests: list[str], console: Console) -> None:
+    """Run tests on copies without a mutation; leave with exit code 1 unless they are green."""
     started = time.monotonic()
     shares = [share for share in (tests[start :: judges.count] for start in range(judges.count)) if share]
     for outcome in judges.each(shares, JudgedTree.run):
@@ -111,7 +110,7 @@ def main() -> int:
     console, started = Console(width=WIDTH), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvq-mutants-") as folder:
         judges = Judges(Path(folder), arguments.workers)
-        check_green(judges, mutations, console)
+        check_green(judges, sorted({mutation.test for mutation in mutations}), console)
         outcomes = judge_all(judges, mutations, console)
     console.print(make_table(mutations, outcomes))
     console.print(f"{time.monotonic() - started:.0f} s in all")

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from judged_tree import JudgedTree, Outcome
 from rich.console import Console
-from run import ROOT, WIDTH, Judges
+from run import ROOT, WIDTH, Judges, check_green
 
 HERE = Path(__file__).parent
 TIMEOUT_SECONDS = 600
@@ -97,6 +97,7 @@ def main() -> int:
     console, started, holes = Console(width=WIDTH), time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="kvq-mutants-") as folder:
         judges = Judges(Path(folder), arguments.workers)
+        check_green(judges, sorted({test for mutant in drawn for test in tests_of(mutant.file)}), console)
         outcomes = judges.each(drawn, lambda tree, mutant: mutant.judge(tree, tests_of(mutant.file)))
         for number, (mutant, outcome) in enumerate(zip(drawn, outcomes, strict=True), 1):
             old, new = mutant.change()
