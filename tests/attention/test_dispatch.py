@@ -217,6 +217,11 @@ def test_the_table_says_what_the_records_say():
     assert find_benchmark_record("compiled", "cpu-z80") is None
 
 
+@pytest.mark.parametrize("kind", ["meta", "mps", "xpu"])
+def test_a_device_of_another_type_is_a_class_of_its_own(kind):
+    assert device_class(torch.device(kind)) == kind
+
+
 def test_a_record_that_does_not_pass_proves_nothing():
     entry = dict(load_benchmark_records()[0])
     assert not is_passing({**entry, "speedup": 0.99})

@@ -47,6 +47,12 @@ def find_places(root: Path, file: str | None, where: str, pattern: str) -> list[
     return [place for path in paths if path.is_file() for place in _places_in(path, where, sought)]
 
 
+def is_inside(path: Path, where: str, line: int) -> bool:
+    """Return whether a line of a file, counted from 1, belongs to a definition of a name."""
+    definitions = _definitions(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return any(name == where and node.lineno <= line <= (node.end_lineno or 0) for name, node in definitions)
+
+
 def _places_in(path: Path, where: str, sought: re.Pattern[str]) -> Iterator[Place]:
     text = path.read_text(encoding="utf-8")
     if where.rpartition(".")[2] not in text or not sought.search(text):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from definitions import is_inside
 from judged_tree import JudgedTree, Outcome
 from rich.console import Console
 from run import ROOT, WIDTH, Judges, check_green
@@ -64,13 +65,14 @@ def tests_of(file: str) -> list[str]:
     return places[max((place for place in places if file.startswith(place)), key=len)]
 
 
-def find_reason(change: tuple[str, str]) -> str | None:
+def find_reason(mutant: Drawn) -> str | None:
     """Return why a survivor may survive, or None."""
     reasons = yaml.safe_load((HERE / "survivors.yaml").read_text(encoding="utf-8"))
+    old, new = mutant.change()
     found = (
         entry["why"]
         for entry in reasons
-        if all(entry[key] in code for key, code in zip(("old", "new"), change, strict=True))
+        if entry["old"] in old and entry["new"] in new and is_inside(ROOT / mutant.file, entry["where"], mutant.line)
     )
     return next(found, None)
 
@@ -101,7 +103,7 @@ def main() -> int:
         outcomes = judges.each(drawn, lambda tree, mutant: mutant.judge(tree, tests_of(mutant.file)))
         for number, (mutant, outcome) in enumerate(zip(drawn, outcomes, strict=True), 1):
             old, new = mutant.change()
-            reason = find_reason((old, new))
+            reason = find_reason(mutant)
             verdict = describe(outcome, reason)
             console.print(
                 f"{number}/{len(drawn)} {mutant.file}:{mutant.line} {verdict}, {outcome.seconds:.0f} s", markup=False
