@@ -21,6 +21,16 @@ def test_rotation_is_the_signed_block_diagonal_hadamard_matrix(head_dim, block):
     torch.testing.assert_close(rotation.undo(rotation.apply(states)), states, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 67])
+def test_signs_that_were_kept_give_the_rotation_again(head_dim):
+    rotation = HadamardRotation(head_dim, seed=3, device=torch.device("cpu"))
+    again = HadamardRotation.of_signs(rotation.signs)
+    states = torch.randn(2, 5, head_dim)
+    assert torch.equal(again.apply(states), rotation.apply(states))
+    assert torch.equal(again.undo(states), rotation.undo(states))
+    assert again.signs is rotation.signs
+
+
 def test_signs_depend_on_the_seed_alone():
     signs = [HadamardRotation(64, seed, torch.device("cpu")).signs for seed in (0, 0, 1)]
     assert torch.equal(signs[0], signs[1])
