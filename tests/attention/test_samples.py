@@ -17,6 +17,16 @@ def test_rows_have_changed_places_where_a_sample_says_so(is_reordered):
         assert rows == {(2, 1, 0) if is_reordered else None}
 
 
+def test_every_chunk_holds_numbers_that_differ():
+    """A kernel that is wrong in one chunk alone shows only where something stands in it."""
+    pair = Sample().build(CPU).pair
+    for view in (pair.key, pair.value):
+        assert len(view.store.segments) >= 3
+        for segment in view.store.segments:
+            used = {name: part[:, :, : segment.used] for name, part in segment.parts.items()}
+            assert {name: len(part.unique()) > 1 for name, part in used.items()} == dict.fromkeys(used, True)
+
+
 def test_sinks_masks_and_logits_are_there_where_a_sample_says_so():
     plain, rich = Sample().build(CPU), Sample(sinks=3, mask="bool", has_logits=True, queries=2).build(CPU)
     assert (plain.mask, plain.sink_logits) == (None, None)

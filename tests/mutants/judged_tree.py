@@ -96,7 +96,8 @@ class JudgedTree:
         if strangers:
             return Outcome(f"{strangers[0]} was tested", seconds)
         if must_import and str(must_import) not in verdict["modules"]:
-            return Outcome("its file was not imported", seconds)
+            state = "cannot be imported" if verdict["failures"] else "its file was not imported"
+            return Outcome(state, seconds)
         if not verdict["failures"]:
             return Outcome("green", seconds)
         first = verdict["failures"][0]
