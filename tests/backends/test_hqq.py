@@ -271,6 +271,7 @@ def test_vendor_is_on_the_call_path(monkeypatch, make_groups, build_quantizer, o
     assert torch.equal(codes, expected)
 
 
+@pytest.mark.costly  # check_light_import of the contract kit sees it too
 def test_plugin_does_not_import_the_vendor(modules_after_import):
     modules = modules_after_import("from kvq_backends.hqq import plugin; plugin.kvq_backend().build_options()")
     assert "kvq_backends" in modules

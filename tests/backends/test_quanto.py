@@ -258,6 +258,7 @@ def test_codes_are_the_ones_the_vendor_returns(monkeypatch, make_groups, build_q
     assert (codes == 3).all()
 
 
+@pytest.mark.costly  # check_light_import of the contract kit sees it too
 def test_plugin_does_not_import_the_vendor(modules_after_import):
     modules = modules_after_import("from kvq_backends.quanto import plugin; plugin.kvq_backend().build_options()")
     assert "kvq_backends" in modules
