@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvq.cli.bench_parts import run_plan, time_generation, time_prompts
+from kvq.cli.console import print_line
 from kvq.cli.given_path import find_config_file
 from kvq.cli.outputs import check_outputs, write_output
-from kvq.cli.progress import show_progress
+from kvq.cli.progress import Progress, show_progress
 from kvq.cli.usage_errors import usage_errors
 from kvq.errors import EvaluationError
 
@@ -100,7 +101,10 @@ def bench(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_ID", help="A model of yours, in its dtype, instead of a random one."),
+        typer.Option(
+            metavar="PATH_OR_ID",
+            help="A model, in its dtype, instead of a random one: of transformers, a GGUF file, or 'smollm2'.",
+        ),
     ] = None,
     layers: Annotated[
         int | None,
@@ -182,7 +186,7 @@ def bench(
             _quieten_libraries()
             where = _find_device(device, threads)
             choice = _choose_contenders(backend, config, bits, peers=peers)
-            loaded = _load(model, where, asked)
+            loaded = _load(model, where, asked, progress)
             plans = _make_plans(choice, asked, where, loaded)
         options = {**asked, "model": model, "configs": dict(choice.configs)}
         parts = _Parts(where, options, list(plans), out)
@@ -236,14 +240,15 @@ def _usable_backends(bits: int) -> list[str]:
     return [info.name for info in infos if info.spec and info.state == "ready" and bits in info.spec.capabilities.nbits]
 
 
-def _load(name: str | None, device: torch.device, asked: dict[str, Any]) -> PreTrainedModel | None:
+def _load(name: str | None, device: torch.device, asked: dict[str, Any], progress: Progress) -> PreTrainedModel | None:
     """Return the user's model, if there is one; then its dtype and layers are measured."""
     if name is None:
         return None
     from kvq.benchmark.setting import Shape
-    from kvq.evaluation.model_loading import load_model
+    from kvq.evaluation.model_loading import describe_model, load_model
 
-    model, _ = load_model(name, device=str(device))
+    model, _ = load_model(name, device=str(device), on_step=lambda step: progress.advance(step, 0))
+    print_line(describe_model(name))
     dtype = str(model.dtype).removeprefix("torch.")
     asked |= {"dtype": [dtype], "layers": Shape.of(model.config).layers, "deep": 0}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

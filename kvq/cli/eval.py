@@ -34,7 +34,11 @@ MAX_NEEDLES = 1000
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(metavar="PATH_OR_ID", help="A causal model of transformers, or 'embedded'.")
+        str,
+        typer.Option(
+            metavar="PATH_OR_ID",
+            help="A causal model of transformers, a GGUF file, 'embedded', or 'smollm2': a real model, fetched once.",
+        ),
     ] = EMBEDDED,
     config: Annotated[
         list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="A configuration file; repeatable.")
@@ -44,8 +48,9 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="ID",
-            help="Instead of a file: stdlib-calibration or stdlib-report (Python's own source), recall-calibration "
-            "or recall-report (for the embedded model), or ID[:CONFIGURATION[:SPLIT]] of the hub.",
+            help="Instead of a file: topics-calibration or topics-report (English prose: Python's manual), "
+            "stdlib-calibration or stdlib-report (its source), recall-calibration or recall-report (for the embedded "
+            "model), or ID[:CONFIGURATION[:SPLIT]] of the hub.",
         ),
     ] = None,
     gate: Annotated[
@@ -113,12 +118,14 @@ def evaluate(
             candidates = _load_candidates(config, peers)
             processes = Processes.find()  # before the model is loaded: it chooses the device of this process
             sizes = {"prefill": prefill, "step": step, "batch_size": batch_size}
-            plan = _make_plan(_load(model, dtype, device), candidates, chosen, sizes)
-        records = _run(plan, out, processes, progress, _Shown(plan, model) if processes.is_main else None)
+            loaded = _load(model, dtype, device, progress)
+            title = _describe_model(model)
+            plan = _make_plan(loaded, candidates, chosen, sizes)
+        records = _run(plan, out, processes, progress, _Shown(plan, title) if processes.is_main else None)
     if processes.is_main:
         _show_rest(records, details=details)
         if out is not None:
-            _write(records, plan, model, out)
+            _write(records, plan, title, out)
         if picture is not None:
             _draw(records, picture, f"{Path(model).name} on {plan.text.name}")
     _apply_gate(records, conditions, quiet=not processes.is_main)
@@ -163,10 +170,18 @@ def _load_candidates(files: list[Path] | None, peers: bool) -> list[Candidate]:
     return [*own, *list_peers()] if peers else own
 
 
-def _load(model: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    model: str, dtype: str, device: str | None, progress: Progress
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from kvq.evaluation.model_loading import load_model
 
-    return load_model(model, dtype=dtype, device=device)
+    return load_model(model, dtype=dtype, device=device, on_step=lambda step: progress.advance(step, 0))
+
+
+def _describe_model(model: str) -> str:
+    from kvq.evaluation.model_loading import describe_model
+
+    return describe_model(model)
 
 
 def _make_plan(

@@ -12,6 +12,7 @@ import typer
 
 from kvq.cli.console import print_error, print_json, print_line, print_table, print_warning
 from kvq.cli.given_path import find_config_file
+from kvq.cli.progress import show_progress
 from kvq.cli.usage_errors import print_usage_error
 from kvq.errors import BackendError, ConfigError, ModelError
 from kvq.units import parse_bytes
@@ -28,7 +29,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def plan(
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="A folder with a config.json, an id on the hub, or 'embedded'.")
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="A folder with a config.json, a GGUF file, an id on the hub, 'embedded' or 'smollm2'.",
+        ),
     ],
     context: Annotated[int, typer.Option(min=1, max=1 << 24, metavar="INTEGER", help="Tokens of the prompt.")],
     config: Annotated[
@@ -119,7 +124,8 @@ def _read_config(file: str | None) -> KVQCacheConfig:
 def _read_model(model: str) -> PretrainedConfig:
     from kvq.cli.model_config import load_model_config
 
-    return load_model_config(model)
+    with show_progress("reading the model's configuration") as progress:
+        return load_model_config(model, on_step=lambda step: progress.advance(step, 0))
 
 
 def _make(

@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from kvq.errors import EvaluationError
 from kvq.evaluation import recall
 from kvq.evaluation.stdlib_text import read_stdlib
+from kvq.evaluation.topics_text import TOPICS_PARTS, read_topics
 
 RECALL_SEEDS = {"recall-calibration": 1, "recall-report": 0}
 STDLIB_TEXTS = ("stdlib-calibration", "stdlib-report")
-BUILT_IN_TEXTS = (*STDLIB_TEXTS, *RECALL_SEEDS)
+TOPICS_TEXTS = tuple(f"topics-{part}" for part in TOPICS_PARTS)
+BUILT_IN_TEXTS = (*TOPICS_TEXTS, *STDLIB_TEXTS, *RECALL_SEEDS)
 """Texts that `--dataset` has without a download; each has one part to choose settings on, one to report on."""
 MAX_RECORDS = 160
 """Most records of a recall text: as many as the embedded model was trained for."""
@@ -72,6 +74,8 @@ def load_dataset(name: str, tokenizer: PreTrainedTokenizerBase, *, sequences: in
     """
     if name in RECALL_SEEDS:
         return _sample_recall(name, tokenizer, sequences, length)
+    if name in TOPICS_TEXTS:
+        return _cut(name, _read_topics(name), tokenizer, sequences, length)
     if name in STDLIB_TEXTS:
         part: Any = name.removeprefix("stdlib-")
         return _cut(name, (text for _, text in read_stdlib(part)), tokenizer, sequences, length)
@@ -91,6 +95,11 @@ def _read(paths: Sequence[Path]) -> Iterator[str]:
             yield path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"{str(path)!r} cannot be read as text in UTF-8: {error}") from error
+
+
+def _read_topics(name: str) -> Iterator[str]:
+    part: Any = name.removeprefix("topics-")
+    return (text for _, text in read_topics(part))
 
 
 def _read_hub(name: str) -> Iterator[str]:
