@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -38,19 +39,12 @@ def find_gguf(path: Path) -> Path | None:
     Raises:
         EvaluationError: the folder has several, or there is no file of that name with the suffix of one.
     """
-    try:
-        if path.is_file():
-            return path if path.suffix.lower() == SUFFIX else None
-        if path.suffix.lower() == SUFFIX and not path.exists():
-            raise EvaluationError(f"{str(path)!r} does not exist; give the path of a GGUF file")
-        if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _OTHER_WEIGHTS):
-            return None
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
-    except (OSError, ValueError):  # a text that can name no file, or a folder that cannot be read
-        return None
+    found = _list_gguf(path)
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise EvaluationError(f"{str(path)!r} has several GGUF files; give the path of one of them: {names}")
+    if path.suffix.lower() == SUFFIX and not found and not path.is_dir():
+        raise EvaluationError(f"{str(path)!r} does not exist; give the path of a GGUF file")
     return found[0] if found else None
 
 
@@ -66,7 +60,8 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     """
     check_packages()
     with _told_by_one_line(file), _without_bars():
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=dtype)
+        options = {"gguf_file": file.name, "dtype": dtype, **_find_options()}
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), **options)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     model.name_or_path = str(file)  # transformers names the folder
     return model.eval(), tokenizer
@@ -94,6 +89,27 @@ def check_packages() -> None:
         raise EvaluationError(
             f"a GGUF file needs {' and '.join(missing)}, the extra `real`: pip install '.[real]' in the checkout of kvq"
         )
+
+
+def _list_gguf(path: Path) -> list[Path]:
+    """Return the file if it is one by its name, or those of a folder without other weights."""
+    try:
+        is_folder = path.is_dir()
+        if is_folder and any(any(path.glob(pattern)) for pattern in _OTHER_WEIGHTS):
+            return []
+        files = path.iterdir() if is_folder else [path] if path.is_file() else []
+        return sorted(file for file in files if file.suffix.lower() == SUFFIX)
+    except (OSError, ValueError):  # a text that can name no file, or a folder that cannot be read
+        return []
+
+
+def _find_options() -> dict[str, Any]:
+    """Return the options that ask for plain weights, and so for the model's usual attention.
+
+    Versions of transformers that can compute on packed weights have a class for them, and may change the attention too.
+    """
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 @contextmanager
