@@ -25,7 +25,7 @@ PAD, BOS, QUESTION, STOP = range(4)
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "?", ".")
 _NAME_COUNT = 240
 
-_WORDS = """
+WORDS = """
 acorn amber anchor apple apron arrow aspen autumn badge bagel baker bamboo banjo barn basil basin basket beach
 beacon beaver bell bench berry birch bird biscuit blanket bloom boat bonnet book boot bottle bowl branch brass bread
 breeze brick bridge brook broom bubble bucket bugle butter button cabin cable cactus camel canal candle canoe canvas
@@ -40,6 +40,7 @@ linen lion locket loom lotus lynx magnet mango maple marble market mask meadow m
 mountain mug needle nest nickel night oak oasis oat ocean olive onion orbit orchid otter owl paddle palm panda paper
 parrot pasture path peach pearl pebble pencil pepper piano pigeon pillow pine pirate planet plum pocket pond
 """.split()  # noqa: SIM905 - a list of quoted words is harder to read
+"""Common English nouns, of which answers are made."""
 
 _ONSETS = "bdfghjklmnprstvz"
 _VOWELS = "aeiou"
@@ -53,7 +54,7 @@ def _build_names() -> list[str]:
     return pairs[:: len(pairs) // _NAME_COUNT][:_NAME_COUNT]
 
 
-VOCABULARY: tuple[str, ...] = (*_SPECIAL_TOKENS, *_build_names(), *_WORDS)
+VOCABULARY: tuple[str, ...] = (*_SPECIAL_TOKENS, *_build_names(), *WORDS)
 """Every token of the task; the position is the token id."""
 _FIRST_NAME = len(_SPECIAL_TOKENS)
 _FIRST_WORD = _FIRST_NAME + _NAME_COUNT
