@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvq.cli.console import GrowingTable, print_error, print_line, print_table
+from kvq.cli.eval_tasks import make_tasks, score_plan, show_scores
 from kvq.cli.given_path import exists, find_config_file
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kvq.evaluation.quality.processes import Processes
     from kvq.evaluation.quality.record import QualityRecord
     from kvq.evaluation.quality.run import EvaluationPlan
+    from kvq.evaluation.tasks.run import CacheScores
 
 EMBEDDED = "embedded"
 MAX_SEQUENCES = 100_000
@@ -76,6 +78,16 @@ def evaluate(
             metavar="INTEGER", min=0, max=MAX_NEEDLES, help="Questions about a hidden fact, at each of five depths."
         ),
     ] = 8,
+    tasks: Annotated[
+        int,
+        typer.Option(
+            metavar="INTEGER",
+            min=0,
+            max=MAX_NEEDLES,
+            help="Contexts of each synthetic task, of the length of a sequence: several needles, variable tracking, "
+            "common words; 0: none.",
+        ),
+    ] = 0,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
@@ -121,11 +133,14 @@ def evaluate(
             loaded = _load(model, dtype, device, progress)
             title = _describe_model(model)
             plan = _make_plan(loaded, candidates, chosen, sizes)
+            task_sets = make_tasks(plan, loaded[1], tasks)
         records = _run(plan, out, processes, progress, _Shown(plan, title) if processes.is_main else None)
+        task_scores = score_plan(plan, task_sets, progress) if processes.is_main else []
     if processes.is_main:
         _show_rest(records, details=details)
+        show_scores(task_scores)
         if out is not None:
-            _write(records, plan, title, out)
+            _write(records, plan, title, out, task_scores)
         if picture is not None:
             _draw(records, picture, f"{Path(model).name} on {plan.text.name}")
     _apply_gate(records, conditions, quiet=not processes.is_main)
@@ -274,10 +289,15 @@ def _show_rest(records: list[QualityRecord], *, details: bool) -> None:
         print_line(failure)
 
 
-def _write(records: list[QualityRecord], plan: EvaluationPlan, model: str, out: Path) -> None:
+def _write(
+    records: list[QualityRecord], plan: EvaluationPlan, model: str, out: Path, task_scores: list[CacheScores]
+) -> None:
     from kvq.evaluation.quality.report import describe_run
 
-    write_output(out, json.dumps(describe_run(plan, model, records), indent=1, allow_nan=False) + "\n")
+    found = describe_run(plan, model, records)
+    if task_scores:
+        found["tasks"] = {one.label: one.to_dict() for one in task_scores}
+    write_output(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def _draw(records: list[QualityRecord], picture: Path, title: str) -> None:

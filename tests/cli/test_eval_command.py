@@ -59,9 +59,24 @@ def test_a_gate_that_is_met_exits_with_zero(call_eval):
     assert done.stdout.splitlines()[-1] == "the gate is met: kl<0.1, top1>0.5"
 
 
+def test_tasks_have_a_table_of_their_own(call_eval, tmp_path):
+    done = call_eval(*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", "--tasks", "1", "--out", "all.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    table = done.stdout.partition("\n\ntasks: log-probability")[2].splitlines()[1:]
+    assert table[0].split("  ")[0] == "cache"
+    rows = {line.split("  ")[0]: line for line in table[1:]}
+    assert list(rows) == ["full precision", "k4v4", "k2v2"]
+    found = json.loads((tmp_path / "all.json").read_text())["tasks"]
+    figures = {label: scores["several needles"] for label, scores in found.items()}
+    assert figures["full precision"]["log_probability"] > figures["k2v2"]["log_probability"] + 0.1
+    for label, line in rows.items():
+        assert line.endswith(f"{figures[label]['log_probability']:.3f}, {figures[label]['answers_right']:.1%}")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ([*QUICK, "--tasks", "1", "--length", "200"], "200 tokens leave no room for the tasks"),
         (["--model", "no/such", *QUICK], "model 'no/such' cannot be loaded"),
         (["--model", ".", *QUICK], "model '.' cannot be loaded"),
         ([], "give the text: either --text FILE or --dataset ID"),

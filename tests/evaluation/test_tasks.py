@@ -13,8 +13,10 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from kvq import KVQ, KVQCacheConfig
 from kvq.errors import EvaluationError
 from kvq.evaluation import recall
+from kvq.evaluation.quality.candidates import Candidate, make_candidate
 from kvq.evaluation.tasks.english import CHAINS, CITIES, HOPS, build_english_tasks
 from kvq.evaluation.tasks.records import QUESTIONS, build_record_tasks
+from kvq.evaluation.tasks.run import build_tasks, score_caches
 from kvq.evaluation.tasks.scoring import TaskScore, score_tasks
 from kvq.evaluation.tasks.task_set import NO_ANSWER, Question, build_task_set
 
@@ -174,3 +176,23 @@ def test_few_bits_cost_answers_of_the_embedded_model(loaded):
     assert exact.mean_log_probability == pytest.approx(plain.mean_log_probability, abs=1e-4)
     assert few.answers_right < plain.answers_right - 0.1
     assert few.mean_log_probability < plain.mean_log_probability - 0.2
+
+
+def test_caches_follow_full_precision_and_a_peer_may_fail(loaded):
+    model, tokenizer = loaded
+    tasks = build_tasks(tokenizer, torch.zeros(1, 300, dtype=torch.long), length=300, contexts=1)
+    assert [task.name for task in tasks] == ["several needles"]
+
+    def fail(model):
+        raise RuntimeError("no such cache\nat all")
+
+    peer = Candidate("a peer", fail, {}, is_peer=True)
+    own = make_candidate("exact", KVQCacheConfig(residual_length=4096))
+    told = []
+    plain, failed, exact = score_caches(model, tasks, [peer, own], step=8, batch_size=1, on_progress=told.append)
+    assert told == ["full precision", "a peer", "exact"]
+    assert (failed.failure, failed.to_dict()) == ("RuntimeError: no such cache", {})
+    assert exact.to_dict()["several needles"] == pytest.approx(plain.to_dict()["several needles"], abs=1e-4)
+    assert plain.to_dict()["several needles"]["tokens_right"] > 0.9
+    with pytest.raises(RuntimeError, match="no such cache"):
+        list(score_caches(model, tasks, [Candidate("ours", fail, {})], step=8, batch_size=1))
