@@ -29,9 +29,10 @@ from kvq.evaluation.model_loading import load_model
 from kvq.evaluation.quality.candidates import Candidate, count_held_bytes, list_peers, make_candidate
 from kvq.evaluation.quality.needle import build_task
 from kvq.evaluation.quality.picture import draw_records
-from kvq.evaluation.quality.record import QualityRecord, compare_kl
+from kvq.evaluation.quality.plan import EvaluationPlan
+from kvq.evaluation.quality.record import KL_QUANTILES, QualityRecord, compare_kl, judge
 from kvq.evaluation.quality.report import describe_run
-from kvq.evaluation.quality.run import EvaluationPlan, evaluate
+from kvq.evaluation.quality.run import evaluate
 from kvq.evaluation.quality.text import load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,21 +179,20 @@ def run(plan: EvaluationPlan, parts: Path) -> list[QualityRecord]:
     with Progress(*columns) as progress:
         task = progress.add_task("", total=plan.units)
         return evaluate(
-            plan, parts=parts, on_progress=lambda label: progress.update(task, description=label, advance=1)
+            plan, parts=parts, on_progress=lambda label, done: progress.update(task, description=label, advance=done)
         )
 
 
 def short_row(record: QualityRecord) -> dict[str, Any]:
     """Return what is chosen by."""
     row = record.to_dict()
-    names = ("label", "kl", "kl_p99", "top1", "ppl_change", "bits_key", "bits_value", "effective_bits", "held_bytes")
-    return {name: row[name] for name in (*names, "kl_by_sequence")}
+    sizes = ("bits_key", "bits_value", "effective_bits", "held_bytes")
+    return {name: row[name] for name in ("label", "kl", *KL_QUANTILES, "top1", "ppl_change", *sizes, "kl_by_sequence")}
 
 
 def compare(one: QualityRecord, other: QualityRecord) -> dict[str, Any]:
     """Return by how much the divergence of one exceeds that of the other, with its interval over the texts."""
     difference = compare_kl(one, other)
-    verdict = "worse" if difference.low > 0 else "better" if difference.high < 0 else "tie"
     return {
         "one": one.label,
         "other": other.label,
@@ -200,7 +200,7 @@ def compare(one: QualityRecord, other: QualityRecord) -> dict[str, Any]:
         "kl_ratio": one.kl.mean / other.kl.mean,
         "kl_difference": difference.mean,
         "half_width": difference.half_width,
-        "verdict": verdict,
+        "verdict": judge(difference),
     }
 
 

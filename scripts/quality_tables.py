@@ -10,6 +10,7 @@ import torch
 from markdown_table import table
 
 from kvq.evaluation.quality.metrics import Estimate
+from kvq.evaluation.quality.record import judge
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 TEXTS = {
@@ -86,8 +87,7 @@ def _load_grid(text: str) -> dict[str, dict[str, Any]]:
 
 def _compare_rows(chosen: dict[str, Any], instead: dict[str, Any]) -> str:
     difference = Estimate.of_parts(torch.tensor(instead["kl_by_sequence"]) - torch.tensor(chosen["kl_by_sequence"]))
-    verdict = "worse" if difference.low > 0 else "better" if difference.high < 0 else "tie"
-    return f"{instead['kl']['mean'] / chosen['kl']['mean']:.2f}x, {verdict}"
+    return f"{instead['kl']['mean'] / chosen['kl']['mean']:.2f}x, {judge(difference)}"
 
 
 def load_report(text: str) -> dict[str, Any]:

@@ -27,9 +27,15 @@ if TYPE_CHECKING:
     from kvq.evaluation.quality.processes import Processes
     from kvq.evaluation.quality.record import QualityRecord
     from kvq.evaluation.quality.run import EvaluationPlan
+    from kvq.evaluation.quality.text import TokenText
     from kvq.evaluation.tasks.run import CacheScores
 
 EMBEDDED = "embedded"
+DEFAULT_PREFILL = 128
+MAX_SCORED = 1024
+"""Tokens at the end of a long sequence that are scored by default: those before are read once for all caches."""
+CONTINUATIONS = {"cuda": 512, "cpu": 128}
+"""Tokens of a greedy continuation by default: on a CPU one takes as long as reading hundreds in steps."""
 MAX_SEQUENCES = 100_000
 MAX_NEEDLES = 1000
 
@@ -66,18 +72,35 @@ def evaluate(
     ] = 16,
     length: Annotated[int, typer.Option(metavar="INTEGER", min=160, help="Tokens of each sequence.")] = 1024,
     prefill: Annotated[
-        int, typer.Option(metavar="INTEGER", min=16, help="First tokens of each, read at once and not scored.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            metavar="INTEGER",
+            min=16,
+            help="First tokens of each, read at once and not scored. Default: 128, or all but the last 1,024.",
+        ),
+    ] = None,
     step: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Tokens of each later forward; 1: as in generation.")
-    ] = 1,
-    batch_size: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Sequences read together.")] = 8,
+    ] = 16,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(metavar="INTEGER", min=1, help="Sequences read together. Default: 4; 2 with a budget."),
+    ] = None,
     needles: Annotated[
         int,
         typer.Option(
-            metavar="INTEGER", min=0, max=MAX_NEEDLES, help="Questions about a hidden fact, at each of five depths."
+            metavar="INTEGER", min=0, max=MAX_NEEDLES, help="Contexts that hide a fact at each of five depths."
         ),
-    ] = 8,
+    ] = 4,
+    continuation: Annotated[
+        int | None,
+        typer.Option(
+            metavar="INTEGER",
+            min=0,
+            help="Tokens of a greedy continuation of each sequence. Default: 512 on a GPU, 128 on a CPU, and none of "
+            "a text that cannot be predicted.",
+        ),
+    ] = None,
     tasks: Annotated[
         int,
         typer.Option(
@@ -88,7 +111,13 @@ def evaluate(
             "common words; 0: none.",
         ),
     ] = 0,
-    peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = True,
+    budget_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES", min=0, help="Read fewer sequences, for all caches, where all would take longer."
+        ),
+    ] = None,
+    peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = False,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
     ] = "auto",
@@ -108,17 +137,21 @@ def evaluate(
     """Measure quality and memory of caches against full precision.
 
     Every cache reads the same tokens. A text is read in decode-sized steps: a quantized history grows as in generation.
-    The table shows the perplexity and its change, the divergence (KL) of the next-token distribution with its 95 %
-    interval over the sequences, the share of equal most likely tokens, exact answers about a fact hidden in the text,
-    and the memory held.
+    The first table shows the perplexity and its change, the divergence (KL) of the next-token distribution as a mean
+    with its 95 % interval over the sequences, median, 99th and 99.9th percentile, the share of equal most likely
+    tokens, and the memory held. The second one shows how sure the model is of facts hidden in the text, and where
+    greedy continuations first differ from those in full precision, and how far they drift from there.
 
-    With --out an interrupted run resumes where it stopped. Under `accelerate launch` all processes share the work.
+    With --out a run that was interrupted, or ran out of its budget, resumes where it stopped. Under `accelerate launch`
+    all processes share the work.
 
     Exit codes: 0 fine; 1 the gate is not met; 2 wrong usage, or something is missing.
     """
     from kvq.evaluation.quality.processes import Processes
 
-    chosen = _TextChoice(text, dataset, sequences, length, needles)
+    prefill = max(DEFAULT_PREFILL, length - MAX_SCORED) if prefill is None else prefill
+    batch_size = batch_size or (4 if budget_minutes is None else 2)
+    chosen = _TextChoice(text, dataset, sequences, length, needles, continuation)
     with show_progress("loading the model", hidden=not Processes.is_first()) as progress:
         with usage_errors():
             from kvq.evaluation.quality.gate import parse_gate
@@ -134,10 +167,11 @@ def evaluate(
             title = _describe_model(model)
             plan = _make_plan(loaded, candidates, chosen, sizes)
             task_sets = make_tasks(plan, loaded[1], tasks)
-        records = _run(plan, out, processes, progress, _Shown(plan, title) if processes.is_main else None)
+        shown = _Shown(plan, title) if processes.is_main else None
+        records = _run(plan, out, processes, progress, shown, budget_minutes)
         task_scores = score_plan(plan, task_sets, progress) if processes.is_main else []
     if processes.is_main:
-        _show_rest(records, details=details)
+        _show_rest(plan, records, details=details)
         show_scores(task_scores)
         if out is not None:
             _write(records, plan, title, out, task_scores)
@@ -155,6 +189,7 @@ class _TextChoice:
     sequences: int
     length: int
     needles: int
+    continuation: int | None
 
 
 def _check_sizes(length: int, prefill: int) -> None:
@@ -228,65 +263,103 @@ def _make_plan(
     for candidate in candidates:
         if not candidate.is_peer:
             candidate.build(model)  # an error now, and not only after full precision was measured
-    return EvaluationPlan(model, text, candidates, needles, **sizes)
+    plan = EvaluationPlan(
+        model, text, candidates, needles, continuation=_choose_continuation(chosen, model, text), **sizes
+    )
+    if longest is not None and plan.continuation and plan.prompt_length + plan.continuation > longest:
+        raise EvaluationError(
+            f"--continuation {plan.continuation} goes beyond the {longest} positions of the model; at --length "
+            f"{chosen.length} it follows {plan.prompt_length} tokens"
+        )
+    return plan
+
+
+def _choose_continuation(chosen: _TextChoice, model: PreTrainedModel, text: TokenText) -> int:
+    if chosen.continuation is not None:
+        return chosen.continuation
+    if not text.scored.all():  # what cannot be predicted is chosen by chance, in full precision too
+        return 0
+    return CONTINUATIONS.get(model.device.type, CONTINUATIONS["cuda"])
 
 
 class _Shown:
-    """Prints a run while it goes on: the table, row by row."""
+    """Prints what is measured, when the run begins; then the table, row by row."""
 
     def __init__(self, plan: EvaluationPlan, model: str) -> None:
         self._plan = plan
         self._model = model
         self._table: GrowingTable | None = None
 
+    def begin(self) -> None:
+        """Print what is measured, and how."""
+        from kvq.evaluation.quality.report import describe_plan
+
+        for line in describe_plan(self._plan, self._model):
+            print_line(line)
+
     def add(self, record: QualityRecord) -> None:
         """Print a record; the first one brings the header, and full precision."""
-        from kvq.evaluation.quality.report import plain_row, table_row
+        from kvq.evaluation.quality.report import COLUMNS, column_widths, plain_row, table_row
 
         if record.failure:
             return
         if self._table is None:
-            self._table = self._begin()
+            self._table = GrowingTable(COLUMNS, column_widths([one.label for one in self._plan.candidates]))
             self._table.add(plain_row(record))
         self._table.add(table_row(record))
 
-    def _begin(self) -> GrowingTable:
-        from kvq.evaluation.quality.report import COLUMNS, column_widths
-
-        text, prefill = self._plan.text, self._plan.prefill
-        count, length = text.sequences.shape
-        scored = count * int(text.scored[prefill:].sum())
-        print_line(f"{self._model} on {text.name}: {count} sequences of {length} tokens, {scored:,} of them scored")
-        return GrowingTable(COLUMNS, column_widths([candidate.label for candidate in self._plan.candidates]))
-
 
 def _run(
-    plan: EvaluationPlan, out: Path | None, processes: Processes, progress: Progress, shown: _Shown | None
+    plan: EvaluationPlan,
+    out: Path | None,
+    processes: Processes,
+    progress: Progress,
+    shown: _Shown | None,
+    minutes: float | None,
 ) -> list[QualityRecord]:
+    from kvq.evaluation.quality.run import Budget
     from kvq.evaluation.quality.run import evaluate as measure
 
     parts = out.with_name(f"{out.name}.parts") if out is not None else None
-    progress.begin("full precision", -(-plan.units // processes.count), "passes")
+    progress.begin("full precision", -(-plan.units // processes.count), "forwards")
+    if shown is not None:
+        shown.begin()
     on_record: Callable[[QualityRecord], None] = shown.add if shown is not None else lambda record: None  # noqa: ARG005
+    budget = Budget(None if minutes is None else 60 * minutes)
     try:
-        records = measure(plan, parts=parts, processes=processes, on_progress=progress.advance, on_record=on_record)
+        records = measure(
+            plan, parts=parts, processes=processes, budget=budget, on_progress=progress.advance, on_record=on_record
+        )
     except KeyboardInterrupt:
         if parts is not None and processes.is_main:
             print_error(f"stopped; the same command resumes where this one was (finished parts: {parts})")
         raise typer.Exit(130) from None
-    if parts is not None and processes.is_main:
-        shutil.rmtree(parts, ignore_errors=True)
+    _tidy_up(parts, plan, records, processes)
     return records
 
 
-def _show_rest(records: list[QualityRecord], *, details: bool) -> None:
-    from kvq.evaluation.quality.report import DETAIL_COLUMNS, detail_rows, list_failures
+def _tidy_up(parts: Path | None, plan: EvaluationPlan, records: list[QualityRecord], processes: Processes) -> None:
+    """Remove the finished parts, unless a larger budget may go on from them."""
+    from kvq.evaluation.quality.report import count_read
 
+    if parts is not None and processes.is_main and count_read(records) in (0, len(plan.text.sequences)):
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _show_rest(plan: EvaluationPlan, records: list[QualityRecord], *, details: bool) -> None:
+    from kvq.evaluation.quality import report
+
+    further: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [(report.TASK_COLUMNS, report.task_rows(records))]
     if details:
-        print_line()
-        print_table(DETAIL_COLUMNS, detail_rows(records))
-    for failure in list_failures(records):
-        print_line(failure)
+        further.append((report.DEPTH_COLUMNS, report.depth_rows(records)))
+        further.append((report.DETAIL_COLUMNS, report.detail_rows(records)))
+    for columns, rows in further:
+        if rows:
+            print_line()
+            print_table(columns, rows)
+    left_out = report.describe_left_out(plan, records)
+    for line in (*report.list_ties(records), *report.list_failures(records), *([left_out] if left_out else [])):
+        print_line(line)
 
 
 def _write(

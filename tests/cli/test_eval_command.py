@@ -30,15 +30,24 @@ def call_eval(call_kvq, tmp_path):
 def test_a_run_is_a_table_a_file_and_a_picture(call_eval, tmp_path):
     configs = ("--config", "k4v4.yaml", "--config", "k2v2.yaml")
     outputs = ("--out", "all.json", "--picture", "all.png", "--details")
-    done = call_eval(*SMALL, "--needles", "1", "--no-peers", *configs, *outputs, "--gate", "kl<0.001,compression>1.5")
+    done = call_eval(
+        *SMALL, "--needles", "1", "--continuation", "8", *configs, *outputs, "--gate", "kl<0.001,compression>1.5"
+    )
     assert done.returncode == 1
     assert "error: the gate is not met" in done.stderr
     assert "k2v2: kl<0.001 is not met" in done.stderr
     assert "k4v4" not in done.stderr
-    table, _, details = done.stdout.partition("\n\n")
-    rows = {line.split("  ")[0]: line for line in table.splitlines()[2:]}
+    first, tasks, depths, details = done.stdout.split("\n\n")
+    said, _, table = first.partition("\ncache ")
+    assert said.splitlines()[1:] == [
+        "the first 128 tokens of each in full precision, the rest from the cache in steps of 16",
+        "1 context with five facts; answers are scored, not written",
+        "a greedy continuation of 8 tokens behind 292 of each sequence",
+    ]
+    rows = {line.split("  ")[0]: line for line in table.splitlines()[1:]}
     assert set(rows) == {"full precision", "k4v4", "k2v2"}
-    assert details.startswith("cache")
+    assert {line.split("  ")[0] for line in tasks.splitlines()[1:]} == {"full precision", "k4v4", "k2v2"}
+    assert [line.split("  ")[0] for line in depths.splitlines()[1:]] == ["k4v4"] * 4 + ["k2v2"] * 4
     assert "KL by position" in details
     found = json.loads((tmp_path / "all.json").read_text())
     four, two = found["records"][:2]
@@ -48,6 +57,11 @@ def test_a_run_is_a_table_a_file_and_a_picture(call_eval, tmp_path):
     assert len(four["kl_by_sequence"]) == found["sequences"] == 2
     assert sum(four["needle_by_depth"].values()) == pytest.approx(5 * four["needle"])
     assert f"{four['compression']:.2f}x" in rows["k4v4"]
+    assert (found["format"], found["needle_contexts"], found["continuation"]) == (2, 1, 8)
+    assert four["kl_p50"] <= four["kl_p99"] <= four["kl_p999"] < two["kl_p999"]
+    assert [run["last"] for run in four["by_depth"]][-1] == found["length"] - 1
+    assert four["needle_log_probability"]["mean"] > two["needle_log_probability"]["mean"] - 1
+    assert 0 <= two["drift"]["mean"] <= 1
     assert {"kvq", "torch", "transformers"} <= set(found["versions"])
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "all.json.parts").exists()
@@ -85,6 +99,7 @@ def test_tasks_have_a_table_of_their_own(call_eval, tmp_path):
         (["--dataset", "stdlib-report"], "use --dataset recall-calibration or recall-report"),
         (["--dataset", "recall-report", "--length", "5000"], "--length 5000 is more than the"),
         (["--dataset", "recall-report", "--length", "200", "--prefill", "200"], "leaves nothing of --length 200"),
+        ([*QUICK, "--continuation", "5000"], "--continuation 5000 goes beyond the"),
         ([*QUICK, "--gate", "kl<-1"], "can never be met"),
         ([*QUICK, "--gate", "klx<1"], "did you mean 'kl'?"),
         ([*QUICK, "--config", "none.yaml"], "none.yaml"),
@@ -127,6 +142,38 @@ def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
     resumed = json.loads((tmp_path / "all.json").read_text())
     assert call_eval(*args[:-4], "--out", "anew.json", "--step", "4").returncode == 0
     assert resumed["records"] == json.loads((tmp_path / "anew.json").read_text())["records"]
+
+
+def test_a_budget_says_what_it_left_out_and_a_larger_one_goes_on(call_eval, tmp_path):
+    args = (*QUICK, "--config", "k4v4.yaml", "--out", "all.json")
+    done = call_eval(*args, "--budget-minutes", "0")
+    assert done.returncode == 0
+    assert "left out for lack of time: 1 of 2 sequences" in done.stdout.splitlines()[-1]
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert (found["sequences"], found["sequences_planned"]) == (1, 2)
+    parts = tmp_path / "all.json.parts"
+    assert len(list(parts.glob("*.pt"))) == 1
+    assert call_eval(*args, "--budget-minutes", "60").returncode == 0
+    assert not parts.exists()
+    whole = json.loads((tmp_path / "all.json").read_text())
+    assert whole["sequences"] == 2
+    assert whole["records"][0]["kl_by_sequence"][:1] == found["records"][0]["kl_by_sequence"]
+
+
+def test_what_cannot_be_predicted_is_not_continued_unless_asked_for(call_eval):
+    assert "continuation" not in call_eval(*QUICK).stdout
+    assert "a greedy continuation of 4 tokens" in call_eval(*QUICK, "--continuation", "4").stdout
+
+
+def test_a_long_sequence_is_scored_at_its_end(call_eval):
+    said = call_eval("--dataset", "recall-report", "--sequences", "1", "--length", "1200", "--needles", "0").stdout
+    assert "the first 176 tokens of each in full precision, the rest from the cache in steps of 16" in said
+
+
+def test_peers_are_measured_on_request(call_eval):
+    without, beside = call_eval(*SMALL, "--needles", "0"), call_eval(*SMALL, "--needles", "0", "--peers")
+    assert "transformers quanto 4" not in without.stdout
+    assert "transformers quanto 4" in beside.stdout
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from kvq import KVQCacheConfig
 from kvq.evaluation.embedded_model import load_embedded_model
 from kvq.evaluation.quality.candidates import make_candidate
-from kvq.evaluation.quality.run import EvaluationPlan
+from kvq.evaluation.quality.plan import EvaluationPlan
 from kvq.evaluation.quality.text import load_dataset
 
 LENGTH = 400

@@ -13,10 +13,10 @@ from transformers import DynamicCache
 from kvq import KVQ, KVQCacheConfig
 from kvq.evaluation.quality.candidates import Candidate, count_held_bytes, history_errors, list_peers, make_candidate
 from kvq.evaluation.quality.forcing import force_tokens
-from kvq.evaluation.quality.metrics import Estimate, TokenScores, bin_means
-from kvq.evaluation.quality.needle import DEPTHS, answer_exactly, build_task
+from kvq.evaluation.quality.metrics import Estimate, Expected, TokenScores, bin_means
+from kvq.evaluation.quality.plan import EvaluationPlan
 from kvq.evaluation.quality.record import compare_kl
-from kvq.evaluation.quality.run import EvaluationPlan, evaluate
+from kvq.evaluation.quality.run import evaluate
 from kvq.evaluation.quality.text import TokenText
 
 LENGTH = 400
@@ -37,7 +37,7 @@ def test_scores_are_those_of_float64():
     generator = torch.Generator().manual_seed(0)
     logits, reference = torch.randn(2, 2, 3, 50, generator=generator) * 4
     targets = torch.randint(50, (2, 3), generator=generator)
-    scores = TokenScores.compare(logits, reference, targets)
+    scores = TokenScores.compare(logits, Expected.of_logits(reference, targets))
 
     def softmax(numbers):
         powers = np.exp(numbers - numbers.max(-1, keepdims=True))
@@ -150,23 +150,6 @@ def test_the_batch_size_changes_nothing_but_the_grouping(make_plan):
     (one,), (other,) = (evaluate(make_plan(labelled, batch_size=size)) for size in (1, 5))
     assert one.kl_by_sequence == pytest.approx(other.kl_by_sequence, rel=1e-2)
     assert one.needle_by_depth == other.needle_by_depth == {}
-
-
-def test_the_recall_model_finds_its_needles_at_every_depth(loaded, text):
-    task = build_task(loaded[1], text.sequences, length=LENGTH, per_depth=3)
-    assert task.prompts.shape[0] == 3 * len(DEPTHS)
-    for row, (prompt, answer) in enumerate(zip(task.prompts.tolist(), task.answers.tolist(), strict=True)):
-        where = next(place for place in range(len(prompt)) if prompt[place : place + 5] == [prompt[-1], *answer])
-        assert where / len(prompt) == pytest.approx(task.depths[row], abs=0.05)
-    answers = list(answer_exactly(loaded[0], task, DynamicCache, batch_size=4, rows=slice(None)))
-    assert [depth for depth, _ in answers] == list(task.depths)
-    assert sum(right for _, right in answers) >= len(answers) - 1
-
-    def build_one_bit():
-        return KVQ(nbits_k=1, nbits_v=1, backend="native", residual_length=0)
-
-    broken = list(answer_exactly(loaded[0], task, build_one_bit, batch_size=4, rows=slice(None)))
-    assert sum(right for _, right in broken) < len(answers) / 2
 
 
 def test_peers_are_measured_or_told_of(make_plan, loaded, text):

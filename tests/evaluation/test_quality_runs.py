@@ -11,11 +11,22 @@ import torch
 from kvq.errors import EvaluationError
 from kvq.evaluation.quality.gate import METRICS, find_failures, parse_gate
 from kvq.evaluation.quality.metrics import Estimate
+from kvq.evaluation.quality.needle import build_task
 from kvq.evaluation.quality.picture import draw_records, pareto_front
 from kvq.evaluation.quality.processes import Processes
 from kvq.evaluation.quality.record import QualityRecord
-from kvq.evaluation.quality.report import COLUMNS, DETAIL_COLUMNS, detail_rows, table_rows
-from kvq.evaluation.quality.run import evaluate
+from kvq.evaluation.quality.report import (
+    COLUMNS,
+    DEPTH_COLUMNS,
+    DETAIL_COLUMNS,
+    TASK_COLUMNS,
+    depth_rows,
+    describe_left_out,
+    detail_rows,
+    table_rows,
+    task_rows,
+)
+from kvq.evaluation.quality.run import Budget, evaluate
 from kvq.evaluation.quality.text import load_dataset, load_files
 
 LABELLED = {"four": {"nbits_v": 4}, "two": {"nbits_v": 2}}
@@ -67,9 +78,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_plan, loaded, tmp_path
     plan = make_plan(LABELLED, step=32)
     seen = []
 
-    def interrupt(label):
+    def interrupt(label, _):
         seen.append(label)
-        if len(seen) == stop_at:
+        if len(seen) == stop_at * plan.units // 6:
             raise Stop
 
     with pytest.raises(Stop):
@@ -115,14 +126,42 @@ def test_processes_share_the_batches_and_agree(make_plan, measure_whole):
     assert evaluate(plan, processes=Half(1, 2)) == alone
 
 
-def test_a_record_comes_as_soon_as_its_last_batch_is_read(make_plan):
-    plan = make_plan(LABELLED, step=64)
-    seen = []
-    records = evaluate(plan, on_progress=seen.append, on_record=seen.append)
-    assert [entry for entry in seen if not isinstance(entry, str)] == records
-    before = seen.index(records[0])
-    assert seen[before + 1] == "two"  # the second cache is yet to read the last batch
-    assert sum(isinstance(entry, str) for entry in seen[:before]) == 3 * (plan.batches - 1) + 1
+def test_progress_counts_every_forward(make_plan, loaded, monkeypatch):
+    monkeypatch.setattr("kvq.evaluation.quality.plan.AT_ONCE", 1)
+    monkeypatch.setattr("kvq.evaluation.quality.run.AT_ONCE", 1)
+    task = build_task(loaded[1], torch.zeros(1, 1), length=200, per_depth=4)
+    plan = make_plan(LABELLED, needles=task, continuation=5)
+    told = []
+    evaluate(plan, on_progress=lambda label, done: told.append((label, done)))
+    assert sum(done for _, done in told) == plan.units
+    assert [label for label, _ in told[:2]] == ["full precision", "reading texts 1 to 2 of 5"]
+    assert told[-1][0] == "writing texts 5 to 5 of 5"
+
+
+def test_caches_that_read_side_by_side_share_full_precision(make_plan, loaded, monkeypatch):
+    with CountingForward(loaded[0]) as together:
+        both = evaluate(make_plan(LABELLED))
+    monkeypatch.setattr("kvq.evaluation.quality.run.AT_ONCE", 1)
+    with CountingForward(loaded[0]) as apart:
+        assert evaluate(make_plan(LABELLED)) == both
+    prompt, steps = 1, 17  # of each of three batches: 128 tokens, then 271 in steps of 16
+    assert together.count == 3 * (prompt + 3 * steps)
+    assert apart.count == 3 * 2 * (prompt + 2 * steps)
+
+
+@pytest.mark.parametrize(("seconds", "read"), [(0, 2), (29, 2), (30, 4), (44, 4), (45, 5), (None, 5)])
+def test_a_budget_leaves_out_the_same_texts_of_every_cache(make_plan, seconds, read):
+    plan = make_plan(LABELLED)
+    whole = evaluate(plan)
+    ticks = iter([0.0, 15.0, 30.0, 45.0])  # three batches of 15 s
+    records = evaluate(plan, budget=Budget(seconds, clock=lambda: next(ticks)))
+    for record, expected in zip(records, whole, strict=True):
+        assert record.kl_by_sequence == expected.kl_by_sequence[:read]
+    line = describe_left_out(plan, records)
+    assert (line is None) == (read == 5)
+    if line:
+        assert f"{5 - read} of 5 sequences" in line
+        assert f"the first {read}" in line
 
 
 def test_sequences_of_a_file_are_whole_and_evenly_spaced(loaded, tmp_path):
@@ -213,6 +252,12 @@ def test_rows_have_a_cell_for_each_column(make_plan):
     records = evaluate(make_plan(LABELLED))
     assert {len(row) for row in table_rows(records)} == {len(COLUMNS)}
     assert {len(row) for row in detail_rows(records)} == {len(DETAIL_COLUMNS)}
+    assert {len(row) for row in depth_rows(records)} == {len(DEPTH_COLUMNS)}
+    assert task_rows(records) == []
+    asked = replace(records[0], needle_by_depth={"0.1": 1.0})
+    written = replace(records[1], unchanged=0.5, first_difference=(3.0, 40.0, math.inf), drift=Estimate(0.25, 0.125))
+    assert {len(row) for row in task_rows([asked, written])} == {len(TASK_COLUMNS)}
+    assert task_rows([written])[1][4:] == ("40 (3 to none)", "50.0%", "0.250 ± 0.125")
     assert [row[0] for row in table_rows(records)] == ["full precision", "four", "two"]
     failed = QualityRecord("x", {}, failure="no")
     assert len(table_rows([*records, failed])) == 3

@@ -12,6 +12,19 @@ from kvq.transformers_seams.private_names import pass_cache
 
 
 @torch.inference_mode()
+def read_on(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Feed the next tokens, int64 `[B, T]`, through a cache and return their logits, float `[B, T, V]`."""
+    logits: torch.Tensor = model(tokens, use_cache=True, **pass_cache(model, cache)).logits
+    return logits
+
+
+def read_steps(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, step: int) -> Iterator[torch.Tensor]:
+    """Feed tokens, int64 `[B, T]`, behind what a cache holds and yield the logits of each `step` of them."""
+    for piece in tokens.split(step, dim=1):
+        yield read_on(model, piece, cache)
+
+
+@torch.inference_mode()
 def force_tokens(
     model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, *, prefill: int, step: int
 ) -> Iterator[torch.Tensor]:
@@ -29,5 +42,4 @@ def force_tokens(
     """
     output = model(tokens[:, :prefill], use_cache=True, logits_to_keep=1, **pass_cache(model, cache))
     yield output.logits[:, -1:]
-    for piece in tokens[:, prefill:-1].split(step, dim=1):
-        yield model(piece, use_cache=True, **pass_cache(model, cache)).logits
+    yield from read_steps(model, tokens[:, prefill:-1], cache, step)

@@ -14,10 +14,17 @@ from kvq.evaluation.quality.record import QualityRecord
 
 METRICS: Mapping[str, tuple[Callable[[QualityRecord], float], float, float]] = {
     "kl": (lambda record: record.kl.mean, 0, math.inf),
+    "kl_p50": (lambda record: record.kl_p50, 0, math.inf),
     "kl_p99": (lambda record: record.kl_p99, 0, math.inf),
+    "kl_p999": (lambda record: record.kl_p999, 0, math.inf),
     "top1": (lambda record: record.top1, 0, 1),
     "ppl_change": (lambda record: record.ppl_change, -1, math.inf),
     "needle": (lambda record: record.needle, 0, 1),
+    "needle_tokens": (lambda record: record.needle_tokens, 0, 1),
+    "needle_log_probability": (lambda record: record.needle_log_probability.mean, -math.inf, 0),
+    "first_difference": (lambda record: record.first_difference[1], 0, math.inf),
+    "unchanged": (lambda record: record.unchanged, 0, 1),
+    "drift": (lambda record: record.drift.mean, 0, 1),
     "effective_bits": (lambda record: record.effective_bits, 0, math.inf),
     "compression": (lambda record: record.compression, 0, math.inf),
     "held_bytes": (lambda record: record.held_bytes, 0, math.inf),

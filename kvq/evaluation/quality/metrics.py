@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Two-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What full precision predicts after some tokens, computed once and compared with every cache.
+
+    Attributes:
+        log_probabilities: float32 `[B, T, V]`.
+        probabilities: float32 `[B, T, V]`.
+        best: the most likely tokens, int64 `[B, T]`.
+        targets: the true tokens, int64 `[B, T]`.
+        nll: negative log-likelihood of the true tokens, float32 `[B, T]`, in nats.
+    """
+
+    log_probabilities: torch.Tensor
+    probabilities: torch.Tensor
+    best: torch.Tensor
+    targets: torch.Tensor
+    nll: torch.Tensor
+
+    @classmethod
+    def of_logits(cls, logits: torch.Tensor, targets: torch.Tensor) -> Expected:
+        """Take logits `[B, T, V]` of full precision and the true tokens, int64 `[B, T]`."""
+        likely = logits.float().log_softmax(-1)
+        nll = -likely.gather(-1, targets[..., None])[..., 0]
+        return cls(likely, likely.exp(), likely.argmax(-1), targets, nll)
 
 
 @dataclass(frozen=True)
@@ -30,21 +55,23 @@ class TokenScores:
     agreement: torch.Tensor
 
     @classmethod
-    def compare(cls, logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-        """Score logits `[B, T, V]` against those of full precision on the true tokens, int64 `[B, T]`."""
-        log_probabilities, expected = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-        kl = functional.kl_div(log_probabilities, expected, log_target=True, reduction="none").sum(-1)
-        pick = targets[..., None]
-        return cls(
-            kl=kl.clamp_min(0).cpu(),
-            nll=-log_probabilities.gather(-1, pick)[..., 0].cpu(),
-            reference_nll=-expected.gather(-1, pick)[..., 0].cpu(),
-            agreement=(log_probabilities.argmax(-1) == expected.argmax(-1)).float().cpu(),
-        )
+    def compare(cls, logits: torch.Tensor, expected: Expected) -> TokenScores:
+        """Score logits `[B, T, V]` against full precision's predictions of the same tokens; in float32."""
+        log_probabilities = logits.float().log_softmax(-1)
+        nll = -log_probabilities.gather(-1, expected.targets[..., None])[..., 0]
+        agreement = (log_probabilities.argmax(-1) == expected.best).float()
+        difference = torch.sub(expected.log_probabilities, log_probabilities, out=log_probabilities)
+        kl = difference.mul_(expected.probabilities).sum(-1)
+        return cls(kl.clamp_min(0).cpu(), nll.cpu(), expected.nll.cpu(), agreement.cpu())
 
-    def select(self, tokens: torch.Tensor) -> TokenScores:
-        """Return the scores of some tokens only, a mask `[S]`."""
+    def select(self, tokens: torch.Tensor | slice) -> TokenScores:
+        """Return the scores of some tokens only, a mask `[S]` or a slice."""
         return TokenScores(*(getattr(self, name)[:, tokens] for name in self.__dataclass_fields__))
+
+    def without_row(self, row: int) -> TokenScores:
+        """Return the scores of all sequences but one."""
+        others = torch.arange(len(self.kl)) != row
+        return TokenScores(*(getattr(self, name)[others] for name in self.__dataclass_fields__))
 
     @classmethod
     def concatenate(cls, scores: Sequence[TokenScores], dim: int) -> TokenScores:
@@ -54,19 +81,32 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over independent parts, with the half-width of its 95 % interval (nan for a single part)."""
+    """A figure over independent parts, with the half-width of its 95 % interval (nan for a single part)."""
 
     mean: float
     half_width: float
 
     @classmethod
     def of_parts(cls, parts: torch.Tensor) -> Estimate:
-        """Estimate from one number for each part, float `[N]`, by Student's t."""
+        """Estimate a mean from one number for each part, float `[N]`, by Student's t."""
         count = len(parts)
         if count < 2:
             return cls(float(parts.mean()), math.nan)
-        quantile = _T_95[count - 2] if count - 2 < len(_T_95) else 1.96 + 2.37 / (count - 1) + 2.8 / (count - 1) ** 2
-        return cls(float(parts.mean()), quantile * float(parts.double().std()) / math.sqrt(count))
+        return cls(float(parts.mean()), student_quantile(count - 1) * float(parts.double().std()) / math.sqrt(count))
+
+    @classmethod
+    def of_scores(cls, scores: TokenScores, figure: Callable[[TokenScores], float]) -> Estimate:
+        """Estimate any figure of all tokens; its spread is the jackknife's, which leaves out one sequence at a time.
+
+        Of a mean it is the interval of `of_parts`. Of a quantile it is rough: few tokens decide it. Source: Efron and
+        Stein, "The jackknife estimate of variance", 1981.
+        """
+        count = len(scores.kl)
+        if count < 2:
+            return cls(figure(scores), math.nan)
+        left_out = torch.tensor([figure(scores.without_row(row)) for row in range(count)], dtype=torch.float64)
+        variance = (count - 1) * float(left_out.var(correction=0))
+        return cls(figure(scores), student_quantile(count - 1) * math.sqrt(variance))
 
     def __str__(self) -> str:
         spread = "" if math.isnan(self.half_width) else f" ± {self.half_width:.0e}"
@@ -84,6 +124,17 @@ class Estimate:
 
 
 NOT_ESTIMATED = Estimate(math.nan, math.nan)
+
+
+def student_quantile(degrees: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t; beyond 10 degrees of freedom within 0.1 %."""
+    return _T_95[degrees - 1] if degrees <= len(_T_95) else 1.96 + 2.37 / degrees + 2.8 / degrees**2
+
+
+def quantile(numbers: torch.Tensor, share: float) -> float:
+    """Return the number that `share` of all numbers do not exceed; the nearest rank, so one that was measured."""
+    flat = numbers.flatten()
+    return float(flat.kthvalue(max(1, min(len(flat), math.ceil(share * len(flat) - 1e-9)))).values)
 
 
 def bin_means(scores: torch.Tensor, bins: int) -> list[float]:

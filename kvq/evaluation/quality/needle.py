@@ -1,9 +1,16 @@
-"""One fact in a long text, asked for at the end: is the answer still exact, wherever the fact stood?"""
+"""Facts in a long text, asked for at the end: how sure is the model of the right answer, wherever the fact stood?
+
+A context hides one fact at each depth. They are asked for one after another on the cache that holds the context, each
+with its right answer in one forward: a wrong answer does not spoil the questions after it. So the answers are scored,
+not written: the log-probability of their tokens, and how many of them are the most likely ones. An answer whose tokens
+all are would be written in greedy generation too. What a small model writes freely is noise; its probabilities are not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,30 +18,47 @@ from transformers.cache_utils import Cache
 
 from kvq.errors import EvaluationError
 from kvq.evaluation import recall
-from kvq.evaluation.quality.forcing import force_tokens
+from kvq.evaluation.quality.forcing import read_on
 from kvq.evaluation.quality.text import MAX_RECORDS, is_recall_tokenizer
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Positions of the facts, as shares of the context."""
-NO_TOKEN = -1
-QUESTION_STEPS = 8
-"""Last tokens of the prompt that are read one by one, behind the context."""
-_CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Dublin", "Lima", "Cairo")
+_CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi")
+
+
+class NeedleScore(NamedTuple):
+    """The answer to one question.
+
+    Attributes:
+        depth: position of the fact, one of `DEPTHS`.
+        exact: whether every token of the answer is the most likely one.
+        right: how many tokens of the key are.
+        tokens: how many tokens the key has: those of the answer that have a digit, or all of them where none has.
+        log_probability: sum over the tokens of the key, in nats.
+    """
+
+    depth: float
+    exact: bool
+    right: int
+    tokens: int
+    log_probability: float
 
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """Prompts of equal length, each with one question.
+    """Contexts of equal length, with a fact at each of `DEPTHS` and a question about each.
 
     Attributes:
-        prompts: int64 `[N, T]`, context and question.
-        answers: int64 `[N, A]`, shorter ones filled up with `NO_TOKEN`.
-        depths: the position of the fact in each prompt, one of `DEPTHS`.
+        contexts: int64 `[N, T]`.
+        questions: for each depth the question and its answer, int64 `[N, S]`.
+        answers: for each depth the places of the answer in its question.
+        keys: for each depth which tokens of the answer are scored, bool `[N, A]`.
     """
 
-    prompts: torch.Tensor
-    answers: torch.Tensor
-    depths: tuple[float, ...]
+    contexts: torch.Tensor
+    questions: tuple[torch.Tensor, ...]
+    answers: tuple[slice, ...]
+    keys: tuple[torch.Tensor, ...]
 
 
 def build_task(
@@ -45,8 +69,8 @@ def build_task(
     Args:
         tokenizer: the model's tokenizer.
         filler: int64 `[N, L]`, text that the sentences are hidden in.
-        length: most tokens of a prompt and its answer.
-        per_depth: questions for each depth.
+        length: most tokens of a context with all its questions and answers.
+        per_depth: contexts (N), so questions for each depth.
         seed: seed of names and answers.
 
     Raises:
@@ -55,73 +79,94 @@ def build_task(
     generator = torch.Generator().manual_seed(seed)
     if is_recall_tokenizer(tokenizer):
         return _draw_recall(length, per_depth, generator)
-    cases = [_hide(tokenizer, filler, length, depth, generator) for depth in DEPTHS for _ in range(per_depth)]
-    prompts, answers = zip(*cases, strict=True)
-    depths = tuple(depth for depth in DEPTHS for _ in range(per_depth))
-    return NeedleTask(_stack(prompts), _fill_up(answers), depths)
+    return _Hiding(tokenizer, filler, length, generator).build(per_depth)
 
 
-def answer_exactly(
-    model: PreTrainedModel, task: NeedleTask, build: Callable[[], Cache], *, batch_size: int, rows: slice
-) -> Iterator[tuple[float, bool]]:
-    """Yield depth and whether the whole greedy answer is right, for each prompt of `rows`.
+@torch.inference_mode()
+def ask_all(model: PreTrainedModel, task: NeedleTask, rows: slice, cache: Cache) -> Iterator[list[NeedleScore]]:
+    """Ask the questions of some contexts on the cache that holds them, and yield the scores after each forward.
 
-    The question is read token by token behind the context, from the cache alone.
+    Args:
+        model: a causal model.
+        task: the questions.
+        rows: the contexts in the cache.
+        cache: it grows by the questions.
     """
-    chosen = range(*rows.indices(len(task.prompts)))
-    for start in range(0, len(chosen), batch_size):
-        places = list(chosen[start : start + batch_size])
-        prompts, answers = task.prompts[places], task.answers[places]
-        tokens = torch.cat([prompts, answers.clamp_min(0)], dim=1).to(model.device)
-        logits = force_tokens(model, tokens, build(), prefill=prompts.shape[1] - QUESTION_STEPS, step=1)
-        said = torch.cat([step.argmax(-1).cpu() for step in logits], dim=1)[:, QUESTION_STEPS:]
-        right = ((said == answers) | (answers == NO_TOKEN)).all(-1).tolist()
-        yield from zip((task.depths[place] for place in places), right, strict=True)
+    for depth, questions, place, keys in zip(DEPTHS, task.questions, task.answers, task.keys, strict=True):
+        asked = questions[rows].to(model.device)
+        logits = read_on(model, asked, cache)[:, place.start - 1 : place.stop - 1]
+        yield list(_score(depth, logits, asked[:, place], keys[rows].to(model.device)))
+
+
+def _score(depth: float, logits: torch.Tensor, answers: torch.Tensor, keys: torch.Tensor) -> Iterator[NeedleScore]:
+    """Yield the score of each row from logits `[B, A, V]`, answers and the mask of the key's tokens `[B, A]`."""
+    likely = logits.float().log_softmax(-1)
+    right = likely.argmax(-1) == answers
+    chosen = likely.gather(-1, answers[..., None])[..., 0]
+    sums, hits = torch.where(keys, chosen, 0).sum(-1), (right & keys).sum(-1)
+    rows = zip(right.all(-1).tolist(), hits.tolist(), keys.sum(-1).tolist(), sums.tolist(), strict=True)
+    yield from (NeedleScore(depth, *row) for row in rows)
 
 
 def _draw_recall(length: int, per_depth: int, generator: torch.Generator) -> NeedleTask:
-    records = min(MAX_RECORDS, (length - 1 - recall.QUESTION_LENGTH) // recall.RECORD_LENGTH)
+    records = min(MAX_RECORDS, (length - 1 - len(DEPTHS) * recall.QUESTION_LENGTH) // recall.RECORD_LENGTH)
     if records < 16:
-        raise EvaluationError(f"{length} tokens leave no room for a recall task; ask for at least 128")
-    count = len(DEPTHS) * per_depth
-    batch = recall.sample_recall_batch(count, records, 1, generator=generator)
-    depths = tuple(depth for depth in DEPTHS for _ in range(per_depth))
+        raise EvaluationError(f"{length} tokens leave no room for a recall task; ask for at least 160")
+    batch = recall.sample_recall_batch(per_depth, records, 1, generator=generator)
     lines = batch.context[:, 1:].unflatten(1, (records, recall.RECORD_LENGTH))
-    facts = torch.stack([row[int(depth * records)] for row, depth in zip(lines, depths, strict=True)])
-    mark = torch.full((count, 1), recall.QUESTION)
-    return NeedleTask(
-        torch.cat([batch.context, mark, facts[:, :1]], dim=1), facts[:, 1 : 1 + recall.ANSWER_LENGTH], depths
-    )
+    mark = torch.full((per_depth, 1), recall.QUESTION)
+    questions = tuple(torch.cat([mark, lines[:, int(depth * records)]], dim=1) for depth in DEPTHS)
+    answer = slice(2, 2 + recall.ANSWER_LENGTH)
+    keys = torch.ones(per_depth, recall.ANSWER_LENGTH, dtype=torch.bool)
+    return NeedleTask(batch.context, questions, (answer,) * len(DEPTHS), (keys,) * len(DEPTHS))
 
 
-def _hide(
-    tokenizer: PreTrainedTokenizerBase, filler: torch.Tensor, length: int, depth: float, generator: torch.Generator
-) -> tuple[list[int], list[int]]:
-    """Return a prompt with a sentence at `depth` and the tokens that answer it."""
-    place, row, number = (int(torch.randint(top, (1,), generator=generator)) for top in (8, len(filler), 90000))
-    question = f"The access code of {_CITIES[place]} is"
-    ask, answer = (_encode(tokenizer, text) for text in (f"\n{question}", f" {10000 + number}"))
-    needle = [*ask, *answer, *_encode(tokenizer, ".\n")]
-    room = length - len(needle) - len(ask) - len(answer)
-    if room < length // 2:
-        raise EvaluationError(f"{length} tokens leave no room for a needle; ask for longer sequences")
-    room = min(room, filler.shape[1])
-    text = filler[row, :room].tolist()
-    where = max(1, int(depth * room))
-    return [*text[:where], *needle, *text[where:], *ask], answer
+@dataclass(frozen=True)
+class _Hiding:
+    """Hides sentences about a city each, with a number of five digits, in a text."""
 
+    tokenizer: PreTrainedTokenizerBase
+    filler: torch.Tensor
+    length: int
+    generator: torch.Generator
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    def build(self, count: int) -> NeedleTask:
+        asks = [self._encode(f"\nThe access code of {city} is") for city in _CITIES]
+        size = len(self._encode(" 12345"))
+        drawn = [[self._draw_answer(size) for _ in asks] for _ in range(count)]
+        end = self._encode(".\n")
+        contexts = torch.tensor([self._hide(asks, answers, end) for answers in drawn])
+        questions = [torch.tensor([[*ask, *row[place], *end] for row in drawn]) for place, ask in enumerate(asks)]
+        keys = [torch.tensor([self._find_key(row[place]) for row in drawn]) for place in range(len(asks))]
+        places = tuple(slice(len(ask), len(ask) + size) for ask in asks)
+        return NeedleTask(contexts, tuple(questions), places, tuple(keys))
 
+    def _draw_answer(self, size: int) -> list[int]:
+        """Return a number of five digits that has `size` tokens."""
+        for _ in range(1000):
+            answer = self._encode(f" {10000 + self._draw(90000)}")
+            if len(answer) == size:
+                return answer
+        raise EvaluationError("no two numbers of five digits have equally many tokens in this tokenizer; --needles 0")
 
-def _stack(rows: tuple[list[int], ...]) -> torch.Tensor:
-    """Return rows as `[N, T]`, cut at the front to the length of the shortest; the first token stays."""
-    shortest = min(map(len, rows))
-    return torch.tensor([[row[0], *row[len(row) - shortest + 1 :]] for row in rows])
+    def _hide(self, asks: list[list[int]], answers: list[list[int]], end: list[int]) -> list[int]:
+        """Return a text with a sentence at each depth, which leaves room for the questions."""
+        needles = [[*ask, *answer, *end] for ask, answer in zip(asks, answers, strict=True)]
+        room = self.length - 2 * sum(map(len, needles))
+        if room < self.length // 4:
+            raise EvaluationError(f"{self.length} tokens leave no room for needles; ask for longer sequences")
+        text = self.filler[self._draw(len(self.filler)), : min(room, self.filler.shape[1])].tolist()
+        cuts = [0, *(max(1, int(depth * len(text))) for depth in DEPTHS)]
+        pieces = [text[start:stop] + needle for start, stop, needle in zip(cuts, cuts[1:], needles, strict=False)]
+        return [*(token for piece in pieces for token in piece), *text[cuts[-1] :]]
 
+    def _find_key(self, answer: list[int]) -> list[bool]:
+        digits = [any(letter.isdigit() for letter in self.tokenizer.decode([token])) for token in answer]
+        return digits if any(digits) else [True] * len(answer)
 
-def _fill_up(rows: tuple[list[int], ...]) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[NO_TOKEN] * (longest - len(row))] for row in rows])
+    def _draw(self, top: int) -> int:
+        return int(torch.randint(top, (1,), generator=self.generator))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

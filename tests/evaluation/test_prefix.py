@@ -1,0 +1,91 @@
+"""A prefix that full precision has read once, against caches that read it themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from kvq import KVQ
+from kvq.attention.hint import without_hint
+from kvq.evaluation.quality import prefix as prefix_module
+from kvq.evaluation.quality.candidates import list_peers
+from kvq.evaluation.quality.forcing import read_on
+from kvq.evaluation.quality.prefix import Prefix
+
+
+def count_forwards(model):
+    counted = []
+    handle = model.register_forward_pre_hook(lambda *_: counted.append(1))
+    return counted, handle
+
+
+@pytest.fixture
+def build_ours(loaded):
+    return lambda: KVQ(model=loaded[0], nbits_v=2, residual_length=20)
+
+
+def test_a_cache_holds_what_it_would_have_read(loaded, text, build_ours):
+    model, tokens = loaded[0], text.sequences[:2]
+    given, own = build_ours(), build_ours()
+    prefix = Prefix(model, tokens[:, :300])
+    counted, handle = count_forwards(model)
+    prefix.give_to(given)
+    handle.remove()
+    assert counted == []
+    with without_hint(), torch.inference_mode():
+        model(tokens[:, :300], past_key_values=own)
+        for layer in range(len(own.layers)):
+            for ours, theirs in zip(given.materialize(layer), own.materialize(layer), strict=True):
+                assert torch.equal(ours, theirs)
+        assert given.memory().total_bytes == own.memory().total_bytes
+        assert torch.equal(read_on(model, tokens[:, 300:310], given), read_on(model, tokens[:, 300:310], own))
+
+
+def test_a_peer_holds_what_it_would_have_read(loaded, text):
+    model, tokens = loaded[0], text.sequences[:1]
+    peer = next(peer for peer in list_peers() if peer.label == "transformers quanto 4")
+    given, own = peer.build(model), peer.build(model)
+    prefix = Prefix(model, tokens[:, :300])
+    prefix.give_to(given)
+    with torch.inference_mode():
+        model(tokens[:, :300], past_key_values=own)
+    assert torch.equal(read_on(model, tokens[:, 300:301], given), read_on(model, tokens[:, 300:301], own))
+
+
+def test_full_precision_reads_on_and_others_keep_the_prefix(loaded, text, build_ours):
+    tokens = text.sequences[:1]
+    prefix, given = Prefix(loaded[0], tokens[:, :100]), build_ours()
+    prefix.give_to(given)
+    read_on(loaded[0], tokens[:, 100:150], prefix.cache)
+    assert (prefix.cache.get_seq_length(), given.get_seq_length()) == (150, 100)
+
+
+def test_a_long_prefix_is_read_in_chunks(loaded, text, monkeypatch):
+    model, tokens = loaded[0], text.sequences[:2]
+    whole = Prefix(model, tokens)
+    monkeypatch.setattr(prefix_module, "CHUNK", 64)
+    counted, handle = count_forwards(model)
+    chunked = Prefix(model, tokens)
+    handle.remove()
+    assert len(counted) == 7  # 400 tokens
+    assert chunked.cache.get_seq_length() == 400
+    assert (chunked.logits - whole.logits).abs().max() < 1e-3 * whole.logits.abs().max()
+
+
+def test_a_model_whose_layers_forget_reads_again(monkeypatch):
+    shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
+    config = transformers.MistralConfig(sliding_window=64, num_hidden_layers=2, vocab_size=99, **shape)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(99, (2, 200), generator=torch.Generator().manual_seed(0))
+    prefix, given, own = Prefix(model, tokens[:, :150]), DynamicCache(config=config), DynamicCache(config=config)
+    counted, handle = count_forwards(model)
+    prefix.give_to(given)
+    handle.remove()
+    assert len(counted) == 1
+    assert given.get_seq_length() == 150
+    with torch.inference_mode():
+        model(tokens[:, :150], past_key_values=own)
+    assert torch.equal(read_on(model, tokens[:, 150:], given), read_on(model, tokens[:, 150:], own))
