@@ -18,6 +18,18 @@ TEXTS = {
     "recall": "the recall model on records and questions about them",
 }
 COLUMNS = ("cache", "KL divergence", "perplexity", "top-1", "needle", "bits K / V", "KiB held", "smaller")
+TAIL_COLUMNS = (
+    "cache",
+    "KL divergence",
+    "median",
+    "99 %",
+    "99.9 %",
+    *COLUMNS[2:4],
+    "key, log p",
+    "drift",
+    *COLUMNS[5:],
+)
+"""The columns of reports from format 2 on, which have the figures."""
 COMPARISONS = ("ours", "theirs", "bytes", "KL divergence", "difference, 95 % interval", "verdict")
 
 CHOICES = ("default", "instead", "bits held", "KL, text model", "KL, recall model")
@@ -59,7 +71,8 @@ def render_quality() -> str:
     pieces = []
     for text in TEXTS:
         report = load_report(text)
-        pieces += [describe_report(report, text), table(COLUMNS, quality_rows(report), right=range(1, 8))]
+        columns = quality_columns(report)
+        pieces += [describe_report(report, text), table(columns, quality_rows(report), right=range(1, len(columns)))]
         pieces += [table(COMPARISONS, comparison_rows(report), right=(2, 3, 4)), list_failures(report)]
     return "\n\n".join(piece for piece in pieces if piece)
 
@@ -96,10 +109,16 @@ def load_report(text: str) -> dict[str, Any]:
     return found
 
 
+def quality_columns(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return the columns that a report has figures for; one of format 1 has no percentiles but the 99th."""
+    return COLUMNS if report.get("format", 1) == 1 else TAIL_COLUMNS
+
+
 def quality_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return a row of cells under `COLUMNS` for each cache that could be measured, best first."""
+    """Return a row of cells under `quality_columns` for each cache that could be measured, best first."""
     measured = [record for record in report["records"] if not record["failure"]]
-    return [_row(record) for record in sorted(measured, key=lambda record: record["kl"]["mean"])]
+    row = _row if report.get("format", 1) == 1 else _row_with_tail
+    return [row(record) for record in sorted(measured, key=lambda record: record["kl"]["mean"])]
 
 
 def comparison_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -144,3 +163,11 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
         f"{record['held_bytes'] / 1024:,.0f}",
         f"{record['compression']:.2f}x",
     )
+
+
+def _row_with_tail(record: dict[str, Any]) -> tuple[str, ...]:
+    label, kl, change, top1, _, *sizes = _row(record)
+    tail = (f"{record[name]:.1e}" for name in ("kl_p50", "kl_p99", "kl_p999"))
+    key, drift = (record[name]["mean"] for name in ("needle_log_probability", "drift"))
+    tasks = ("-" if figure is None else f"{figure:.3f}" for figure in (key, drift))
+    return label, kl, *tail, change, top1, *tasks, *sizes

@@ -239,6 +239,7 @@ def test_a_picture_is_drawn_and_an_empty_one_refused(tmp_path):
         QualityRecord(name, {}, is_peer=name == "c", held_bytes=2**20 * x, effective_bits=x, kl=Estimate(y, y / 5))
         for name, x, y in (("a", 3, 0.1), ("b", 5, 0.01), ("c", 5, 0.05))
     ]
+    records[1] = replace(records[1], kl_p99=0.2, kl_p999=0.9)
     draw_records(records, tmp_path / "a.png", "a title")
     image = matplotlib.imread(tmp_path / "a.png")
     assert image.shape[0] > 600

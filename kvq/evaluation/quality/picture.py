@@ -33,7 +33,7 @@ def draw_records(records: Sequence[QualityRecord], path: Path, title: str) -> No
     _draw_axes(right, shown, lambda record: record.held_bytes / 2**20, "MiB held for one sequence")
     left.set_ylabel("KL divergence of the next token from full precision (nats)")
     figure.suptitle(title)
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -60,11 +60,20 @@ def _draw_axes(axes: Any, records: Sequence[QualityRecord], size: Callable[[Qual
             color=_PEER if record.is_peer else _OURS,
             capsize=2,
         )
+        _draw_tail(axes, size(record), record)
     _label_points(axes, records, size)
     axes.set_yscale("log")
     axes.set_xlabel(name)
     axes.margins(x=0.18, y=0.08)
     axes.grid(alpha=0.25)
+
+
+def _draw_tail(axes: Any, place: float, record: QualityRecord) -> None:
+    """Draw the 99th and the 99.9th percentile above the mean, where they were measured."""
+    color = _PEER if record.is_peer else _OURS
+    tail = [number for number in (record.kl_p99, record.kl_p999) if math.isfinite(number)]
+    if tail:
+        axes.plot([place] * len(tail), tail, color=color, alpha=0.35, marker="_", linewidth=1)
 
 
 def _label_points(axes: Any, records: Sequence[QualityRecord], size: Callable[[QualityRecord], float]) -> None:
@@ -95,5 +104,6 @@ def _legend() -> list[Any]:
     return [
         Line2D([], [], color=_OURS, marker="o", linestyle="", label="kvq"),
         Line2D([], [], color=_PEER, marker="s", linestyle="", label="transformers' QuantizedCache"),
-        Line2D([], [], color=_FRONT, alpha=0.35, linewidth=6, label="Pareto front"),
+        Line2D([], [], color=_FRONT, alpha=0.35, linewidth=6, label="Pareto front of the means"),
+        Line2D([], [], color="gray", alpha=0.5, marker="_", linewidth=1, label="99 % and 99.9 % of the tokens"),
     ]

@@ -54,6 +54,7 @@ def describe_plan(plan: EvaluationPlan, model_name: str) -> list[str]:
     lines = [
         f"{model_name} on {plan.text.name}: {count} sequences of {length:,} tokens, {scored:,} of them scored",
         f"the first {plan.prefill:,} tokens of each in full precision, the rest from the cache in steps of {plan.step}",
+        *_list_flattered(plan),
     ]
     if plan.needle_count:
         contexts = "1 context" if plan.needle_count == 1 else f"{plan.needle_count} contexts"
@@ -63,6 +64,14 @@ def describe_plan(plan: EvaluationPlan, model_name: str) -> list[str]:
             f"a greedy continuation of {plan.continuation} tokens behind {plan.prompt_length:,} of each sequence"
         )
     return lines
+
+
+def _list_flattered(plan: EvaluationPlan) -> list[str]:
+    """Return a line about caches whose window is shorter than a step, whose own tokens are always seen exactly."""
+    short = [one.label for one in plan.candidates if one.settings.get("residual_length", plan.step) < plan.step]
+    return [f"the step is longer than the window of {', '.join(short)}: --step 1 reads as generation does"] * bool(
+        short
+    )
 
 
 def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
