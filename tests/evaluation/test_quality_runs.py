@@ -22,7 +22,9 @@ from kvq.evaluation.quality.report import (
     TASK_COLUMNS,
     depth_rows,
     describe_left_out,
+    describe_plan,
     detail_rows,
+    list_ties,
     table_rows,
     task_rows,
 )
@@ -162,6 +164,26 @@ def test_a_budget_leaves_out_the_same_texts_of_every_cache(make_plan, seconds, r
     if line:
         assert f"{5 - read} of 5 sequences" in line
         assert f"the first {read}" in line
+
+
+def test_a_window_that_is_shorter_than_a_step_is_named(make_plan):
+    plan = make_plan({"short": {"residual_length": 8}, "long": {"residual_length": 16}}, continuation=100)
+    assert describe_plan(plan, "a model") == [
+        "a model on recall-report: 5 sequences of 400 tokens, 755 of them scored",  # 31 records; 151 words of answers
+        "the first 128 tokens of each in full precision, the rest from the cache in steps of 16",
+        "the step is longer than the window of short: --step 1 reads as generation does",
+        "a greedy continuation of 100 tokens behind 300 of each sequence",
+    ]
+    assert "window" not in "".join(describe_plan(make_plan({"short": {"residual_length": 8}}, step=8), "a model"))
+
+
+def test_neighbours_within_the_spread_are_called_a_tie():
+    texts = {"a": (1.0, 1.1, 1.2), "b": (1.4, 1.0, 1.3), "c": (4.0, 4.1, 4.2), "failed": ()}
+    records = [
+        QualityRecord(name, {}, kl=Estimate(sum(kl) / 3, 0.1), kl_by_sequence=kl, failure=None if kl else "no")
+        for name, kl in texts.items()
+    ]
+    assert list_ties(records[::-1]) == ["a tie within the spread over sequences: a and b"]
 
 
 def test_sequences_of_a_file_are_whole_and_evenly_spaced(loaded, tmp_path):
