@@ -18,7 +18,7 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ.get("KVQ_VERSIONS")
+ENVIRONMENT = os.environ.get("KVQ_VERSIONS") or None
 """`oldest`, `pinned` or `newest`; the Makefile says which."""
 TORCH_SUFFIX = re.compile(r"\+.*")
 
