@@ -143,8 +143,9 @@ def forget(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut, forget])
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    ("name", "damage"), [("model.safetensors", flip_a_byte), ("tokenizer.json", cut), ("config.json", forget)]
+)
 def test_a_damaged_folder_is_made_anew_from_the_kept_file(cache, index, damage, name, monkeypatch):
     _, packaged, written = index
     folder = find_packaged_model(packaged, lambda step: None)
@@ -157,7 +158,7 @@ def test_a_damaged_folder_is_made_anew_from_the_kept_file(cache, index, damage, 
     assert_same_logits(load_model(str(folder), device="cpu")[0], written)
 
 
-@pytest.mark.parametrize("record", [None, "", "{}", "[]", '{"config.json": 3}', '{"config.json": [1, null]}'])
+@pytest.mark.parametrize("record", [None, "", "{}", '{"config.json": 3}'])
 def test_a_folder_without_a_record_is_not_trusted(cache, index, record):
     folder = find_packaged_model(index[1], lambda step: None)
     (folder / "whole.json").unlink()
