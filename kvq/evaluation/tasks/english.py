@@ -3,8 +3,8 @@
 Three kinds of RULER (arXiv 2404.06654), small enough for a CPU: several needles (all of them asked for), variable
 tracking (what is the value at the end of a chain?), and common words (which word stands most often in a long list?).
 At 1,024 tokens SmolLM2-135M gives a token of a needle's code -0.34 nats on average and one of a value -0.79, where a
-digit by chance has -2.30. The most common word is hard for it: -1.7 to -5.3 in three lists, where guessing a word of the list gives
-about -5: compare caches by its log-probability, over many contexts.
+digit by chance has -2.30. The most common word is hard for it: -1.7, -2.7 and -5.3 in three lists of some 600 tokens,
+where a word of the list by chance has about -5: compare caches by its log-probability, over many contexts.
 """
 
 from __future__ import annotations
