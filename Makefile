@@ -22,9 +22,9 @@ SAMPLED ?= $(shell find kvq/store kvq/attention -name '*.py' -not -path '*/trito
 BENCH_NAME ?= cpu
 BENCH_ARGS ?=
 EVAL_ARGS ?=
-# `make real`: enough for a first look, in some minutes on 2 cores
+# `make real`: enough for a first look; as many texts as fit in the minutes, the same for every configuration
 REAL_CONFIGS ?= $(wildcard examples/configs/*.yaml)
-REAL_ARGS ?= --sequences 2 --batch-size 2 --step 64 --needles 0 --no-peers
+REAL_ARGS ?= --sequences 8 --budget-minutes 8 --needles 0 --continuation 0
 DATASET ?= stdlib-report
 REPORT ?= reproduce.json
 
