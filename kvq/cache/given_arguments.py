@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvq.config import KVQCacheConfig
 from kvq.config.field_types import find_integer
+from kvq.config.presets import expand_preset
 from kvq.errors import ConfigError, Fault, ModelError
 from kvq.layers.model_layers import DecoderConfig
 
@@ -18,6 +19,8 @@ def resolve_config(
     config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None, **overrides: Any
 ) -> KVQCacheConfig:
     """Return the configuration that `config` and `overrides` describe.
+
+    The overrides win, and so do the fields of a preset among them.
 
     Raises:
         ConfigError: a value is wrong, or `config` is of another type.
@@ -31,7 +34,7 @@ def resolve_config(
         loaded = KVQCacheConfig.from_file(config)
         return loaded.replace(**overrides) if overrides else loaded
     if config is None or isinstance(config, Mapping):
-        return KVQCacheConfig.from_mapping({**(config or {}), **overrides})
+        return KVQCacheConfig.from_mapping({**(config or {}), **expand_preset(overrides)})
     problem = f"{config!r} is not accepted; pass a KVQCacheConfig, a mapping, or the path of a YAML or JSON file"
     raise ConfigError([Fault(("config",), problem)])
 

@@ -45,7 +45,7 @@ class KVQ(CarriedStates, KnownTokens):
             where a layer is counted from the end.
         padding: tokens of left padding in each row of the batch, which then never shape a group's scale. Under the
             "kvq" attention the cache reads it from the first forward's mask; under another one, pass it.
-        **overrides: single fields, which win over `config`.
+        **overrides: single fields, or `preset="4bit"` for several, which win over `config`.
 
     Raises:
         ConfigError: the configuration is wrong.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from kvq.config.backend_choice import BackendChoice, check_backends, check_writable, get_side_backend
 from kvq.config.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
@@ -37,6 +37,8 @@ from kvq.config.frozen import FrozenDict, FrozenModel
 from kvq.config.layer_config import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
 from kvq.config.layer_selector import LayerSelector, find_selector
 from kvq.config.plain_values import find_strange_values
+from kvq.config.presets import FIELD as PRESET_FIELD
+from kvq.config.presets import add_to_schema, expand_preset
 from kvq.config.resolved import ResolvedLayer
 from kvq.errors import ConfigError, Fault
 from kvq.plugin_api.backend_spec import BackendSpec
@@ -50,13 +52,15 @@ class KVQCacheConfig(FrozenModel):
     """Configuration of a `KVQ` cache, from keywords, a mapping, YAML or JSON.
 
     It is frozen, and refuses unknown keys. Equal configurations compare equal, whether they came from keywords or a
-    file.
+    file. `preset="4bit"` beside the fields gives those that are not set (`kvq.config.PRESETS` has them); it is not kept
+    itself.
 
     Raises:
         ConfigError: something is wrong; it lists every fault with its path, the value given and the values accepted.
         BackendError: the only fault is that the backend is unavailable.
     """
 
+    model_config = ConfigDict(json_schema_extra=add_to_schema)
     __hash__ = None  # type: ignore[assignment]  # equal by value, and nothing that a set should hold
 
     version: Version = Field(default=FORMAT_VERSION, description="version of this format")
@@ -187,7 +191,11 @@ class KVQCacheConfig(FrozenModel):
         faults = find_strange_values(fields)
         if faults:
             raise ConfigError(faults, source)
-        super()._fill(fields, source)
+        super()._fill(expand_preset(fields, source), source)
+
+    @classmethod
+    def _known_names(cls) -> list[str]:
+        return [*super()._known_names(), PRESET_FIELD]
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str | None = None) -> KVQCacheConfig:
@@ -242,8 +250,11 @@ class KVQCacheConfig(FrozenModel):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def replace(self, **changes: Any) -> KVQCacheConfig:
-        """Return a configuration with some fields changed; it is checked as a whole again."""
-        return type(self)(**{**dict(self), **changes})
+        """Return a configuration with some fields changed; it is checked as a whole again.
+
+        A `preset` among the changes sets all its fields; the other changes win over it.
+        """
+        return type(self)(**{**dict(self), **expand_preset(changes)})
 
     @property
     def needs_layer_count(self) -> bool:

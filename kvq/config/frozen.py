@@ -50,8 +50,13 @@ class FrozenModel(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            refused = as_kvq_error(find_faults(error, fields, type(self).model_fields), source)
+            refused = as_kvq_error(find_faults(error, fields, self._known_names()), source)
             raise refused from (refused.__cause__ or error)
+
+    @classmethod
+    def _known_names(cls) -> list[str]:
+        """Return the keys that an error about an unknown one proposes."""
+        return list(cls.model_fields)
 
     def __deepcopy__(self: Model, memo: dict[int, Any] | None = None) -> Model:
         # The values of a configuration are frozen too, and a `BackendSpec` among them need not be copyable.

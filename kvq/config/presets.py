@@ -1,0 +1,60 @@
+"""Configurations with a name: the fields that each preset stands for.
+
+A preset is gone once a configuration is built: only the fields stay. So what was written or saved keeps its meaning
+when a later version of kvq changes the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvq.config.faults import not_accepted
+from kvq.config.frozen import FrozenDict
+from kvq.errors import ConfigError, Fault
+
+FIELD = "preset"
+"""The key that names a preset, beside the fields of a configuration."""
+DESCRIPTION = "name of a preset, which gives the fields that are not set beside it; `kvq presets` lists them"
+
+
+def _rotated(nbits: int) -> FrozenDict[str, Any]:
+    return FrozenDict(
+        backend="native",
+        nbits_k=nbits,
+        nbits_v=nbits,
+        axis_key="per_channel",
+        axis_value="per_token",
+        q_group_size=64,
+        rotation_k="hadamard",
+        rotation_v="hadamard",
+    )
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = FrozenDict({f"{nbits}bit": _rotated(nbits) for nbits in (8, 4, 3, 2)})
+"""Name to fields, as a user would write them. All other fields have the defaults of the configuration."""
+
+
+def expand_preset(fields: Mapping[str, Any], source: str | None = None) -> Mapping[str, Any]:
+    """Return fields with the preset among them, if there is one, replaced by what it stands for.
+
+    Args:
+        fields: fields of a configuration; those beside the preset win over it.
+        source: the file to name in the error.
+
+    Raises:
+        ConfigError: there is no preset of that name.
+    """
+    if FIELD not in fields:
+        return fields
+    name = fields[FIELD]
+    if not isinstance(name, str) or name not in PRESETS:
+        problem = str(not_accepted(name, f"a preset is one of {', '.join(map(repr, PRESETS))}"))
+        raise ConfigError([Fault((FIELD,), problem)], source)
+    return {**PRESETS[name], **{field: value for field, value in fields.items() if field != FIELD}}
+
+
+def add_to_schema(schema: dict[str, Any]) -> None:
+    """Put the preset before the fields in the JSON schema of a configuration."""
+    preset = {"description": DESCRIPTION, "enum": list(PRESETS), "title": "Preset"}
+    schema["properties"] = {FIELD: preset, **schema["properties"]}
