@@ -89,7 +89,7 @@ def choice_rows() -> list[tuple[str, ...]]:
     for chosen, instead, label, one, other in GRID_PAIRS:
         pairs = [(grid[label.format(one)], grid[label.format(other)]) for grid in grids]
         held = " → ".join(f"{row['effective_bits']:.2f}" for row in pairs[0])
-        rows.append((chosen, instead, held, *(_compare_rows(*pair) for pair in pairs)))
+        rows.append((chosen, instead, held, *(compare_rows(*pair) for pair in pairs)))
     return rows
 
 
@@ -98,7 +98,8 @@ def _load_grid(text: str) -> dict[str, dict[str, Any]]:
     return {row["label"]: row for row in found["records"]}
 
 
-def _compare_rows(chosen: dict[str, Any], instead: dict[str, Any]) -> str:
+def compare_rows(chosen: dict[str, Any], instead: dict[str, Any]) -> str:
+    """Return the factor by which another choice changes the divergence, and a verdict by the interval over texts."""
     difference = Estimate.of_parts(torch.tensor(instead["kl_by_sequence"]) - torch.tensor(chosen["kl_by_sequence"]))
     return f"{instead['kl']['mean'] / chosen['kl']['mean']:.2f}x, {judge(difference)}"
 

@@ -22,6 +22,7 @@ from configuration_tables import render_backends, render_fields, render_layer_fi
 from demo_tables import render_demo, render_summary, write_demo
 from markdown_table import table
 from method_tables import render_method
+from preset_tables import render_measured, render_presets
 from quality_tables import render_choices, render_quality
 from speed_tables import render_speed
 
@@ -106,6 +107,7 @@ def render_checks() -> str:
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "README.md": {"summary": render_summary},
     "docs/configuration.md": {
+        "presets": render_presets,
         "fields": render_fields,
         "layer-fields": render_layer_fields,
         "backends": render_backends,
@@ -114,7 +116,12 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/memory.md": {"memory": render_memory, "lengths": render_lengths},
     "docs/method.md": {"method": render_method},
     "docs/plugins.md": {"checks": render_checks},
-    "docs/quality.md": {"demo": render_demo, "quality": render_quality, "choices": render_choices},
+    "docs/quality.md": {
+        "demo": render_demo,
+        "quality": render_quality,
+        "measured-presets": render_measured,
+        "choices": render_choices,
+    },
     "docs/speed.md": {"speed": render_speed},
 }
 """The generated blocks of each page, and what renders them."""

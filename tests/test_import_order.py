@@ -149,13 +149,13 @@ def test_names_of_backends_are_found_in_code_but_not_in_prose():
     assert find_backend_names(source, {"one", "two"}) == ["One", "two", "two, one"]
 
 
-def test_nothing_names_a_backend_but_the_default():
+def test_nothing_names_a_backend_but_the_default_and_the_presets():
     names = own_backend_names()
     assert {"quanto", "hqq"} <= names
     named = {name: found for name, path in KVQ.items() if (found := find_backend_names(path.read_text("utf-8"), names))}
     peers = named.pop("kvq.evaluation.quality.candidates")  # transformers' caches, which have names of their own
     assert set(peers) <= {"quanto", "hqq"}
-    assert named == {"kvq.config.cache_config": ["quanto"]}
+    assert named == {"kvq.config.cache_config": ["quanto"], "kvq.config.presets": ["native"]}
     assert 'DEFAULT_BACKEND = "quanto"' in KVQ["kvq.config.cache_config"].read_text(encoding="utf-8")
 
 

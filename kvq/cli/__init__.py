@@ -22,6 +22,7 @@ from kvq.cli.demo import demo
 from kvq.cli.doctor import doctor
 from kvq.cli.eval import evaluate
 from kvq.cli.plan import plan
+from kvq.cli.presets import presets
 from kvq.errors import KVQError
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(backends)
+app.command()(presets)
 app.command()(check)
 app.command()(plan)
 app.command()(doctor)

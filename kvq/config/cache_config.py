@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
@@ -45,6 +45,9 @@ from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.user_warnings import warn_user
 
+if TYPE_CHECKING:
+    from dataclasses import InitVar
+
 DEFAULT_BACKEND = "quanto"
 
 
@@ -62,6 +65,9 @@ class KVQCacheConfig(FrozenModel):
 
     model_config = ConfigDict(json_schema_extra=add_to_schema)
     __hash__ = None  # type: ignore[assignment]  # equal by value, and nothing that a set should hold
+
+    if TYPE_CHECKING:  # no field: it is replaced before pydantic sees it, but a checker of types must know the keyword
+        preset: InitVar[str] = ""  # type: ignore[misc, assignment]  # pydantic's plugin knows none
 
     version: Version = Field(default=FORMAT_VERSION, description="version of this format")
     backend: BackendChoice = Field(

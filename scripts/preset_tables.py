@@ -1,0 +1,98 @@
+"""The tables of the presets, and the excerpt of their results that `kvq presets` shows.
+
+    python scripts/preset_tables.py     # write the excerpt from benchmarks/results/quality_presets.json
+
+docs/measurements.md has the command that writes those results.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from markdown_table import table
+from quality_tables import RESULTS, compare_rows
+
+from kvq import KVQCacheConfig
+from kvq.cli.preset_facts import DEFAULT, HEAD_DIMS, collect_presets
+from kvq.config import PRESETS
+
+RESULT = RESULTS / "quality_presets.json"
+EXCERPT = Path(__file__).resolve().parents[1] / "kvq" / "cli" / "measured_presets.json"
+CONDITIONS = ("model", "text", "sequences", "length", "prefill", "step", "dtype", "versions")
+BITS = tuple(f"effective bits, head_dim {dim}" for dim in HEAD_DIMS)
+MEASURED = (
+    "configuration",
+    "KL divergence",
+    "against defaults",
+    "KL, 99 %",
+    "perplexity",
+    "top-1",
+    "KiB held",
+    "smaller",
+)
+
+
+def load_result() -> dict[str, Any]:
+    """Return the committed results."""
+    found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+    return found
+
+
+def render_excerpt() -> str:
+    """Return the conditions, and the divergence of each preset that is still what was measured, as JSON."""
+    result = load_result()
+    wanted = {name: KVQCacheConfig(preset=name) for name in PRESETS} | {DEFAULT: KVQCacheConfig()}
+    kl = {
+        record["label"]: record["kl"]["mean"]
+        for record in result["records"]
+        if record["label"] in wanted and record["settings"] == wanted[record["label"]].to_dict()
+    }
+    return json.dumps({**{name: result[name] for name in CONDITIONS}, "kl": kl}, indent=2) + "\n"
+
+
+def render_presets() -> str:
+    """Return what each preset stands for, and the bits that it takes."""
+    listed = collect_presets()["presets"]
+    fields = tuple(f"`{field}`" for field in listed[0]["fields"])
+    rows = [
+        (
+            f"`{one['name']}`",
+            *(f"`{value}`" for value in one["fields"].values()),
+            *(f"{sum(one['effective_bits'][str(dim)].values()) / 2:.2f}" for dim in HEAD_DIMS),
+        )
+        for one in listed
+    ]
+    header = ("`preset`", *fields, *BITS)
+    return table(header, rows, right=range(len(header) - len(BITS), len(header)))
+
+
+def render_measured() -> str:
+    """Return the cost of each preset, beside the defaults and the preset of another backend."""
+    result = load_result()
+    defaults = next(record for record in result["records"] if record["label"] == DEFAULT)
+    rows = [_row(record, defaults) for record in result["records"]]
+    scored = result["length"] - result["prefill"]
+    told = (
+        f"{result['model']} on `{result['text']}`: {result['sequences']} texts of {result['length']:,} tokens, "
+        f"{scored} of each read from the cache in steps of {result['step']}; {result['dtype']}."
+    )
+    return f"{told}\n\n{table(MEASURED, rows, right=range(1, len(MEASURED)))}"
+
+
+def _row(record: dict[str, Any], defaults: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        record["label"],
+        f"{record['kl']['mean']:.1e} ± {record['kl']['half_width']:.0e}",
+        "-" if record is defaults else compare_rows(defaults, record),
+        f"{record['kl_p99']:.1e}",
+        f"{record['ppl_change']:+.2%}",
+        f"{record['top1']:.1%}",
+        f"{record['held_bytes'] / 1024:,.0f}",
+        f"{record['compression']:.2f}x",
+    )
+
+
+if __name__ == "__main__":
+    EXCERPT.write_text(render_excerpt(), encoding="utf-8")
