@@ -140,6 +140,7 @@ cases: ## write docs/cases.md from the markers of the tests
 	$(PYTHON) scripts/update_cases_page.py
 
 pages: venv cases ## regenerate what README.md and docs/ take from the code and from results: tables, pictures, schema
+	$(BIN)/python scripts/preset_tables.py
 	$(BIN)/python scripts/update_pages.py
 	$(BIN)/python scripts/write_schema.py
 	$(BIN)/python scripts/draw_front_page.py
