@@ -26,6 +26,8 @@ CASES = {
     "sinks only": dict(tokens=160, sink_length=160, residual_length=0),
     "sinks behind padding": dict(sink_length=5, padding=(41, 0), mask=PADDED),
     "sinks across a block": dict(sink_length=40, padding=(30, 3)),
+    "some of the sinks stored": dict(tokens=100, sink_length=40),
+    "padding up to the last stored tokens": dict(tokens=100, sink_length=4, padding=(30, 31)),
     "one query head per head": dict(sharing=1),
     "seven query heads per head": dict(sharing=7, heads=1),
     "head dim 67": dict(head_dim=67),

@@ -130,8 +130,9 @@ def _first_logits(request: AttentionRequest, query: torch.Tensor) -> torch.Tenso
 
 
 def _sink_positions(sinks: SinkTokens, stored: int, device: torch.device) -> torch.Tensor | None:
-    """Return the positions `[B, S]` of sinks among stored tokens, -1 for those behind; None where there are none."""
+    """Return the positions `[B, S]` of the sinks that are kept, -1 for those behind the store; None without any."""
     if sinks.states is None or not stored:
         return None
-    positions = torch.tensor(sinks.starts, device=device)[:, None] + torch.arange(sinks.length, device=device)
+    kept = sinks.states.shape[2]  # fewer than asked for until the store reaches them
+    positions = torch.tensor(sinks.starts, device=device)[:, None] + torch.arange(kept, device=device)
     return positions.masked_fill(positions >= stored, -1)

@@ -38,7 +38,7 @@ class Plan:
     Attributes:
         key, value: layouts of the sides.
         rows: query vectors of one key-value head.
-        sinks: exact tokens at the start of each row.
+        sinks: exact tokens at the start of each row that are kept.
         splits: runs of tokens that the store is split into.
         tiles_per_split: tiles of each run.
         options: the compile-time arguments of `attend_parts`.
@@ -74,7 +74,8 @@ def make_plan(request: AttentionRequest) -> Plan:
     tiles = request.stored_length // tile
     splits = min(tiles, max(1, _program_count(request.query.device) // (batch * pair.key.like.shape[1])))
     tiles_per_split = -(-tiles // splits)
-    sinks = pair.key.sinks.length if pair.key.sinks.states is not None else 0
+    kept = pair.key.sinks.states
+    sinks = 0 if kept is None else kept.shape[2]  # fewer than asked for until the store reaches them
     return Plan(
         key=key,
         value=value,
