@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -168,13 +169,16 @@ def evaluate(
             plan = _make_plan(loaded, candidates, chosen, sizes)
             task_sets = make_tasks(plan, loaded[1], tasks)
         shown = _Shown(plan, title) if processes.is_main else None
-        records = _run(plan, out, processes, progress, shown, budget_minutes)
-        task_scores = score_plan(plan, task_sets, progress) if processes.is_main else []
+        parts = out.with_name(f"{out.name}.parts") if out is not None else None
+        with _told_how_to_resume(parts, processes):
+            records = _run(plan, parts, processes, progress, shown, budget_minutes)
+            task_scores = score_plan(plan, task_sets, progress) if processes.is_main else []
     if processes.is_main:
         _show_rest(plan, records, details=details)
         show_scores(task_scores)
         if out is not None:
             _write(records, plan, title, out, task_scores)
+            _tidy_up(parts, plan, records)
         if picture is not None:
             _draw(records, picture, f"{Path(model).name} on {plan.text.name}")
     _apply_gate(records, conditions, quiet=not processes.is_main)
@@ -309,9 +313,20 @@ class _Shown:
         self._table.add(table_row(record))
 
 
+@contextmanager
+def _told_how_to_resume(parts: Path | None, processes: Processes) -> Iterator[None]:
+    """End the command on Ctrl-C, and say where finished parts lie."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if parts is not None and processes.is_main:
+            print_error(f"stopped; the same command resumes where this one was (finished parts: {parts})")
+        raise typer.Exit(130) from None
+
+
 def _run(
     plan: EvaluationPlan,
-    out: Path | None,
+    parts: Path | None,
     processes: Processes,
     progress: Progress,
     shown: _Shown | None,
@@ -320,29 +335,21 @@ def _run(
     from kvq.evaluation.quality.run import Budget
     from kvq.evaluation.quality.run import evaluate as measure
 
-    parts = out.with_name(f"{out.name}.parts") if out is not None else None
     progress.begin("full precision", -(-plan.units // processes.count), "forwards")
     if shown is not None:
         shown.begin()
     on_record: Callable[[QualityRecord], None] = shown.add if shown is not None else lambda record: None  # noqa: ARG005
     budget = Budget(None if minutes is None else 60 * minutes)
-    try:
-        records = measure(
-            plan, parts=parts, processes=processes, budget=budget, on_progress=progress.advance, on_record=on_record
-        )
-    except KeyboardInterrupt:
-        if parts is not None and processes.is_main:
-            print_error(f"stopped; the same command resumes where this one was (finished parts: {parts})")
-        raise typer.Exit(130) from None
-    _tidy_up(parts, plan, records, processes)
-    return records
+    return measure(
+        plan, parts=parts, processes=processes, budget=budget, on_progress=progress.advance, on_record=on_record
+    )
 
 
-def _tidy_up(parts: Path | None, plan: EvaluationPlan, records: list[QualityRecord], processes: Processes) -> None:
+def _tidy_up(parts: Path | None, plan: EvaluationPlan, records: list[QualityRecord]) -> None:
     """Remove the finished parts, unless a larger budget may go on from them."""
     from kvq.evaluation.quality.report import count_read
 
-    if parts is not None and processes.is_main and count_read(records) in (0, len(plan.text.sequences)):
+    if parts is not None and count_read(records) in (0, len(plan.text.sequences)):
         shutil.rmtree(parts, ignore_errors=True)
 
 

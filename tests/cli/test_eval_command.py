@@ -144,6 +144,23 @@ def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
     assert resumed["records"] == json.loads((tmp_path / "anew.json").read_text())["records"]
 
 
+def test_ctrl_c_in_the_tasks_keeps_what_is_finished(call_eval, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    args = (*QUICK, "--config", "k4v4.yaml", "--out", "all.json", "--tasks", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("kvq.cli.eval.score_plan", interrupt)
+        done = call_eval(*args)
+    assert done.returncode == 130
+    assert "the same command resumes where this one was" in done.stderr
+    parts = tmp_path / "all.json.parts"
+    assert len(list(parts.glob("*.pt"))) == 2
+    assert call_eval(*args).returncode == 0
+    assert not parts.exists()
+    assert "tasks" in json.loads((tmp_path / "all.json").read_text())
+
+
 def test_a_budget_says_what_it_left_out_and_a_larger_one_goes_on(call_eval, tmp_path):
     args = (*QUICK, "--config", "k4v4.yaml", "--out", "all.json")
     done = call_eval(*args, "--budget-minutes", "0")
