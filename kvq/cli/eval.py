@@ -115,7 +115,9 @@ def evaluate(
     budget_minutes: Annotated[
         float | None,
         typer.Option(
-            metavar="MINUTES", min=0, help="Read fewer sequences, for all caches, where all would take longer."
+            metavar="MINUTES",
+            min=0,
+            help="Read fewer sequences, for all caches, where all would take longer; --tasks come on top.",
         ),
     ] = None,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = False,

@@ -163,7 +163,7 @@ def test_a_budget_leaves_out_the_same_texts_of_every_cache(make_plan, seconds, r
     assert (line is None) == (read == 5)
     if line:
         assert f"{5 - read} of 5 sequences" in line
-        assert f"the first {read}" in line
+        assert f"the other {read}" in line
 
 
 def test_a_window_that_is_shorter_than_a_step_is_named(make_plan):
@@ -184,6 +184,14 @@ def test_neighbours_within_the_spread_are_called_a_tie():
         for name, kl in texts.items()
     ]
     assert list_ties(records[::-1]) == ["a tie within the spread over sequences: a and b"]
+
+
+def test_one_sequence_makes_no_tie():
+    records = [
+        QualityRecord(name, {}, kl=Estimate(kl, math.nan), kl_by_sequence=[kl]) for name, kl in (("a", 1), ("b", 9))
+    ]
+    assert [line.split(":")[0] for line in list_ties(records)] == ["one sequence has no spread"]
+    assert list_ties(records[:1]) == []
 
 
 def test_sequences_of_a_file_are_whole_and_evenly_spaced(loaded, tmp_path):

@@ -130,8 +130,13 @@ def depth_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
 
 
 def list_ties(records: Sequence[QualityRecord]) -> list[str]:
-    """Return a line for each pair of neighbours in divergence whose difference is within the spread over sequences."""
+    """Return a line for each pair of neighbours in divergence whose difference is within the spread over sequences.
+
+    One sequence has no spread: a single line says so, since no difference can be judged then.
+    """
     ordered = sorted(_measured(records), key=lambda record: record.kl.mean)
+    if len(ordered) > 1 and count_read(ordered) == 1:
+        return ["one sequence has no spread: it does not tell whether the caches differ on other texts"]
     return [
         f"a tie within the spread over sequences: {one.label} and {other.label}"
         for one, other in pairwise(ordered)
@@ -146,12 +151,12 @@ def describe_left_out(plan: EvaluationPlan, records: Sequence[QualityRecord]) ->
         return None
     return (
         f"left out for lack of time: {planned - read} of {planned} sequences, with their share of questions and "
-        f"continuations, for every cache alike; all figures are of the first {read}"
+        f"continuations, for every cache alike; all figures are of the other {read}"
     )
 
 
 def count_read(records: Sequence[QualityRecord]) -> int:
-    """Return how many sequences every cache has read."""
+    """Return how many sequences were read, by every cache that could be measured."""
     return max((len(record.kl_by_sequence) for record in _measured(records)), default=0)
 
 
