@@ -111,7 +111,7 @@ def _options(request: AttentionRequest, key: SideLayout, value: SideLayout) -> d
 
 
 def _resources(request: AttentionRequest, key: SideLayout, value: SideLayout, tile: int) -> dict[str, int]:
-    """Return warps, stages and registers, by what was fastest of 13 ways on an H200 (docs/speed.md).
+    """Return warps, stages and registers, by what was fastest of 13 ways at 8 and 32 rows on an H200 (docs/speed.md).
 
     Few warps share the query, which each of them scales by itself; a pipeline of loads would take the room of programs
     that hide the waiting as well.
