@@ -6,12 +6,11 @@ import torch
 
 from kvq.errors import EvaluationError
 from kvq.evaluation import recall
+from kvq.evaluation.quality.text import MAX_RECORDS
 from kvq.evaluation.tasks.task_set import Question, TaskSet, build_task_set
 
 QUESTIONS = 16
 """Records that are asked for in each context."""
-MOST_RECORDS = 160
-"""As many as the embedded model was trained for."""
 
 
 def build_record_tasks(*, length: int, contexts: int, seed: int = 0) -> list[TaskSet]:
@@ -26,7 +25,7 @@ def build_record_tasks(*, length: int, contexts: int, seed: int = 0) -> list[Tas
         EvaluationError: the length leaves no room.
     """
     room = length - 1 - QUESTIONS * recall.QUESTION_LENGTH
-    records = min(MOST_RECORDS, room // recall.RECORD_LENGTH)
+    records = min(MAX_RECORDS, room // recall.RECORD_LENGTH)
     if records < QUESTIONS:
         raise EvaluationError(f"{length} tokens leave no room for the tasks; ask for at least 256")
     generator = torch.Generator().manual_seed(seed)
