@@ -25,10 +25,6 @@ DEMO_RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / 
 DISTRIBUTIONS = ("torch", "transformers", "optimum-quanto", "hqq")
 """What the figures of the demo depend on, besides kvq."""
 
-SUMMARY_BACKEND = "quanto"
-SUMMARY_BITS = ("K8V8", "K4V4", "K4V2", "K2V4")
-"""The rows of the small table on the front page, below full precision."""
-
 
 def write_demo() -> None:
     """Run the demo and keep its figures."""
@@ -92,33 +88,6 @@ def load_demo() -> dict[str, Any]:
     """Return the figures of the latest measured demo."""
     results: dict[str, Any] = json.loads(DEMO_RESULTS.read_text())
     return results
-
-
-def render_summary() -> str:
-    """Return the small table of the front page: full precision, and one backend at some bits."""
-    results = load_demo()
-    plain_bytes = find_plain_bytes(results)
-    rows = [row for row in results["rows"] if "total_bytes" not in row]
-    rows += [
-        row
-        for bits in SUMMARY_BITS
-        for row in results["rows"]
-        if (row["backend"], row["bits"]) == (SUMMARY_BACKEND, bits)
-    ]
-    cells = [render_summary_row(row, plain_bytes) for row in rows]
-    given = results["parameters"]
-    note = (
-        f"`kvq demo` with the backend {SUMMARY_BACKEND}: {given['contexts'] * given['questions']} questions about "
-        f"lists of records, answered by the small Llama that ships with kvq. Held: the cache of "
-        f"all {given['contexts']} contexts at the end."
-    )
-    return f"{table(('cache', 'exact answers', 'held', 'smaller'), cells, right=(1, 2, 3))}\n\n{note}"
-
-
-def render_summary_row(row: dict[str, Any], plain_bytes: int) -> Sequence[str]:
-    held = row.get("total_bytes", plain_bytes)
-    name = f"`{row['bits']}`" if "total_bytes" in row else f"{row['backend']}, {row['bits']}"
-    return name, f"{row['exact_rate']:.1%}", f"{held / 2**20:.2f} MiB", f"{plain_bytes / held:.2f}x"
 
 
 def render_demo() -> str:

@@ -19,6 +19,8 @@ from kvq.cli.preset_facts import DEFAULT, HEAD_DIMS, collect_presets
 from kvq.config import PRESETS
 
 RESULT = RESULTS / "quality_presets.json"
+FRONT_RESULT = RESULTS / "quality_smollm2.json"
+"""On another text, beside transformers' caches."""
 EXCERPT = Path(__file__).resolve().parents[1] / "kvq" / "cli" / "measured_presets.json"
 CONDITIONS = ("model", "text", "sequences", "length", "prefill", "step", "dtype", "versions")
 BITS = tuple(f"effective bits, head_dim {dim}" for dim in HEAD_DIMS)
@@ -32,11 +34,22 @@ MEASURED = (
     "KiB held",
     "smaller",
 )
+FRONT = ("cache", "KL", "perplexity", "top-1", "smaller")
+FRONT_ROWS = {
+    "8bit": '`preset="8bit"`',
+    "4bit": '`preset="4bit"`',
+    "3bit": '`preset="3bit"`',
+    DEFAULT: "kvq's defaults, 4 bits for keys and 2 for values",
+    "transformers hqq 4": "transformers' hqq, 4 bits",
+    "transformers quanto 4": "transformers' quanto, 4 bits",
+    "transformers quanto 2": "transformers' quanto, 2 bits",
+}
+FRONT_TEXTS = {"topics-report": "Python's manual"}
 
 
-def load_result() -> dict[str, Any]:
-    """Return the committed results."""
-    found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+def load_result(path: Path = RESULT) -> dict[str, Any]:
+    """Return committed results."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -79,6 +92,31 @@ def render_measured() -> str:
         f"{scored} of each read from the cache in steps of {result['step']}; {result['dtype']}."
     )
     return f"{told}\n\n{table(MEASURED, rows, right=range(1, len(MEASURED)))}"
+
+
+def render_front() -> str:
+    """Return the small table of the front page: what presets and caches of transformers cost on a real model."""
+    result = load_result(FRONT_RESULT)
+    records = {record["label"]: record for record in result["records"]}
+    rows = [(name, *_front_cells(records[label])) for label, name in FRONT_ROWS.items()]
+    scored = result["length"] - result["prefill"]
+    told = (
+        f"{result['model']}, on {FRONT_TEXTS[result['text']]}: {result['sequences']} texts of {result['length']:,} "
+        f"tokens, of which {scored} are read from the cache. KL is the divergence of the next token from that of full "
+        'precision; top-1, how often both would say the same token; "smaller" counts all that a cache holds, in '
+        f"{result['dtype']} where it is exact: of so short a text the window is a fifth, and `kvq plan` computes "
+        "longer ones."
+    )
+    return f"{table(FRONT, rows, right=range(1, len(FRONT)))}\n\n{told}"
+
+
+def _front_cells(record: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{record['kl']['mean']:.1g}" if record["kl"]["mean"] < 1e-4 else f"{record['kl']['mean']:.4f}",
+        f"{record['ppl_change']:+.1%}",
+        f"{record['top1']:.1%}",
+        f"{record['compression']:.2f}x",
+    )
 
 
 def _row(record: dict[str, Any], defaults: dict[str, Any]) -> tuple[str, ...]:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from configuration_tables import render_backends, render_fields, render_layer_fields, render_options
-from demo_tables import render_demo, render_summary, write_demo
+from demo_tables import render_demo, write_demo
 from markdown_table import table
 from method_tables import render_method
-from preset_tables import render_measured, render_presets
+from preset_tables import render_front, render_measured, render_presets
 from quality_tables import render_choices, render_quality
 from speed_tables import render_speed
 
@@ -105,7 +105,7 @@ def render_checks() -> str:
 
 
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
-    "README.md": {"summary": render_summary},
+    "README.md": {"real": render_front},
     "docs/configuration.md": {
         "presets": render_presets,
         "fields": render_fields,
