@@ -163,6 +163,29 @@ def test_a_kernel_that_disagrees_is_not_used_again(put_kernels, request_, refere
     assert "differed from the reference" in registry.choose(request_).passed_over["wrong"]
 
 
+class SharedMaskKernel(WrongKernel):
+    """Right, but only for masks that all heads share."""
+
+    name = "shared masks"
+
+    def why_unsupported(self, request):
+        return "a mask by head" if request.mask.dim() != 4 or request.mask.shape[1] != 1 else None
+
+    def attend(self, request):
+        assert self.why_unsupported(request) is None
+        return REFERENCE.attend(request)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 1, 334), (1, 334)])
+def test_a_kernel_is_not_kept_for_a_mask_that_it_cannot_serve(put_kernels, make_request, shape):
+    put_kernels(SharedMaskKernel(), REFERENCE)
+    kernel_cache, readers = KernelCache(), []
+    for one in ((1, 1, 1, 334), shape, (2, 1, 1, 334)):
+        attend_packed(make_request(mask=torch.ones(one, dtype=torch.bool)), kernel_cache)
+        readers.append(kernel_cache.last_reader)
+    assert readers == ["shared masks", "eager", "shared masks"]
+
+
 def test_a_kernel_without_a_record_is_no_default(put_kernels, request_, monkeypatch):
     unproven = WrongKernel()
     unproven.needs_benchmark = True

@@ -73,6 +73,7 @@ class AttentionRequest:
             query.dtype,
             query.shape,
             None if mask is None else mask.dtype,
+            0 if mask is None or mask.dim() != 4 else min(mask.shape[1], 2),
             self.is_causal,
             self.softcap is not None,
             self.sink_logits is not None,

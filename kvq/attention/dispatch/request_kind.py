@@ -25,6 +25,7 @@ class RequestKind(NamedTuple):
         dtype: the query's dtype.
         shape: the query's shape `[B, Hq, Tq, D]`; without sizes the queries per head, and 1 or 2 for one or several Tq.
         mask_dtype: the mask's dtype, or None where there is none.
+        mask_heads: 1 where all heads share a mask `[B, 1, Tq, Tk]`, 2 where each has its own, else 0.
         is_causal: as in the request.
         has_softcap: whether scores are capped.
         has_sink_logits: whether each head has a logit without a value.
@@ -36,6 +37,7 @@ class RequestKind(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     mask_dtype: torch.dtype | None
+    mask_heads: int
     is_causal: bool
     has_softcap: bool
     has_sink_logits: bool
