@@ -84,6 +84,16 @@ def test_it_is_no_default_without_a_record_and_never_runs_on_a_cpu(monkeypatch):
     assert registry.choose(make_request()).passed_over["triton"] == "runs on cuda only"
 
 
+@needs_triton
+def test_it_is_not_for_other_gpus_that_torch_calls_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    _find_missing_triton.cache_clear()
+    assert TRITON.why_unavailable() == "is for NVIDIA GPUs"
+    monkeypatch.undo()
+    _find_missing_triton.cache_clear()
+    assert TRITON.why_unavailable() is None
+
+
 def test_nothing_is_uploaded_between_flushes(monkeypatch):
     import kvq.attention.kernels.triton.chunk_table as module
 

@@ -69,6 +69,8 @@ def _find_missing_triton() -> str | None:
     version = find_version("triton")
     if version is None:
         return "triton is not installed"
+    if torch.version.hip is not None:
+        return "is for NVIDIA GPUs"
     return None if Version(version) >= LEAST_TRITON else f"triton {version} is older than {LEAST_TRITON}"
 
 
