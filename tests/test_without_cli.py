@@ -33,6 +33,7 @@ def run_without(code, *arguments):
     )
 
 
+@pytest.mark.costly
 def test_the_library_generates_and_prints_its_tables():
     done = run_without(f"exec({LIBRARY!r})")
     assert done.returncode == 0, done.stderr

@@ -94,6 +94,7 @@ def test_native_flags_are_tried_in_turn(source, monkeypatch, pretend):
 
 
 @needs_compiler
+@pytest.mark.costly
 def test_the_process_keeps_its_denormal_numbers():
     """Linked with -ffast-math, a library would flush them for everybody."""
     code = (

@@ -127,6 +127,7 @@ print(json.dumps(ends))
 
 
 @pytest.mark.case("a truncated or zeroed kernel under a forward", "no SIGBUS: the process goes on")
+@pytest.mark.costly
 def test_no_damaged_file_kills_the_process(source):
     command = [sys.executable, "-c", LOAD_EACH, str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

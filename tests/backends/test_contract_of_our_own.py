@@ -39,10 +39,16 @@ def choose_cases(bound: list[BoundCheck], place: int, *, both: bool) -> list[Bou
     return [cases[(place + turn) % len(cases)] for turn, cases in enumerate(widths)]
 
 
+def marks_of(backend: str, check: BoundCheck) -> tuple[pytest.MarkDecorator, ...]:
+    """Return the marks of a check: a process that imports a vendor's library says little new from edit to edit."""
+    return (pytest.mark.costly,) if check.name == "check_light_import" and backend != "native" else ()
+
+
 CHOSEN = [(backend, check) for backend in BACKENDS for check in choose_checks(backend)]
+ROWS = [pytest.param(*row, id=f"{row[0]}-{row[1]}", marks=marks_of(*row)) for row in CHOSEN]
 
 
-@pytest.mark.parametrize(("backend", "check"), CHOSEN, ids=[f"{backend}-{check}" for backend, check in CHOSEN])
+@pytest.mark.parametrize(("backend", "check"), ROWS)
 def test_our_own_backends_keep_the_contract(backend, check):
     if check.name == "check_fused_scores":  # about a method that a backend may leave out
         with pytest.raises(CheckNotApplicableError, match="leaves attention to the core"):

@@ -438,6 +438,7 @@ def test_large_offsets_cost_little_more_than_with_fp32_metadata(backend, nbits, 
         assert exact < 2 * magnitude
 
 
+@pytest.mark.costly
 def test_plugin_needs_torch_alone(modules_after_import):
     code = """
         import torch

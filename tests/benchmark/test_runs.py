@@ -178,6 +178,7 @@ def test_a_whole_model_decodes_the_same_from_full_precision_in_every_form():
     assert logits[0].std() > 1e-3
 
 
+@pytest.mark.costly
 def test_the_first_tokens_are_timed_in_a_fresh_process_and_here(monkeypatch):
     choice = ContenderChoice({}, peers=False)
     setting = Setting(Shape(**{**vars(SHAPE), "layers": 1}), 64, 1, torch.float32, CPU)

@@ -125,7 +125,9 @@ def test_an_error_is_one_line_without_a_traceback(call_eval):
 
 @pytest.mark.costly
 def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
-    args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", "--out", "all.json", "--step", "4"]
+    # A dozen batches: a busy machine may be seconds late with the signal.
+    many = ["--sequences", "12", "--batch-size", "1", "--step", "4"]
+    args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", *many, "--out", "all.json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "kvq", "eval", *args]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
@@ -137,10 +139,10 @@ def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
     assert process.returncode == 130
     assert "the same command resumes where this one was" in stderr
     assert "Traceback" not in stderr
-    assert 1 <= len(list(parts.glob("*.pt"))) < 4
+    assert 1 <= len(list(parts.glob("*.pt"))) < 12
     assert call_eval(*args).returncode == 0
     resumed = json.loads((tmp_path / "all.json").read_text())
-    assert call_eval(*args[:-4], "--out", "anew.json", "--step", "4").returncode == 0
+    assert call_eval(*args[:-1], "anew.json").returncode == 0
     assert resumed["records"] == json.loads((tmp_path / "anew.json").read_text())["records"]
 
 

@@ -84,6 +84,7 @@ def test_chat_answers_each_turn_from_one_cache(run_here):
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_compare_backends_shows_every_usable_one(run_here):
     printed = run_here("compare_backends.py")
     rates = {name.strip(): float(rate) for name, rate in re.findall(r"^(.{22}) +([\d.]+)%", printed, re.MULTILINE)}

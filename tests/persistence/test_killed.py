@@ -69,6 +69,7 @@ for when in ("before", "half", "after"):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.costly
 def test_killed_at_every_call_of_the_system(tmp_path):
     path = tmp_path / "cache.safetensors"
     fill(KVQ(backend="native", **SMALL), 70).save(path)

@@ -105,6 +105,7 @@ def test_the_others_are_there_as_if_nothing_were(listed):
     assert {listed[name]["state"] for name in ("template", "native", "slow")} == {"ready"}
 
 
+@pytest.mark.costly
 def test_using_another_backend_imports_none_of_them(site):
     done = run(site, "-c", USE_OTHERS)
     assert done.returncode == 0, done.stderr

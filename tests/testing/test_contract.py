@@ -68,6 +68,7 @@ def test_a_wrong_backend_is_caught_by_its_check(name, place):
     assert any(result.outcome == "failed" and result.reason for result in results), results
 
 
+@pytest.mark.costly
 def test_a_module_that_imports_too_much_is_caught(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     install(tmp_path, "testee", HEAVY_PLUGIN)
