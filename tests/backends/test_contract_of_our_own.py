@@ -39,9 +39,15 @@ def choose_cases(bound: list[BoundCheck], place: int, *, both: bool) -> list[Bou
     return [cases[(place + turn) % len(cases)] for turn, cases in enumerate(widths)]
 
 
+SEARCHED = {"check_accuracy", "check_more_bits"}
+"""Checks that encode so much that HQQ's search takes seconds; some widths suffice from edit to edit."""
+
+
 def marks_of(backend: str, check: BoundCheck) -> tuple[pytest.MarkDecorator, ...]:
-    """Return the marks of a check: a process that imports a vendor's library says little new from edit to edit."""
-    return (pytest.mark.costly,) if check.name == "check_light_import" and backend != "native" else ()
+    """Return the marks of a check: costly are processes that import a vendor's library, and most of HQQ's searches."""
+    imports_vendor = check.name == "check_light_import" and backend != "native"
+    searches = check.name in SEARCHED and backend == "hqq" and check.case.nbits not in (2, 4)
+    return (pytest.mark.costly,) if imports_vendor or searches else ()
 
 
 CHOSEN = [(backend, check) for backend in BACKENDS for check in choose_checks(backend)]
