@@ -123,14 +123,21 @@ def test_an_error_is_one_line_without_a_traceback(call_eval):
     assert done.stderr.count("\n") == 1
 
 
+def heed_interrupts():
+    """Undo what a shell does to the programs that it starts in the background: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.costly
 def test_ctrl_c_keeps_what_is_finished(call_eval, tmp_path):
-    # A dozen batches: a busy machine may be seconds late with the signal.
+    # A dozen batches: on a busy machine the signal may be seconds late.
     many = ["--sequences", "12", "--batch-size", "1", "--step", "4"]
     args = [*QUICK, "--config", "k4v4.yaml", "--config", "k2v2.yaml", *many, "--out", "all.json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "kvq", "eval", *args]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     parts = tmp_path / "all.json.parts"
     while not list(parts.glob("*.pt")) and process.poll() is None:
         time.sleep(0.02)
