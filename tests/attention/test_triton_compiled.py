@@ -100,9 +100,10 @@ def compile_parts(launch, architecture, **changes):
 @pytest.mark.parametrize(
     ("architecture", "head_dim", "dtype", "fields", "most_spilled"),
     [
-        (90, 128, torch.bfloat16, {"nbits_v": 4}, 256),
-        (80, 128, torch.bfloat16, {"nbits_v": 4, "q_group_size": {"key": 64, "value": 128}}, 256),
-        pytest.param(80, 128, torch.bfloat16, {"nbits_v": 4}, 256, marks=pytest.mark.slow),
+        # By Triton 3.7 and 3.9: 84 and 260, 60 and 140, 88 and 144; with 96 registers from 424 on.
+        (90, 128, torch.bfloat16, {"nbits_v": 4}, 400),
+        (80, 128, torch.bfloat16, {"nbits_v": 4, "q_group_size": {"key": 64, "value": 128}}, 400),
+        pytest.param(80, 128, torch.bfloat16, {"nbits_v": 4}, 400, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.float16, {"nbits_k": 7, "nbits_v": 7}, 512, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.float32, {}, 0, marks=pytest.mark.slow),
         pytest.param(90, 80, torch.bfloat16, {"axis_key": "per_token"}, 512, marks=pytest.mark.slow),
@@ -148,6 +149,6 @@ def test_what_a_trial_asks_for_compiles(sample):
 
 @pytest.mark.slow
 def test_too_few_registers_would_spill(tmp_path):
-    """What the number of `REGISTERS` guards against: the same program with half as many."""
+    """What the number of `REGISTERS` guards against: the same program with fewer."""
     launch = make_launch(torch.bfloat16, 128, nbits_v=4)
-    assert resources(compile_parts(launch, 90, maxnreg=64), 90, tmp_path)[0] > 256
+    assert resources(compile_parts(launch, 90, maxnreg=96), 90, tmp_path)[0] > 400
