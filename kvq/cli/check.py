@@ -90,7 +90,17 @@ def _print_summary(file: str, summary: ConfigSummary, head_dim: int) -> None:
     print_line(f"{file}: a valid configuration")
     print_line(f"the newest {config.residual_length} and the first {config.sink_length} tokens of each row stay exact")
     print_line()
-    columns = ("layers", "side", "backend", "bits", "granularity", "group size", "rotation", "effective bits")
+    columns = (
+        "layers",
+        "side",
+        "backend",
+        "bits",
+        "granularity",
+        "group size",
+        "rotation",
+        "balance",
+        "effective bits",
+    )
     print_table(columns, [_row(side, others=bool(config.layers)) for side in summary.sides])
     print_line()
     print_line(f"effective bits: codes and metadata per stored element, at head_dim {head_dim}")
@@ -99,7 +109,7 @@ def _print_summary(file: str, summary: ConfigSummary, head_dim: int) -> None:
 def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
     layers = one.layers or ("all others" if others else "all")
     if one.settings is None:
-        return layers, f"{one.side}s", "full precision", *["-"] * 5
+        return layers, f"{one.side}s", "full precision", *["-"] * 6
     bits = "unknown" if one.effective_bits is None else f"{one.effective_bits:.3f}"
     own = one.settings
     return (
@@ -110,5 +120,6 @@ def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
         str(own.granularity),
         str(own.group_size),
         own.rotation,
+        own.balance,
         bits,
     )

@@ -81,3 +81,16 @@ def check_group_size(group_size: int, granularity: Granularity) -> None:
             f"{group_size} does not fit {str(granularity)!r} groups, which lie along tokens; "
             f"choose a multiple of {CHANNEL_GROUP_MULTIPLE}"
         )
+
+
+def check_balance(balance: str, granularity: Granularity) -> None:
+    """Check that the groups are of the direction that balance is for.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if balance != "none" and granularity is not Granularity.PER_CHANNEL:
+        raise ValueError(
+            f"{shown(balance)} does not fit {str(granularity)!r} groups, whose scales are those of single tokens "
+            "already; choose 'none', or 'per_channel' groups"
+        )

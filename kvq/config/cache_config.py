@@ -14,13 +14,14 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from kvq.config.backend_choice import BackendChoice, check_backends, check_writable, get_side_backend
-from kvq.config.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
+from kvq.config.backend_limits import check_balance, check_granularity, check_group_size, check_nbits, resolve_axis
 from kvq.config.backend_options import resolve_options
 from kvq.config.faults import FaultCollector, not_accepted, shown
 from kvq.config.field_types import (
     FORMAT_VERSION,
     SIDES,
     Axis,
+    Balance,
     Bits,
     Device,
     Dtype,
@@ -88,6 +89,12 @@ class KVQCacheConfig(FrozenModel):
     sink_length: Tokens = Field(default=4, description="how many of the first real tokens of each row stay exact")
     rotation_k: Rotation = Field(default="none", description="`none` or `hadamard`, for affine backends")
     rotation_v: Rotation = Field(default="none", description="the same for the values")
+    balance_k: Balance = Field(
+        default="none",
+        description="`none`, or `rms`: tokens are divided by factors, a byte each, before they are quantized; for "
+        "affine backends and `per_channel` groups",
+    )
+    balance_v: Balance = Field(default="none", description="the same for the values")
     compute_dtype: Dtype | None = Field(
         default=None,
         description="dtype that dequantization computes in; default: float32, then rounded once to the states' dtype",
@@ -149,6 +156,14 @@ class KVQCacheConfig(FrozenModel):
                 if isinstance(axis, Granularity):
                     check_group_size(of_side(value, side), axis)
         faults.raise_faults()
+        return value
+
+    @field_validator("balance_k", "balance_v")
+    @classmethod
+    def _check_balance(cls, value: str, info: ValidationInfo) -> str:
+        axis = info.data.get(AXIS_FIELDS[SIDE_OF_FIELD[str(info.field_name)]])
+        if isinstance(axis, Granularity):
+            check_balance(value, axis)
         return value
 
     @field_validator("layers", mode="before")

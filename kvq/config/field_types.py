@@ -185,3 +185,4 @@ Device = Annotated[
     torch.device, PlainValidator(_parse_device), PlainSerializer(_dump_name), WithJsonSchema({"type": "string"})
 ]
 Rotation = Literal["none", "hadamard"]
+Balance = Literal["none", "rms"]

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import Field, StrictBool, model_validator
 
 from kvq.config.backend_choice import BackendChoice, check_backends, get_side_backend
-from kvq.config.backend_limits import check_granularity, check_group_size, check_nbits, resolve_axis
+from kvq.config.backend_limits import check_balance, check_granularity, check_group_size, check_nbits, resolve_axis
 from kvq.config.faults import FaultCollector
-from kvq.config.field_types import SIDES, Axis, Bits, Dtype, GroupSize, Rotation, Tokens, of_side
+from kvq.config.field_types import SIDES, Axis, Balance, Bits, Dtype, GroupSize, Rotation, Tokens, of_side
 from kvq.config.frozen import FrozenModel
 from kvq.config.layer_selector import LayerSelector, check_overlaps
 from kvq.plugin_api.granularity import Granularity
@@ -19,8 +19,11 @@ from kvq.plugin_api.quantizer import Side
 NBITS_FIELDS: dict[Side, str] = {"key": "nbits_k", "value": "nbits_v"}
 AXIS_FIELDS: dict[Side, str] = {"key": "axis_key", "value": "axis_value"}
 ROTATION_FIELDS: dict[Side, str] = {"key": "rotation_k", "value": "rotation_v"}
+BALANCE_FIELDS: dict[Side, str] = {"key": "balance_k", "value": "balance_v"}
 SIDE_OF_FIELD: dict[str, Side] = {
-    field: side for fields in (NBITS_FIELDS, AXIS_FIELDS, ROTATION_FIELDS) for side, field in fields.items()
+    field: side
+    for fields in (NBITS_FIELDS, AXIS_FIELDS, ROTATION_FIELDS, BALANCE_FIELDS)
+    for side, field in fields.items()
 }
 
 
@@ -39,6 +42,8 @@ class LayerConfig(FrozenModel):
     sink_length: Tokens | None = Field(default=None, description="first real tokens kept exact")
     rotation_k: Rotation | None = Field(default=None, description="rotation of the keys")
     rotation_v: Rotation | None = Field(default=None, description="rotation of the values")
+    balance_k: Balance | None = Field(default=None, description="balance of the keys")
+    balance_v: Balance | None = Field(default=None, description="balance of the values")
     compute_dtype: Dtype | None = Field(default=None, description="dtype that dequantization computes in")
     metadata_dtype: Dtype | None = Field(default=None, description="dtype of scale and mid")
     full_precision: StrictBool = Field(default=False, description="keep these layers in full precision")
@@ -119,5 +124,9 @@ def _resolve_side(
         if "q_group_size" in merged and {"q_group_size", axis_field} & touched:
             with faults.at("q_group_size"):
                 check_group_size(of_side(merged["q_group_size"], side), granularity)
+        balance_field = BALANCE_FIELDS[side]
+        if balance_field in merged and {balance_field, axis_field} & touched:
+            with faults.at(balance_field):
+                check_balance(merged[balance_field], granularity)
         return {axis_field: granularity} if axis_field in touched else {}
     return {}

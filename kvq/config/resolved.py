@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kvq.config.backend_choice import get_side_backend
-from kvq.config.field_types import Rotation, of_side
-from kvq.config.layer_config import AXIS_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
+from kvq.config.field_types import Balance, Rotation, of_side
+from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
 from kvq.plugin_api.backend_spec import BackendOptions, BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Side
@@ -27,6 +27,7 @@ class ResolvedSide:
         granularity: direction of the groups.
         group_size: elements per scale, as configured.
         rotation: the rotation applied to the states before they are quantized.
+        balance: how tokens are evened out between rotating and quantizing.
         metadata_dtype: dtype of scale and mid, or None: the core chooses.
     """
 
@@ -36,6 +37,7 @@ class ResolvedSide:
     granularity: Granularity
     group_size: int
     rotation: Rotation
+    balance: Balance
     metadata_dtype: torch.dtype | None
 
     @classmethod
@@ -49,6 +51,7 @@ class ResolvedSide:
             granularity=fields[AXIS_FIELDS[side]],
             group_size=of_side(fields["q_group_size"], side),
             rotation=fields[ROTATION_FIELDS[side]],
+            balance=fields[BALANCE_FIELDS[side]],
             metadata_dtype=fields["metadata_dtype"],
         )
 

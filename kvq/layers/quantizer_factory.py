@@ -8,6 +8,7 @@ from typing import cast
 import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
+from kvq.config.layer_config import BALANCE_FIELDS, ROTATION_FIELDS
 from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
 from kvq.layers.quantizer_kind import find_kind
 from kvq.layers.savings import check_savings
@@ -88,19 +89,29 @@ def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:
 
 
 def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtype: torch.dtype) -> Quantizer:
-    rotated = chosen.rotation == "hadamard"
     origin = Origin.of(chosen.backend.name, spec)
     if find_kind(quantizer, str(origin)) == "general":
-        if rotated:
-            path = "rotation_k" if spec.side == "key" else "rotation_v"
-            problem = f"{chosen.backend.name} stores its own representation, which the core cannot rotate; use 'none'"
-            raise ConfigError([Fault((path,), problem)])
+        _check_untouched(chosen, spec.side)
         return GuardedQuantizer(cast(Quantizer, quantizer), origin, spec)
-    rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if rotated else None
+    rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if chosen.rotation == "hadamard" else None
     # What a wide code demands of mid it does not demand of scale, whose error counts by the code, not by the mean.
     scale_dtype = chosen.metadata_dtype or torch.float16
     affine = cast(AffineQuantizer, quantizer)
-    return AffineCodec(affine, spec, rotation, compute_dtype, scale_dtype, chosen.backend.name)
+    balanced = chosen.balance == "rms"
+    return AffineCodec(affine, spec, rotation, compute_dtype, scale_dtype, chosen.backend.name, balanced=balanced)
+
+
+def _check_untouched(chosen: ResolvedSide, side: Side) -> None:
+    """Refuse what the core does to states before it groups them, where the quantizer stores its own representation."""
+    given = {ROTATION_FIELDS[side]: (chosen.rotation, "rotate"), BALANCE_FIELDS[side]: (chosen.balance, "balance")}
+    problem = "{} stores its own representation, which the core cannot {}; use 'none'"
+    faults = [
+        Fault((field,), problem.format(chosen.backend.name, verb))
+        for field, (value, verb) in given.items()
+        if value != "none"
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def _check_states(backend: BackendSpec, states: torch.Tensor) -> None:

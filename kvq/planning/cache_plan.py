@@ -28,6 +28,7 @@ class SidePlan:
         granularity: `per_token` or `per_channel`.
         group_length: elements that share a scale; None where the backend has a representation of its own.
         rotation: the rotation before quantizing.
+        balance: how tokens are evened out before quantizing.
         effective_bits: codes and metadata per stored element, without slack.
     """
 
@@ -38,14 +39,15 @@ class SidePlan:
     granularity: str | None = None
     group_length: int | None = None
     rotation: str | None = None
+    balance: str | None = None
     effective_bits: float | None = None
 
     def __str__(self) -> str:
         if self.backend is None:
             return "full precision"
         group = f" by {self.group_length}" if self.group_length else ""
-        rotation = f", {self.rotation}" if self.rotation not in (None, "none") else ""
-        return f"{self.backend} {self.nbits:g} bit {self.granularity}{group}{rotation} ({self.effective_bits:.2f})"
+        steps = "".join(f", {step}" for step in (self.rotation, self.balance) if step not in (None, "none"))
+        return f"{self.backend} {self.nbits:g} bit {self.granularity}{group}{steps} ({self.effective_bits:.2f})"
 
 
 @dataclass(frozen=True)

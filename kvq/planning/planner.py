@@ -170,6 +170,7 @@ def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, na
         granularity=str(chosen.granularity),
         group_length=None if packed is None else packed.group_length,
         rotation=chosen.rotation,
+        balance=chosen.balance,
         effective_bits=effective_bits(quantizer, shape.head_dim),
     )
 

@@ -17,6 +17,9 @@ from kvq.plugin_api.granularity import Granularity
 ROTATION_SIGNS = "rotation_signs"
 """Name of the constant of a rotated format: int8 `[D]`, the signs by which states are multiplied, then transformed."""
 
+FACTOR_STEPS = 32
+"""Steps of the codes of factors from one power of two to the next."""
+
 
 @dataclass(frozen=True)
 class PackedFormat:
@@ -31,6 +34,8 @@ class PackedFormat:
     - `scale` and `mid`: `[D]` per channel, `[block_length, groups_per_token]` per token.
     - `exponent`, where `has_exponent`: int8 `[]`; scale, and where `shifts_mid` mid too, are to be multiplied by
       `2 ** exponent`.
+    - `factor`, where `has_factor`: uint8 `[block_length]`; every number of a token is to be multiplied by
+      `2 ** (-factor / FACTOR_STEPS)`. Formats per channel alone have it.
 
     Attributes:
         bits: bits per code, 1 to 8.
@@ -44,6 +49,7 @@ class PackedFormat:
         scale_dtype: dtype of the part `scale`.
         mid_dtype: dtype of the part `mid`.
         has_exponent: whether there is a part `exponent`.
+        has_factor: whether there is a part `factor`.
         rotation_block: elements of one Hadamard transform that the states went through, after they were multiplied by
             the constant `rotation_signs`; 0 where they were not rotated.
         compute_dtype: dtype that `decode_into` computes in.
@@ -59,6 +65,7 @@ class PackedFormat:
     scale_dtype: torch.dtype
     mid_dtype: torch.dtype
     has_exponent: bool
+    has_factor: bool = False
     rotation_block: int = 0
     compute_dtype: torch.dtype = torch.float32
 

@@ -18,9 +18,10 @@ from kvq.errors import QuantizerContractError
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat
 from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
+from kvq.store.balance import even_out
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
-from kvq.store.packed_parts import read_centred_codes, read_metadata
+from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
 from kvq.store.packing import pack, plane_widths, split_planes
 from kvq.store.rotation import HadamardRotation
 
@@ -48,6 +49,7 @@ class AffineCodec:
         compute_dtype: dtype that decoding computes in.
         scale_dtype: dtype that scales are stored in, or None: that of the spec, which mid always has.
         backend: name of what built the quantizer, for errors.
+        balanced: whether each token is divided by a factor of its own after the rotation; per channel only.
 
     Attributes:
         packed_format: where codes, scales and mids lie, for kernels, which read them without this class.
@@ -61,6 +63,8 @@ class AffineCodec:
         compute_dtype: torch.dtype = torch.float32,
         scale_dtype: torch.dtype | None = None,
         backend: str = "",
+        *,
+        balanced: bool = False,
     ) -> None:
         self.quantizer = quantizer
         self.spec = spec
@@ -86,6 +90,7 @@ class AffineCodec:
             scale_dtype=scale_dtype,
             mid_dtype=spec.metadata_dtype,
             has_exponent=scale_dtype is torch.float16,
+            has_factor=balanced,
             rotation_block=0 if rotation is None else rotation.block_size,
             compute_dtype=compute_dtype,
         )
@@ -96,7 +101,7 @@ class AffineCodec:
         return type(self.quantizer)
 
     def layout(self) -> Mapping[str, Part]:
-        """Return code planes, scale, mid and, where one of them is float16, the exponent of the block."""
+        """Return code planes, scale, mid and, as the format has them, the exponent of the block and token factors."""
         packed, length = self.packed_format, self.block_length
         parts: dict[str, Part] = {}
         for width in packed.plane_widths:
@@ -108,6 +113,8 @@ class AffineCodec:
         parts["mid"] = Part(groups, packed.mid_dtype)
         if packed.has_exponent:
             parts["exponent"] = Part((), torch.int8)
+        if packed.has_factor:
+            parts["factor"] = Part((length,), torch.uint8)
         return parts
 
     def constants(self) -> Mapping[str, torch.Tensor]:
@@ -121,12 +128,15 @@ class AffineCodec:
         number may take their place. The backend sees zeros there.
         """
         rotated = states if self.rotation is None else self.rotation.apply(states.float())
-        groups = self._group(rotated.unflatten(2, (-1, self.block_length))).float()
+        blocks: torch.Tensor = rotated.unflatten(2, (-1, self.block_length))
+        parts: dict[str, torch.Tensor] = {}
+        if self.packed_format.has_factor:
+            blocks, parts["factor"] = even_out(blocks.float())
+        groups = self._group(blocks).float()
         lost = groups.abs().amax(-1).isfinite().logical_not_()
         if lost.device.type != "cpu" or lost.any():  # elsewhere asking takes longer than filling
             groups = groups.masked_fill(lost[..., None], 0)
         codes, scale, offset = self._encode_groups(groups, lost)
-        parts = {}
         for width, plane in split_planes(self._ungroup(codes), self.bits).items():
             parts[f"codes_{width}"] = pack(plane, width, self.packed_format.packed_dim)
         # In two steps: the whole distance to the middle may be past the largest fp32 where both ends are not.
@@ -145,6 +155,9 @@ class AffineCodec:
         metadata = read_metadata(self.packed_format, parts)
         scale, mid = (self._spread(numbers.to(self.compute_dtype)) for numbers in metadata)
         states = codes.mul_(scale).add_(mid)
+        factors = read_token_factors(self.packed_format, parts)
+        if factors is not None:
+            states *= factors[..., None].to(self.compute_dtype)
         if self.rotation is not None:
             states = self.rotation.undo(states)
         if out.dtype is torch.float16:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from kvq.plugin_api.packed_format import PackedFormat
+from kvq.store.balance import read_factors
 from kvq.store.packing import join_planes, unpack
 
 
@@ -26,3 +27,8 @@ def read_metadata(layout: PackedFormat, parts: Mapping[str, torch.Tensor]) -> tu
         scale = torch.ldexp(scale, exponent)
         mid = torch.ldexp(mid, exponent) if layout.shifts_mid else mid
     return scale, mid
+
+
+def read_token_factors(layout: PackedFormat, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return what each token is to be multiplied by, fp32 `[B, H, blocks, L]`, or None: nothing."""
+    return read_factors(parts["factor"]) if layout.has_factor else None

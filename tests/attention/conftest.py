@@ -61,6 +61,7 @@ def make_request(testing_backend):
         sink_logits=None,
         offset=2.0,
         magnitude=1.0,
+        octaves=0.0,
         change=None,
         **config,
     ):
@@ -71,6 +72,8 @@ def make_request(testing_backend):
         def draw(count):
             for dim, side_dtype in zip((head_dim, value_dim or head_dim), side_dtypes, strict=True):
                 states = torch.randn(batch, heads, count, dim, generator=generator)
+                if octaves:  # the powers of two by which the tokens differ in length
+                    states *= torch.exp2(octaves * torch.rand(batch, heads, count, 1, generator=generator) - octaves)
                 yield ((states + offset * torch.randn(heads, 1, dim, generator=generator)) * magnitude).to(side_dtype)
 
         fields = {"backend": testing_backend, "nbits_k": 4, "nbits_v": 4, "q_group_size": 32, "residual_length": 64}

@@ -29,6 +29,7 @@ REQUESTS = {
     "swapped 5 bit": dict(nbits_k=5, nbits_v=3, **SWAPPED),
     "sinks, padding, mask": dict(sink_length=5, padding=(41, 0), mask=PADDED),
     "additive mask": dict(mask=torch.linspace(-3, 3, 6 * 334).reshape(1, 6, 1, 334)),
+    "balanced": dict(axis_value="per_channel", balance_k="rms", balance_v="rms", octaves=6.0),
     "rotated, softcap, logits": dict(
         rotation_k="hadamard", rotation_v="hadamard", softcap=3.0, sink_logits=torch.linspace(-2, 6, 6)
     ),

@@ -164,6 +164,8 @@ WRONG = {
     "keys per token": lambda request: not request.pair.key.store.codec.per_channel,
     "values per channel": lambda request: request.pair.value.store.codec.per_channel,
     "rotation": lambda request: request.pair.key.store.codec.rotation is not None,
+    "balance of keys": lambda request: request.pair.key.store.codec.packed_format.has_factor,
+    "balance of values": lambda request: request.pair.value.store.codec.packed_format.has_factor,
     "sinks": lambda request: request.pair.key.sinks.states is not None,
     "a chunk of full length": lambda request: request.stored_length >= 2048,
     "a chunk with room": lambda request: any(one.used < one.capacity for one in request.pair.key.store.segments),

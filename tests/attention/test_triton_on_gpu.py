@@ -21,6 +21,7 @@ GPU = torch.device("cuda", 0)
 HALF = {
     **{f"{bits} bit": {"nbits_k": bits, "nbits_v": bits, "head_dim": 128} for bits in range(2, 9)},
     "rotated": {"rotation_k": "hadamard", "rotation_v": "hadamard"},
+    "balanced": {"axis_value": "per_channel", "balance_k": "rms", "balance_v": "rms"},
     "values per channel": {"axis_value": "per_channel"},
     "keys per token": {"axis_key": "per_token", "head_dim": 128},
     "groups of 32": {"q_group_size": 32, "nbits_v": 4, "head_dim": 128},

@@ -158,6 +158,7 @@ class Case:
     padding: tuple[int, ...] | None
     group_sizes: tuple[int, int]
     rotations: tuple[str, str]
+    balances: tuple[str, str]
     magnitude: float
     bias: float
     seed: int
@@ -175,6 +176,8 @@ class Case:
             sink_length=self.sink_length,
             rotation_k=self.rotations[0],
             rotation_v=self.rotations[1],
+            balance_k=self.balances[0],
+            balance_v=self.balances[1],
             backend_options={chosen.name: dict(chosen.options)} if chosen.options else {},
         )
 
@@ -220,6 +223,10 @@ def cases(draw: Any, quantization: Quantization, flushes: tuple[int, int] = (1, 
     batch = draw(st.integers(1, 2 if is_long else 8))
     heads = draw(st.integers(1, 3 if batch <= 2 else 1))
     rotations = st.sampled_from(["none", "hadamard"]) if quantization.is_affine else st.just("none")
+    balances = [
+        draw(st.sampled_from(["none", "rms"])) if quantization.is_affine and axis is Granularity.PER_CHANNEL else "none"
+        for axis in (quantization.key_axis, quantization.value_axis)
+    ]
     case = Case(
         quantization=quantization,
         batch=batch,
@@ -233,6 +240,7 @@ def cases(draw: Any, quantization: Quantization, flushes: tuple[int, int] = (1, 
         padding=draw(st.none() | st.tuples(*[st.sampled_from([0, 0, 1, 5, 33, 70]) for _ in range(batch)])),
         group_sizes=(draw(GROUP_SIZES), draw(GROUP_SIZES)),
         rotations=(draw(rotations), draw(rotations)),
+        balances=(balances[0], balances[1]),
         magnitude=draw(st.sampled_from([1.0, 1e-2, 30.0])),
         bias=draw(st.sampled_from([0.0, 3.0, 100.0])),
         seed=draw(st.integers(0, 2**31)),

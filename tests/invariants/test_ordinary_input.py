@@ -138,6 +138,7 @@ def test_a_last_group_that_is_shorter_keeps_its_own_range(head_dim, group_size, 
             padding=None,
             group_sizes=(group_size, group_size),
             rotations=("none", "none"),
+            balances=("none", "none"),
             magnitude=1.0,
             bias=3.0,
             seed=0,
@@ -161,7 +162,25 @@ def assert_within_bounds(case):
         if signs is not None:
             exact, error = rotate(exact, signs), rotate(error, signs)
             returned = returned * math.sqrt(given_states.shape[3]) + 2.0**-20 * exact.abs().amax()
-        pairs = zip(groups_of(error, axis, group_size), groups_of(exact, axis, group_size), strict=True)
-        for wrong, groups in pairs:
-            bound = largest_error(quantization, groups) * 1.001 + storing_error(quantization, groups, layout) + returned
-            assert (wrong.abs().amax(-1) <= bound).all(), name
+        factors = torch.ones_like(exact[..., :1])
+        if "factor" in layout:
+            factors = stored_factors(side)
+            assert_even(exact, factors, side.codec.block_length)
+        triples = (groups_of(one / factors, axis, group_size) for one in (error, exact, returned.expand_as(exact)))
+        for wrong, groups, rounded in zip(*triples, strict=True):
+            bound = largest_error(quantization, groups) * 1.001 + storing_error(quantization, groups, layout)
+            assert (wrong.abs() <= bound[..., None] + rounded).all(), name
+
+
+def stored_factors(side):
+    """Return the factor of each stored token, fp64 `[B, H, T, 1]`."""
+    codes = [segment.read(0, segment.used)["factor"].flatten(2) for segment in side.store.view().segments]
+    return (2.0 ** (torch.cat(codes, dim=2).double() / -32))[..., None]
+
+
+def assert_even(states, factors, length):
+    """Assert that factors are the tokens' lengths against the largest of their block, by half a step, or the least."""
+    norms = states.norm(dim=-1).unflatten(-1, (-1, length))
+    expected = (norms / norms.amax(-1, keepdim=True)).clamp_min(2.0 ** (-255 / 32)).flatten(2)
+    wrong = (factors.squeeze(-1).log2() - expected.log2()).abs()
+    assert wrong.max() <= 1 / 64 + 1e-5

@@ -42,6 +42,7 @@ def find_misfit(mutation):
     return None
 
 
+@pytest.mark.costly
 def test_each_fits_the_code_and_its_test_exists():
     misfits = {mutation.name: find_misfit(mutation) for mutation in MUTATIONS}
     assert {name: why for name, why in misfits.items() if why} == {}

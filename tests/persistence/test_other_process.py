@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from kvq import KVQ
@@ -29,6 +30,7 @@ print(json.dumps(texts))
 """
 
 
+@pytest.mark.costly
 def test_the_same_tokens(recall_model, tmp_path):
     batch = sample_recall_batch(1, 60, 1, generator=torch.Generator().manual_seed(4))
     token_ids = torch.tensor([[*batch.context[0].tolist(), *batch.questions[0, 0, :2].tolist()]])

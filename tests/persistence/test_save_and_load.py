@@ -14,6 +14,7 @@ from kvq.layers.quantized_layer import KVQLayer
 CONFIGS = {
     "default": {},
     "rotated": {"rotation_k": "hadamard", "rotation_v": "hadamard", "nbits_k": 3, "backend": "native"},
+    "balanced": {"axis_value": "per_channel", "balance_k": "rms", "balance_v": "rms", "rotation_v": "hadamard"},
     "hqq": {"backend": {"key": "hqq", "value": "native"}, "nbits_v": 5},
     "no sinks, no window": {"sink_length": 0, "residual_length": 0},
     "codebook": {"backend": "norm_codebook", "nbits_v": 4},

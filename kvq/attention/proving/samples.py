@@ -39,6 +39,7 @@ class Sample:
         group_size: elements of a group, for both sides.
         metadata: dtype of the middles; scales are float16.
         is_rotated: whether both sides are rotated.
+        balanced: whether the tokens of keys and values have factors.
         sinks: exact tokens at the start.
         mask: "bool", "additive" or "": none.
         is_reordered: whether the rows of the batch have changed places.
@@ -58,6 +59,7 @@ class Sample:
     group_size: int = 32
     metadata: torch.dtype = torch.float16
     is_rotated: bool = False
+    balanced: tuple[bool, bool] = (False, False)
     sinks: int = 0
     mask: str = ""
     is_reordered: bool = False
@@ -168,7 +170,7 @@ class _Builder:
             seed=place,
         )
         rotation = HadamardRotation(sample.head_dim, place, self.device) if sample.is_rotated else None
-        return AffineCodec(_ZeroCodes(), spec, rotation, torch.float32, torch.float16)
+        return AffineCodec(_ZeroCodes(), spec, rotation, torch.float32, torch.float16, balanced=sample.balanced[place])
 
     def _side(self, codec: AffineCodec, flush_length: int) -> LayerSide:
         sample = self.sample

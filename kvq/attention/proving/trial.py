@@ -45,9 +45,9 @@ CHECKS = (
     Sample(stored=700, group_size=64, head_dim=128, sinks=4),
     Sample(dtypes=(_BF16, _BF16, _BF16), bits=(4, 2), group_size=64, batch=2, mask="bool", sinks=3),
     Sample(bits=(2, 8), axes=(_TOKEN, _CHANNEL), is_reordered=True, batch=2, metadata=_F32),
-    Sample(dtypes=(_F32, _F32, _BF16), bits=(8, 4), is_rotated=True, queries=3),
+    Sample(dtypes=(_F32, _F32, _BF16), bits=(8, 4), is_rotated=True, balanced=(True, False), queries=3),
     Sample(stored=2600, bits=(4, 4), axes=(_TOKEN, _TOKEN), heads=1),
-    Sample(dtypes=(_F16, _F16, _F16), bits=(3, 5), axes=(_CHANNEL, _CHANNEL), softcap=3.0),
+    Sample(dtypes=(_F16, _F16, _F16), bits=(3, 5), axes=(_CHANNEL, _CHANNEL), balanced=(True, True), softcap=3.0),
     Sample(bits=(1, 7), head_dim=80, mask="additive", has_logits=True, sharing=1),
     Sample(bits=(6, 3), axes=(_TOKEN, _TOKEN), group_size=64, head_dim=64, sharing=8),
 )

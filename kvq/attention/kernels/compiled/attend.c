@@ -45,6 +45,7 @@ typedef struct {
   const uint8_t *planes[3];
   const uint8_t *scale, *mid;
   const int8_t *exponent;
+  const uint8_t *factor; /* a code for each token; NULL: none */
   const int64_t *rows; /* row of the chunk for each row of the batch; NULL: as they are */
   int64_t used, capacity;
 } segment_t;
@@ -52,6 +53,7 @@ typedef struct {
 typedef struct {
   const segment_t *segments;
   const int8_t *signs; /* of the rotation; NULL: none */
+  const float *factors; /* [256], what the codes of tokens stand for; NULL: none */
   int64_t segment_count, rotation_block;
   int64_t head_dim, block_length, group_length, groups; /* groups of one token; 1 per channel */
   int64_t bits, plane_count, widths[3];
@@ -359,6 +361,7 @@ static cursor_t seek(const side_t *side, int64_t block) {
 typedef struct {
   int8_t *codes;
   float *scale, *mid; /* per channel [D], per token [groups][L] */
+  const uint8_t *factor; /* [L], codes; NULL: none */
   const uint8_t *ahead; /* the widest plane of the block behind, which is fetched while this one is multiplied */
   int64_t ahead_bytes;
 } block_t;
@@ -402,6 +405,7 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
     unpack_plane(side, is_key, width, shift, half, packed, block->codes);
     shift += (int)width;
   }
+  block->factor = segment->factor ? segment->factor + place * L : NULL;
   float factor = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
   int64_t scale_size = side->scale_type == F32 ? 4 : 2, mid_size = side->mid_type == F32 ? 4 : 2;
   read_numbers(block->scale, segment->scale + place * numbers * scale_size, side->scale_type, side, factor);
@@ -428,6 +432,16 @@ typedef struct {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Multiply what the rows have for each token of a block, scores or weights, by the token's factor. */
+static void apply_factors(work_t *w, const side_t *side, int64_t offset) {
+  if (!w->block.factor) return;
+  for (int64_t t = 0; t < side->block_length; t++) w->folded[t] = side->factors[w->block.factor[t]];
+  for (int64_t r = 0; r < w->rows; r++) {
+    float *numbers = w->scores + r * w->score_stride + offset;
+    for (int64_t t = 0; t < side->block_length; t++) numbers[t] *= w->folded[t];
+  }
+}
 
 static void score_block(work_t *w, const float *query, int64_t offset) {
   const side_t *side = &w->q->key;
@@ -607,6 +621,7 @@ static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t pos
   for (int64_t t = 0; t < count; t += q->key.block_length) {
     read_block(&q->key, 1, keys, w->row, w->head, q->heads, &w->block);
     score_block(w, w->rotated, t);
+    apply_factors(w, &q->key, t);
   }
   int64_t start = 0, end = 0;
   if (q->keys[0].data) {
@@ -616,6 +631,7 @@ static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t pos
   weigh(w, position, count, start, end);
   for (int64_t t = 0; t < count; t += q->value.block_length) {
     read_block(&q->value, 0, values, w->row, w->head, q->heads, &w->block);
+    apply_factors(w, &q->value, t);
     mix_block(w, t);
   }
 }

@@ -15,6 +15,7 @@ import torch
 from kvq.attention.handle import PackedPair
 from kvq.attention.kernels.compiled.structures import PackedRequest, PackedSegment, PackedSide
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
+from kvq.store.balance import factor_table
 from kvq.store.chunks import StoreView
 from kvq.store.segments import Segment
 
@@ -74,6 +75,8 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
     if packed.rotation_block:
         side.signs = store.codec.constants()[ROTATION_SIGNS].data_ptr()
         side.rotation_block = packed.rotation_block
+    if packed.has_factor:
+        side.factors = factor_table().data_ptr()
     side.segment_count = len(store.segments)
     array = (PackedSegment * max(1, len(store.segments)))()
     for described, segment in zip(array, store.segments, strict=False):
@@ -88,6 +91,8 @@ def _fill_segment(packed: PackedSegment, segment: Segment, widths: tuple[int, ..
     packed.scale, packed.mid = segment.parts["scale"].data_ptr(), segment.parts["mid"].data_ptr()
     if "exponent" in segment.parts:
         packed.exponent = segment.parts["exponent"].data_ptr()
+    if "factor" in segment.parts:
+        packed.factor = segment.parts["factor"].data_ptr()
     if segment.rows is not None:
         packed.rows = segment.rows.data_ptr()
     packed.used, packed.capacity = segment.used, segment.capacity

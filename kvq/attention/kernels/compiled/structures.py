@@ -25,6 +25,7 @@ class PackedSegment(Structure):
         ("scale", c_void_p),
         ("mid", c_void_p),
         ("exponent", c_void_p),
+        ("factor", c_void_p),
         ("rows", c_void_p),
         ("used", c_int64),
         ("capacity", c_int64),
@@ -37,6 +38,7 @@ class PackedSide(Structure):
     _fields_ = (
         ("segments", POINTER(PackedSegment)),
         ("signs", c_void_p),
+        ("factors", c_void_p),
         ("segment_count", c_int64),
         ("rotation_block", c_int64),
         ("head_dim", c_int64),

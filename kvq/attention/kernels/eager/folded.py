@@ -16,7 +16,7 @@ import torch
 
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat, find_packed_format
 from kvq.plugin_api.quantizer import FusedScores, Quantizer
-from kvq.store.packed_parts import read_centred_codes, read_metadata
+from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
 from kvq.store.rotation import HadamardRotation
 
 _FUSED_METHODS = ("prepare_query", "scores", "mix", "finish_output")
@@ -34,6 +34,8 @@ def find_fused(quantizer: Quantizer, head_dim: int) -> FusedScores:
 
 class FoldedAffine:
     """`q . K = (q * scale) . code + q . mid` and `p . V = (p * scale) . code + p . mid`, with centred codes.
+
+    Where tokens have factors, a key's product is multiplied by its own, and so is the probability of a value.
 
     Args:
         packed: the side's format.
@@ -63,12 +65,18 @@ class FoldedAffine:
             for group, (query_part, code_part) in enumerate(pairs):
                 products += (query_part @ code_part) * scale[..., None, :, group]
                 products += query_part.sum(-1, keepdim=True) * mid[..., None, :, group]
+        factors = read_token_factors(self.packed, parts)
+        if factors is not None:
+            products *= factors.unsqueeze(-2)
         return products.transpose(2, 3).flatten(-2)
 
     def mix(self, probabilities: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return `[B, H, R, D]`, the values in `parts` weighted by `probabilities` `[B, H, R, T]`."""
         codes, (scale, mid) = read_centred_codes(self.packed, parts), read_metadata(self.packed, parts)
         weights = probabilities.unflatten(-1, (-1, self.packed.block_length)).transpose(2, 3)
+        factors = read_token_factors(self.packed, parts)
+        if factors is not None:
+            weights = weights * factors.unsqueeze(-2)
         if self.packed.per_channel:
             mixed = (weights @ codes) * scale.unsqueeze(-2) + weights.sum(-1, keepdim=True) * mid.unsqueeze(-2)
         else:

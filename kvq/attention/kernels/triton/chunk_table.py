@@ -27,8 +27,8 @@ class SideTable:
 
     Attributes:
         segments: the segments that the table was made from and points into, which it keeps alive.
-        blocks: int64 `[stored blocks, 8]`, of the first row and head: the addresses of three code planes, scale, mid
-            and exponent; the capacity of the chunk in blocks; the address of its rows. 0: absent.
+        blocks: int64 `[stored blocks, 9]`, of the first row and head: the addresses of three code planes, scale, mid,
+            exponent and token factors; the capacity of the chunk in blocks; the address of its rows. 0: absent.
     """
 
     segments: tuple[Segment, ...]
@@ -38,7 +38,7 @@ class SideTable:
     def of(cls, view: StoreView, device: torch.device) -> SideTable:
         """Return the table of the stored blocks."""
         names = [f"codes_{width}" for width in get_packed_format(view.codec).plane_widths]
-        names += [""] * (MAX_PLANES - len(names)) + ["scale", "mid", "exponent"]
+        names += [""] * (MAX_PLANES - len(names)) + ["scale", "mid", "exponent", "factor"]
         return cls(view.segments, _upload(torch.cat([_blocks(segment, names) for segment in view.segments]), device))
 
 

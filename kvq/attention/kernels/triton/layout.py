@@ -68,6 +68,7 @@ class SideLayout:
             f"{name}_MID": triton_dtype(packed.mid_dtype),
             f"{name}_SHIFTED": packed.has_exponent,
             f"{name}_MID_SHIFTED": packed.shifts_mid,
+            f"{name}_FACTOR": packed.has_factor,
             **planes,
             **self._assembly(name, letter, dtype),
         }

@@ -16,8 +16,10 @@ PER_TOKEN = tl.constexpr(1)
 GROUPED = tl.constexpr(2)
 """How scales lie: one for each channel of a block, one for each token, several for each token."""
 
-TABLE_COLUMNS = tl.constexpr(8)
-"""Of the table of blocks: three planes, scale, mid, exponent, capacity of the chunk in blocks, rows."""
+TABLE_COLUMNS = tl.constexpr(9)
+"""Of the table of blocks: three planes, scale, mid, exponent, token factors, capacity of the chunk in blocks, rows."""
+FACTOR_STEPS = tl.constexpr(32)
+"""As in `PackedFormat`."""
 LOG2E = tl.constexpr(1.4426950408889634)
 PARTS = tl.constexpr(16)
 """Runs of tokens that are merged at a time."""
@@ -35,9 +37,9 @@ def _locate(table, BLOCKS: tl.constexpr, tile, batch_row, head, heads):
         row = table + tile * TABLE_COLUMNS
     else:
         row = table + (tile * BLOCKS + tl.arange(0, BLOCKS)) * TABLE_COLUMNS
-    rows = tl.load(row + 7)
+    rows = tl.load(row + 8)
     chunk_row = tl.load(rows.to(tl.pointer_type(tl.int64)) + batch_row, mask=rows != 0, other=batch_row)
-    return row, (chunk_row * heads + head) * tl.load(row + 6)
+    return row, (chunk_row * heads + head) * tl.load(row + 7)
 
 
 @triton.jit
@@ -251,6 +253,14 @@ def _group_metadata(
 
 
 @triton.jit
+def _token_factors(row, offset, LENGTH: tl.constexpr):
+    """Return what each token of one block is to be multiplied by, fp32 [LENGTH, 1]."""
+    start = tl.load(row + 6).to(tl.pointer_type(tl.uint8)) + offset * LENGTH
+    codes = tl.load(start + tl.arange(0, LENGTH)).to(tl.float32)
+    return tl.exp2(codes * (-1.0 / FACTOR_STEPS))[:, None]
+
+
+@triton.jit
 def _divisor(scale, DOT: tl.constexpr):
     """Return what scales are divided by before they meet a dtype that ends at 65,504; one if all are 0."""
     if DOT == tl.float16:
@@ -368,6 +378,7 @@ def attend_parts(
     VS0: tl.constexpr, VS1: tl.constexpr, VS2: tl.constexpr, KEY_OPEN: tl.constexpr, VALUE_OPEN: tl.constexpr, KEY_WIDEN: tl.constexpr, VALUE_WIDEN: tl.constexpr,
     KEY_SCALE: tl.constexpr, KEY_MID: tl.constexpr, KEY_SHIFTED: tl.constexpr, KEY_MID_SHIFTED: tl.constexpr,
     VALUE_SCALE: tl.constexpr, VALUE_MID: tl.constexpr, VALUE_SHIFTED: tl.constexpr, VALUE_MID_SHIFTED: tl.constexpr,
+    KEY_FACTOR: tl.constexpr, VALUE_FACTOR: tl.constexpr,
     SINKS: tl.constexpr, HAS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -432,6 +443,8 @@ def attend_parts(
                 )  # fmt: skip
                 states = (codes * scale + mid).to(DOT)
                 products = tl.dot(states, prepared.to(DOT), input_precision=PRECISION)
+            if KEY_FACTOR:
+                products *= _token_factors(row, offset, KEY_LENGTH)
             logits = _logits(products, scaling, softcap, SOFTCAP)
             position = tile * TILE + tl.arange(0, TILE)
             if SINKS > 0:
@@ -440,6 +453,8 @@ def attend_parts(
             logits = _visible(logits, position, mask, mask_row, QUERIES, ROWS, mask_query_stride, HAS_MASK)
             weights, factor, peak, total_by_place = _weigh(logits, peak, total_by_place)
             row, offset = _locate(value_table, TILE // VALUE_LENGTH, tile, batch_row, head, heads)
+            if VALUE_FACTOR:
+                weights *= _token_factors(row, offset, VALUE_LENGTH)
             output, shift = _with_values(
                 output, shift, weights, factor, row, offset, 0, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
                 TILE // VALUE_LENGTH, VALUE_MODE, VALUE_GROUP, V0, V1, V2, VS0, VS1, VS2, VALUE_OPEN, VALUE_WIDEN, VALUE_SCALE,
