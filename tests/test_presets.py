@@ -48,7 +48,14 @@ class TestNames:
     @pytest.mark.parametrize(("name", "nbits"), [("8bit", 8), ("4bit", 4), ("3bit", 3), ("2bit", 2)])
     def test_one_means_what_its_fields_mean(self, name, nbits):
         assert KVQCacheConfig(preset=name) == KVQCacheConfig(
-            backend="native", nbits_k=nbits, nbits_v=nbits, rotation_k="hadamard", rotation_v="hadamard"
+            backend="native",
+            nbits_k=nbits,
+            nbits_v=nbits,
+            axis_value="per_channel",
+            rotation_k="hadamard",
+            rotation_v="hadamard",
+            balance_k="rms",
+            balance_v="rms",
         )
 
     @pytest.mark.parametrize("name", ["5bit", "", "4BIT", 4, None, ["4bit"], {"name": "4bit"}])
@@ -189,9 +196,9 @@ def read_values(name, states, **fields):
     return cache.layers[0].values
 
 
-def round_by_hand(states, nbits):
-    """Round each token's 64 elements to the nearest of the levels between their extremes."""
-    low, high = states.amin(-1, keepdim=True), states.amax(-1, keepdim=True)
+def round_by_hand(states, nbits, dim=-1):
+    """Round the elements along a dimension to the nearest of the levels between their extremes."""
+    low, high = states.amin(dim, keepdim=True), states.amax(dim, keepdim=True)
     step = (high - low) / (2**nbits - 1)
     return torch.round((states - low) / step) * step + low
 
@@ -210,11 +217,20 @@ class TestAccuracy:
         rotated = (read_values(name, states) - states).square().mean().item()
         assert rotated < 0.4 * by_hand
 
-    def test_without_rotation_it_is_that_rounding(self, name, nbits):
+    def test_balance_beats_that_rounding_where_tokens_stand_out(self, name, nbits):
+        states = torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(1))
+        states[:, :, ::40] *= 30
+        length = states.norm(dim=-1, keepdim=True)
+        by_hand = round_by_hand(states.unflatten(2, (-1, 64)), nbits, dim=3).flatten(2, 3)
+        wrong = [((values - states) / length).square().mean() for values in (read_values(name, states), by_hand)]
+        assert wrong[0] < 0.05 * wrong[1]
+
+    def test_without_both_it_is_rounding_along_the_tokens(self, name, nbits):
         states = self.outliers()
-        by_hand = (round_by_hand(states, nbits) - states).square().mean().item()
-        plain = (read_values(name, states, rotation_v="none") - states).square().mean().item()
-        assert plain == pytest.approx(by_hand, rel=0.02)
+        by_hand = round_by_hand(states.unflatten(2, (-1, 64)), nbits, dim=3).flatten(2, 3)
+        plain = read_values(name, states, rotation_v="none", balance_v="none")
+        expected = (by_hand - states).square().mean().item()
+        assert (plain - states).square().mean().item() == pytest.approx(expected, rel=0.02)
 
 
 def test_more_bits_bring_the_next_token_closer_to_full_precision(model):

@@ -18,20 +18,22 @@ FIELD = "preset"
 DESCRIPTION = "name of a preset, which gives the fields that are not set beside it; `kvq presets` lists them"
 
 
-def _rotated(nbits: int) -> FrozenDict[str, Any]:
+def _evened_out(nbits: int) -> FrozenDict[str, Any]:
     return FrozenDict(
         backend="native",
         nbits_k=nbits,
         nbits_v=nbits,
         axis_key="per_channel",
-        axis_value="per_token",
+        axis_value="per_channel",
         q_group_size=64,
         rotation_k="hadamard",
         rotation_v="hadamard",
+        balance_k="rms",
+        balance_v="rms",
     )
 
 
-PRESETS: Mapping[str, Mapping[str, Any]] = FrozenDict({f"{nbits}bit": _rotated(nbits) for nbits in (8, 4, 3, 2)})
+PRESETS: Mapping[str, Mapping[str, Any]] = FrozenDict({f"{nbits}bit": _evened_out(nbits) for nbits in (8, 4, 3, 2)})
 """Name to fields, as a user would write them. All other fields have the defaults of the configuration."""
 
 
