@@ -89,7 +89,7 @@ def check_balance(balance: str, granularity: Granularity) -> None:
     Raises:
         ValueError: they are not.
     """
-    if balance != "none" and granularity is not Granularity.PER_CHANNEL:
+    if balance == "rms" and granularity is not Granularity.PER_CHANNEL:
         raise ValueError(
             f"{shown(balance)} does not fit {str(granularity)!r} groups, whose scales are those of single tokens "
             "already; choose 'none', or 'per_channel' groups"
