@@ -8,9 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvq.evaluation.quality.candidates import Candidate
 from kvq.evaluation.quality.free_running import Divergence
+from kvq.evaluation.quality.jackknife import WithoutEach, half_width, means_without_each
 from kvq.evaluation.quality.metrics import Estimate, TokenScores, quantile
 from kvq.evaluation.quality.needle import NeedleScore
 from kvq.evaluation.quality.record import DEPTH_RANGES, BatchResult, judge, summarize
@@ -85,11 +87,49 @@ def test_the_spread_is_that_of_the_jackknife_over_texts(scores, summarized):
     assert summarized.spread["ppl_change"] == pytest.approx(change, rel=1e-4)
 
 
+@pytest.mark.parametrize("share", PERCENTILES.values())
+@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (5, 40), (7, 501)])
+def test_percentiles_without_each_text_are_those_of_the_others(shape, share):
+    """Many numbers are equal, one text has the largest ones, and one the smallest."""
+    numbers = np.random.default_rng(0).integers(0, 50, size=shape).astype(np.float32)
+    numbers[0] += 100
+    numbers[-1] -= 100
+    found = WithoutEach(torch.from_numpy(numbers)).quantiles(float(share))
+    assert found.tolist() == [nearest_rank(np.delete(numbers, row, axis=0), share) for row in range(len(numbers))]
+
+
 def test_of_a_mean_the_spread_is_that_of_student(scores):
-    found = Estimate.of_scores(scores, lambda some: float(some.kl.double().mean()))
-    assert found.half_width == pytest.approx(Estimate.of_parts(scores.kl.double().mean(1)).half_width)
-    alone = take_rows(scores, slice(1))
-    assert math.isnan(Estimate.of_scores(alone, lambda some: float(some.kl.mean())).half_width)
+    found = half_width(means_without_each(scores.kl))
+    assert found == pytest.approx(Estimate.of_parts(scores.kl.double().mean(1)).half_width)
+
+
+def test_a_single_text_has_no_spread(scores):
+    alone = BatchResult(take_rows(scores, slice(1)), 10, 40, None, (4, 2))
+    record = summarize(Candidate("a", lambda model: None, {}), [alone], torch.arange(TOKENS), 16)
+    assert set(record.spread) == {*PERCENTILES, "top1", "ppl_change"}
+    assert all(math.isnan(spread) for spread in record.spread.values())
+
+
+class MadeElements(TorchDispatchMode):
+    """Counts the elements of all tensors that operations return."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else [result]
+        self.count += sum(one.numel() for one in made if isinstance(one, torch.Tensor))
+        return result
+
+
+def test_twice_as_many_texts_take_twice_the_work():
+    counts = []
+    for rows in (20, 40):
+        batch = BatchResult(TokenScores(*torch.rand(4, rows, 64)), 10, 40, None, (4, 2))
+        with MadeElements() as made:
+            summarize(Candidate("a", lambda model: None, {}), [batch], torch.arange(64), 16)
+        counts.append(made.count)
+    assert counts[1] < 2.1 * counts[0]
 
 
 def test_every_figure_is_told_by_depth(scores, summarized):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +68,6 @@ class TokenScores:
         """Return the scores of some tokens only, a mask `[S]` or a slice."""
         return TokenScores(*(getattr(self, name)[:, tokens] for name in self.__dataclass_fields__))
 
-    def without_row(self, row: int) -> TokenScores:
-        """Return the scores of all sequences but one."""
-        others = torch.arange(len(self.kl)) != row
-        return TokenScores(*(getattr(self, name)[others] for name in self.__dataclass_fields__))
-
     @classmethod
     def concatenate(cls, scores: Sequence[TokenScores], dim: int) -> TokenScores:
         """Concatenate scores of further tokens (`dim=1`) or sequences (`dim=0`)."""
@@ -93,20 +88,6 @@ class Estimate:
         if count < 2:
             return cls(float(parts.mean()), math.nan)
         return cls(float(parts.mean()), student_quantile(count - 1) * float(parts.double().std()) / math.sqrt(count))
-
-    @classmethod
-    def of_scores(cls, scores: TokenScores, figure: Callable[[TokenScores], float]) -> Estimate:
-        """Estimate any figure of all tokens; its spread is the jackknife's, which leaves out one sequence at a time.
-
-        Of a mean it is the interval of `of_parts`. Of a quantile it is rough: few tokens decide it. Source: Efron and
-        Stein, "The jackknife estimate of variance", 1981.
-        """
-        count = len(scores.kl)
-        if count < 2:
-            return cls(figure(scores), math.nan)
-        left_out = torch.tensor([figure(scores.without_row(row)) for row in range(count)], dtype=torch.float64)
-        variance = (count - 1) * float(left_out.var(correction=0))
-        return cls(figure(scores), student_quantile(count - 1) * math.sqrt(variance))
 
     def __str__(self) -> str:
         spread = "" if math.isnan(self.half_width) else f" ± {self.half_width:.0e}"
@@ -134,7 +115,12 @@ def student_quantile(degrees: int) -> float:
 def quantile(numbers: torch.Tensor, share: float) -> float:
     """Return the number that `share` of all numbers do not exceed; the nearest rank, so one that was measured."""
     flat = numbers.flatten()
-    return float(flat.kthvalue(max(1, min(len(flat), math.ceil(share * len(flat) - 1e-9)))).values)
+    return float(flat.kthvalue(nearest_rank(len(flat), share)).values)
+
+
+def nearest_rank(count: int, share: float) -> int:
+    """Return the place, from 1 on, of the smallest of `count` numbers that `share` of them do not exceed."""
+    return max(1, min(count, math.ceil(share * count - 1e-9)))
 
 
 def bin_means(scores: torch.Tensor, bins: int) -> list[float]:

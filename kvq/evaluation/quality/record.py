@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from kvq.evaluation.quality.candidates import Candidate
 from kvq.evaluation.quality.free_running import Divergence
+from kvq.evaluation.quality.jackknife import WithoutEach, half_width, means_without_each
 from kvq.evaluation.quality.metrics import NOT_ESTIMATED, Estimate, TokenScores, bin_means, quantile
 from kvq.evaluation.quality.needle import NeedleScore
 
@@ -183,7 +184,7 @@ def summarize(
         settings=candidate.settings,
         is_peer=candidate.is_peer,
         nll_change=Estimate.of_parts((scores.nll - scores.reference_nll).mean(1)),
-        spread={name: Estimate.of_scores(scores, figure).half_width for name, figure in SPREAD_FIGURES.items()},
+        spread=_spread(scores),
         by_depth=list(_by_depth(scores, positions)),
         kl_by_position=bin_means(scores.kl, POSITION_BINS),
         error_by_distance=torch.tensor(distances).mean(0).tolist() if distances else None,
@@ -198,19 +199,13 @@ def summarize(
     )
 
 
-def _ppl_change(scores: TokenScores) -> float:
-    return math.exp(scores.nll.double().mean() - scores.reference_nll.double().mean()) - 1
-
-
-def _kl_quantile(share: float) -> Callable[[TokenScores], float]:
-    return lambda scores: quantile(scores.kl, share)
-
-
-SPREAD_FIGURES: Mapping[str, Callable[[TokenScores], float]] = {
-    **{name: _kl_quantile(share) for name, share in KL_QUANTILES.items()},
-    "top1": lambda scores: float(scores.agreement.mean()),
-    "ppl_change": _ppl_change,
-}
+def _spread(scores: TokenScores) -> dict[str, float]:
+    """Return the half-widths of the figures that no mean over sequences is; nan of a single sequence."""
+    without = WithoutEach(scores.kl)
+    left_out = {name: without.quantiles(share) for name, share in KL_QUANTILES.items()}
+    left_out["top1"] = means_without_each(scores.agreement)
+    left_out["ppl_change"] = means_without_each(scores.nll.double() - scores.reference_nll.double()).exp() - 1
+    return {name: half_width(figures) for name, figures in left_out.items()}
 
 
 def _token_figures(scores: TokenScores) -> dict[str, Any]:
