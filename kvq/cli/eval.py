@@ -83,10 +83,7 @@ def evaluate(
     step: Annotated[
         int, typer.Option(metavar="INTEGER", min=1, help="Tokens of each later forward; 1: as in generation.")
     ] = 16,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(metavar="INTEGER", min=1, help="Sequences read together. Default: 4; 2 with a budget."),
-    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Sequences read together.")] = 4,
     needles: Annotated[
         int,
         typer.Option(
@@ -153,7 +150,6 @@ def evaluate(
     from kvq.evaluation.quality.processes import Processes
 
     prefill = max(DEFAULT_PREFILL, length - MAX_SCORED) if prefill is None else prefill
-    batch_size = batch_size or (4 if budget_minutes is None else 2)
     chosen = _TextChoice(text, dataset, sequences, length, needles, continuation)
     with show_progress("loading the model", hidden=not Processes.is_first()) as progress:
         with usage_errors():

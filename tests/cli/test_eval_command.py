@@ -186,6 +186,18 @@ def test_a_budget_says_what_it_left_out_and_a_larger_one_goes_on(call_eval, tmp_
     assert whole["records"][0]["kl_by_sequence"][:1] == found["records"][0]["kl_by_sequence"]
 
 
+def test_a_run_with_a_budget_goes_on_without_one(call_eval, tmp_path, monkeypatch):
+    """Finished parts are found by their settings: none of them depends on the budget."""
+    monkeypatch.setattr("kvq.cli.eval._tidy_up", lambda *_: None)
+    sizes = ("--sequences", "5", "--length", "200", "--step", "64", "--needles", "0")
+    args = ("--dataset", "recall-report", *sizes, "--config", "k4v4.yaml", "--out", "all.json")
+    for budget in (("--budget-minutes", "0"), ()):
+        assert call_eval(*args, *budget).returncode == 0
+    names = sorted(path.stem.split("-") for path in (tmp_path / "all.json.parts").glob("*.pt"))
+    assert [name[-1] for name in names] == ["0", "1"]
+    assert names[0][:-1] == names[1][:-1]
+
+
 def test_what_cannot_be_predicted_is_not_continued_unless_asked_for(call_eval):
     assert "continuation" not in call_eval(*QUICK).stdout
     assert "a greedy continuation of 4 tokens" in call_eval(*QUICK, "--continuation", "4").stdout
