@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvq.errors import EvaluationError
+from kvq.evaluation.quality.candidates import find_window, list_peers
 from kvq.evaluation.quality.gate import METRICS, find_failures, parse_gate
 from kvq.evaluation.quality.metrics import Estimate
 from kvq.evaluation.quality.needle import build_task
@@ -175,6 +176,34 @@ def test_a_window_that_is_shorter_than_a_step_is_named(make_plan):
         "a greedy continuation of 100 tokens behind 300 of each sequence",
     ]
     assert "window" not in "".join(describe_plan(make_plan({"short": {"residual_length": 8}}, step=8), "a model"))
+
+
+def test_windows_of_layers_and_of_transformers_caches_count(make_plan):
+    """The model has three layers."""
+    caches = {
+        "one layer": {"layers": {"1": {"residual_length": 32}}},
+        "all layers": {
+            "residual_length": 8,
+            "layers": {"0-1": {"residual_length": 200}, "2": {"full_precision": True}},
+        },
+    }
+    plan = make_plan(caches, step=129)
+    lines = describe_plan(replace(plan, candidates=[*plan.candidates, *list_peers()]), "a model")
+    peers = "transformers quanto 4, transformers quanto 2, transformers hqq 4, transformers hqq 2"
+    assert f"the step is longer than the window of one layer, {peers}: --step 1 reads as generation does" in lines
+    lines = describe_plan(replace(plan, candidates=[*plan.candidates, *list_peers()], step=128), "a model")
+    assert "the step is longer than the window of one layer: --step 1 reads as generation does" in lines
+
+
+def test_single_tokens_are_no_longer_than_any_window(make_plan):
+    assert "window" not in "".join(describe_plan(make_plan({"none": {"residual_length": 0}}, step=1), "a model"))
+
+
+def test_the_window_of_transformers_caches_is_theirs(loaded):
+    by_label = {candidate.label: candidate for candidate in list_peers()}
+    hqq = by_label["transformers hqq 4"]
+    assert find_window(hqq, loaded[0]) == hqq.build(loaded[0]).layers[0].residual_length
+    assert find_window(by_label["transformers fp8"], loaded[0]) is None
 
 
 def test_neighbours_within_the_spread_are_called_a_tie():

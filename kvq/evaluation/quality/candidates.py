@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.layers.held_bytes import report_memory
+from kvq.layers.quantized_layer import KVQLayer
 
 PEERS: Mapping[str, Mapping[str, Any]] = {
     "transformers quanto 4": {"backend": "quanto", "nbits": 4, "axis_key": 0, "axis_value": 0},
@@ -24,6 +25,9 @@ PEERS: Mapping[str, Mapping[str, Any]] = {
     "transformers fp8": {"backend": "fp8"},
 }
 """transformers' own quantized caches, along the axis that lets them generate at any length and with the least error."""
+
+PEER_WINDOW = 128
+"""transformers' default of `residual_length`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,18 @@ def list_peers() -> Iterator[Candidate]:
 
 def _peer_builder(options: Mapping[str, Any]) -> Callable[[PreTrainedModel], Cache]:
     return lambda model: QuantizedCache(config=model.config, **options)
+
+
+def find_window(candidate: Candidate, model: PreTrainedModel) -> int | None:
+    """Return how many of the newest tokens, at most, no quantized layer of a cache replaces by their codes.
+
+    None where the length of a step makes no difference: its own tokens are read from their codes too.
+    """
+    if candidate.is_peer:
+        options = candidate.settings["transformers"]
+        return None if options["backend"] == "fp8" else options.get("residual_length", PEER_WINDOW)
+    layers = candidate.build(model).layers
+    return min(layer.settings.residual_length for layer in layers if isinstance(layer, KVQLayer))
 
 
 def count_held_bytes(cache: Cache) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from kvq.evaluation.quality.candidates import find_window
 from kvq.evaluation.quality.metrics import Estimate
 from kvq.evaluation.quality.plan import EvaluationPlan
 from kvq.evaluation.quality.record import QualityRecord, compare_kl, judge
@@ -68,10 +69,11 @@ def describe_plan(plan: EvaluationPlan, model_name: str) -> list[str]:
 
 def _list_flattered(plan: EvaluationPlan) -> list[str]:
     """Return a line about caches whose window is shorter than a step, whose own tokens are always seen exactly."""
-    short = [one.label for one in plan.candidates if one.settings.get("residual_length", plan.step) < plan.step]
-    return [f"the step is longer than the window of {', '.join(short)}: --step 1 reads as generation does"] * bool(
-        short
-    )
+    windows = {one.label: find_window(one, plan.model) for one in plan.candidates}
+    short = [label for label, window in windows.items() if window is not None and max(1, window) < plan.step]
+    if not short:
+        return []
+    return [f"the step is longer than the window of {', '.join(short)}: --step 1 reads as generation does"]
 
 
 def table_rows(records: Sequence[QualityRecord]) -> list[tuple[str, ...]]:
