@@ -6,14 +6,18 @@ tokens in their first forward are given the same states, and one forward can ser
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.transformers_seams.private_names import pass_cache
 
 CHUNK = 1024
 """Tokens of one forward: a long text takes no more memory for attention than its chunks do."""
+_GIVEN = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers that are made of the states given to `update`, and of nothing else."""
 
 
 class Prefix:
@@ -32,25 +36,61 @@ class Prefix:
     def __init__(self, model: PreTrainedModel, tokens: torch.Tensor) -> None:
         self._model = model
         self._tokens = tokens
-        self.cache: Cache = DynamicCache(config=model.config)
+        recorder = _Recorder(config=model.config)
         for chunk in tokens.split(CHUNK, dim=1):
-            self.logits = self._read(chunk, self.cache)
+            self.logits = self._read(chunk, recorder)
+        self._passed = recorder.passed
+        self.cache: Cache = DynamicCache(config=model.config)
+        self.cache.layers = recorder.layers
 
     @torch.inference_mode()
     def give_to(self, cache: Cache) -> None:
         """Let an empty cache hold the tokens, as if they had been its first forward.
 
-        A layer that slides, or carries a sum of its tokens, does not keep the states that another cache would need:
-        such a model reads the tokens again.
+        Chunks would not do: a cache that quantizes would read the earlier ones from codes. A layer that carries a sum
+        of its tokens cannot be given their states, so such a model reads all tokens again, at once.
         """
-        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+        if any(type(layer) not in _GIVEN for layer in self.cache.layers):
             self._read(self._tokens, cache)
             return
         for index, layer in enumerate(self.cache.layers):
             if layer.keys is not None:
-                cache.update(layer.keys, layer.values, index)
+                cache.update(*self._states(index), index)
+
+    def forget(self) -> None:
+        """Drop the states that sliding layers have forgotten: no other cache will be given the tokens."""
+        self._passed.clear()
+
+    def _states(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all tokens in one layer."""
+        layer = self.cache.layers[index]
+        if type(layer) is DynamicLayer:
+            return layer.keys, layer.values
+        keys, values = zip(*self._passed[index], strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def _read(self, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
         output = self._model(tokens, use_cache=True, logits_to_keep=1, **pass_cache(self._model, cache))
         logits: torch.Tensor = output.logits[:, -1:]
         return logits
+
+
+class _Recorder(DynamicCache):
+    """Full precision that also keeps the states which its sliding layers forget.
+
+    Attributes:
+        passed: by the index of a sliding layer the keys and values of each forward.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.passed: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the states of a sliding layer, and hand them on."""
+        if type(self.layers[layer_idx]) is DynamicSlidingWindowLayer:
+            self.passed.setdefault(layer_idx, []).append((key_states, value_states))
+        states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return states

@@ -163,6 +163,7 @@ class SideBySide:
                     cache = candidate.build(self._plan.model)
                     prefix.give_to(cache)
                     caches[candidate.label] = cache
+        prefix.forget()
         return prefix, caches
 
     def _in_step(self, tasks: Mapping[str, Iterator[T]], task: str) -> Iterator[tuple[str, T]]:
