@@ -14,20 +14,20 @@ COLUMNS = ("rows x tokens", "full precision", "kernel", "full precision / kernel
 
 
 def load_gpu_runs() -> list[dict[str, Any]]:
-    """Return the committed runs, by name of the file."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("triton-*.json"))]
+    """Return the committed runs, in the order of their files' names."""
+    return list(_load_by_file().values())
 
 
 def render_gpu_runs() -> Iterable[str]:
     """Yield a sentence and a table for each run."""
-    for run in load_gpu_runs():
+    for name, run in _load_by_file().items():
         shape, versions = run["shape"], run["versions"]
         yield (
             f"{run['device']}, torch {versions['torch']}, triton {versions['triton']}: one layer of {shape['heads']} "
             f"key-value and {shape['query_heads']} query heads, head dim {shape['head_dim']}, {shape['bits'][0]} bits, "
             f"{shape['dtype']}. Time on the device alone, from replayed CUDA graphs. Full precision is "
             "`scaled_dot_product_attention` over a preallocated buffer, in its faster form. "
-            f"[All {len(run['ways'])} measurements](../benchmarks/results/triton-h200.json)."
+            f"[All {len(run['ways'])} measurements](../benchmarks/results/{name})."
         )
         rows = [_row(one) for one in chosen_ways(run)]
         yield table(COLUMNS, rows, right=range(1, len(COLUMNS)))
@@ -44,6 +44,11 @@ def chosen_ways(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 def speedups(run: Mapping[str, Any]) -> list[float]:
     """Return how many times as fast as full precision each measurement is."""
     return [one["baseline_us"] / one["kernel_us"] for one in chosen_ways(run)]
+
+
+def _load_by_file() -> dict[str, dict[str, Any]]:
+    paths = sorted(RESULTS.glob("triton-*.json"))
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:

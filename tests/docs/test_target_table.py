@@ -1,5 +1,8 @@
-"""The table of speed targets in docs/speed.md."""
+"""The table of speed targets in docs/speed.md, and the runs on GPUs."""
 
+import json
+
+import gpu_tables
 from target_table import LEFT_OUT, target_rows
 
 from kvq.attention.kernels.triton.plan import PROGRAMS_PER_PROCESSOR, REGISTERS
@@ -49,3 +52,16 @@ def test_targets_are_filled_from_the_runs():
         "0.75x to 2.00x (Some GPU)",
     ]
     assert {row[-1] for row in target_rows([])} == {LEFT_OUT}
+
+
+def test_every_run_on_a_gpu_links_its_own_file(tmp_path, monkeypatch):
+    run = json.loads((gpu_tables.RESULTS / "triton-h200.json").read_text())
+    for device in ("one", "other"):
+        (tmp_path / f"triton-{device}.json").write_text(json.dumps({**run, "device": device}))
+    monkeypatch.setattr(gpu_tables, "RESULTS", tmp_path)
+    told = [part for part in gpu_tables.render_gpu_runs() if "measurements](" in part]
+    assert [text.split(",")[0] for text in told] == ["one", "other"]
+    assert [text.split("](")[-1] for text in told] == [
+        "../benchmarks/results/triton-one.json).",
+        "../benchmarks/results/triton-other.json).",
+    ]
