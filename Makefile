@@ -59,7 +59,7 @@ bench: venv ## measure speed into benchmarks/results (the better part of an hour
 reproduce: venv ## MODEL=... quality and speed on a model of yours, into REPORT (reproduce.json)
 	@test -n "$(MODEL)" || { echo "give the model: make reproduce MODEL=path-or-id" >&2; exit 2; }
 	mkdir -p build
-	$(BIN)/kvq eval --model "$(MODEL)" --dataset $(DATASET) --out build/reproduce-eval.json $(EVAL_ARGS)
+	$(BIN)/kvq eval --model "$(MODEL)" --dataset $(DATASET) --peers --out build/reproduce-eval.json $(EVAL_ARGS)
 	$(BIN)/kvq bench --model "$(MODEL)" --out build/reproduce-bench.json $(BENCH_ARGS)
 	$(BIN)/python scripts/join_reports.py $(REPORT) quality=build/reproduce-eval.json speed=build/reproduce-bench.json
 
