@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from right_backends import AFFINE, OPAQUE, RightOpaque, make_spec
 from wrong_backends import WRONG
 
 from kvq import KVQ, register_backend
+from kvq.attention.hint import forget_hints
 from kvq.errors import CheckNotApplicableError, ContractViolationError
 from kvq.registry import BackendRegistry
 from kvq.testing import CHECKS, list_checks, parametrize_contract, run_checks
@@ -54,6 +57,29 @@ def test_a_right_backend_keeps_the_contract(spec):
     passed = {result.check for result in results if result.outcome == "passed"}
     absent = {"check_light_import", "check_fused_scores", *(() if hasattr(KVQ, "save") else ("check_save_and_load",))}
     assert set(NAMES) - passed == absent | ({"check_codes", "check_more_bits"} if spec is OPAQUE else set())
+
+
+@pytest.mark.parametrize("check", ["check_layout", "check_fused_attention"])
+def test_what_the_kit_chooses_is_no_reason_to_warn(check, monkeypatch, caplog):
+    """A head of 8 elements saves little, and one cache is read by the model's own attention, on purpose."""
+    monkeypatch.setattr("kvq.user_warnings._told", set())
+    forget_hints()
+    (one,) = [one for one in list_checks("native", only=[check]) if str(one.case) == "8-per_token"]
+    with warnings.catch_warnings(), caplog.at_level("WARNING", logger="kvq"):
+        warnings.simplefilter("error")
+        one()
+    assert caplog.messages == []
+
+
+def test_a_warning_of_a_backend_is_shown():
+    def build(spec, options):
+        warnings.warn("a plugin's own words", UserWarning, stacklevel=1)
+        return OPAQUE.build(spec, options)
+
+    spec = replace(OPAQUE, name="telling", build=build)
+    register_backend(spec)
+    with pytest.warns(UserWarning, match="a plugin's own words"):
+        list_checks(spec, only=["check_layout"])[0]()
 
 
 @pytest.mark.parametrize(
