@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+import warnings
+from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,8 @@ NAMES = {
     torch.uint8: "u8",
 }
 TYPES = {int: "i32", float: "fp32"}
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+"""Words of Triton's own among the arguments of a launch."""
 
 
 def make_launch(dtype, head_dim, **fields):
@@ -52,7 +57,7 @@ def compile_for(function, arguments, options, architecture):
     from triton.compiler import ASTSource
 
     options = dict(options)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
+    launch = {name: options.pop(name) for name in LAUNCH_OPTIONS if name in options}
     constants = dict(options)
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):
@@ -125,17 +130,41 @@ def test_a_program_keeps_to_its_registers_and_reads_in_wide_loads(
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.[bu]8\b", text)) <= 8
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_the_merge_compiles(architecture, tmp_path):
+@pytest.fixture
+def launched(monkeypatch):
+    """The arguments by name of a step's launches, which are noted and not run."""
     from kvq.attention.kernels.triton import programs
 
-    sums = torch.empty(1)
-    arguments = dict.fromkeys(("peaks", "totals", "outputs", "sink_logits", "stored_output"), sums)
-    arguments |= {"output": sums.bfloat16(), "heads": 8, "rows": 4, "splits": 66, "parts": 69}
-    constants = {"VALUE_DIM": 128, "VALUE_PADDED": 128, "QUERIES": 1, "HAS_LOGITS": True, "APART": False}
-    compiled = compile_for(programs.combine, arguments, constants, architecture)
-    spilled, _ = resources(compiled, architecture, tmp_path)
+    noted = {}
+    for name in ("attend_parts", "combine"):
+        program = getattr(programs, name)
+
+        def launch(*given, name=name, program=program, **named):
+            places = [one for one in program.arg_names if one not in named]
+            noted[name] = program, dict(zip(places, given, strict=True)), named
+
+        monkeypatch.setattr(programs, name, defaultdict(lambda launch=launch: launch))
+    make_launch(torch.bfloat16, 128, nbits_v=4).run()
+    return noted
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_merge_compiles(launched, architecture, tmp_path):
+    spilled, _ = resources(compile_for(*launched["combine"], architecture), architecture, tmp_path)
     assert spilled == 0
+
+
+@pytest.mark.parametrize("name", ["attend_parts", "combine"])
+def test_a_launch_says_whether_products_and_sums_are_fused(launched, name):
+    """Triton 3.9 warns of one that does not, once in a process, on whose behalf it compiles."""
+    program, arguments, options = launched[name]
+    assert options["enable_fp_fusion"] is True
+    if hasattr(triton_words := import_module("triton._utils"), "warn_once"):
+        triton_words.warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = compile_for(program, arguments, options, 80).asm["ptx"]
+    assert "fma.rn" in text
 
 
 @pytest.mark.costly

@@ -9,7 +9,7 @@ import torch
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import ChunkTable
 from kvq.attention.kernels.triton.layout import padded
-from kvq.attention.kernels.triton.plan import EXACT_TILE, Plan
+from kvq.attention.kernels.triton.plan import EXACT_TILE, FUSION, Plan
 from kvq.store.side import SideView
 
 
@@ -87,6 +87,7 @@ class Launch:
             QUERIES=self.queries,
             HAS_LOGITS=request.sink_logits is not None,
             APART=rotation is not None,
+            **FUSION,
         )
         return output if rotation is None else (stored_output @ rotation.T).add_(output).to(request.query.dtype)
 
