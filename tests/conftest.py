@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -73,6 +74,21 @@ def give_records(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     give("compiled")
     return give
+
+
+@pytest.fixture(autouse=True)
+def leave_compilers_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that has quanto's C++ extension compiled, 90 s of a processor, unless it is marked `costly`."""
+    before = has_quanto_extension()
+    yield
+    if has_quanto_extension() > before and request.node.get_closest_marker("costly") is None:
+        pytest.fail("reading quanto's packed tensors compiles its extension: mark this test `costly`")
+
+
+def has_quanto_extension() -> bool:
+    """Return whether this process has built or loaded quanto's C++ extension."""
+    module = sys.modules.get("optimum.quanto.library.extensions.extension")
+    return any(extension._lib is not None for extension in getattr(module, "_extensions", {}).values())
 
 
 @pytest.fixture

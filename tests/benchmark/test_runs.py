@@ -31,7 +31,8 @@ def _attentions():
 
 
 def make_plan(**fields):
-    contenders = [*list_baselines(), *list(list_peers(4))[:1], *list_own(backend_configs(["native"], 4))]
+    peer = next(one for one in list_peers(4) if "hqq" in one.label)
+    contenders = [*list_baselines(), peer, *list_own(backend_configs(["native"], 4))]
     usual = {"rounds": 4, "warmups": 1, "flushes": 2}
     return BenchmarkPlan(contenders, [Setting(SHAPE, 320, 1, torch.float32, CPU)], **{**usual, **fields})
 

@@ -28,6 +28,14 @@ def all_contenders():
     return [*list_baselines(), *list_peers(4), *list_own(backend_configs(["native"], 4))]
 
 
+def by_label(contenders):
+    """Return parameters of tests; transformers' quanto cache compiles an extension at its first step."""
+    return [
+        pytest.param(one, id=one.label, marks=[pytest.mark.costly] if one.label == "transformers quanto 4" else [])
+        for one in contenders
+    ]
+
+
 def filled(contender, setting=SMALL, spare=200):
     trial = LayerTrial(contender, setting, spare)
     with torch.inference_mode():
@@ -50,7 +58,7 @@ def _states(trial):
     return (keys, trial.key), (values, trial.value)
 
 
-@pytest.mark.parametrize("contender", all_contenders(), ids=lambda one: one.label)
+@pytest.mark.parametrize("contender", by_label(all_contenders()))
 def test_each_contender_attends_to_the_same_states(contender):
     trial = filled(contender)
     trial.prepare(5)
@@ -92,8 +100,7 @@ def quantizing_steps(trial, monkeypatch, count):
 
 @pytest.mark.parametrize(
     "contender",
-    [*[one for one in list_peers(4) if "fp8" not in one.label], *list_own(backend_configs(["native"], 4))],
-    ids=lambda one: one.label,
+    by_label([*[one for one in list_peers(4) if "fp8" not in one.label], *list_own(backend_configs(["native"], 4))]),
 )
 def test_a_flush_comes_when_it_is_foretold(contender, monkeypatch):
     trial = filled(contender)

@@ -28,11 +28,12 @@ def config():
     )
 
 
-@pytest.fixture
-def filled(config):
+# quanto's tensors compile an extension when they are read.
+@pytest.fixture(params=["hqq", pytest.param("quanto", marks=pytest.mark.costly)])
+def filled(config, request):
     """A cache of transformers that holds a prompt of 256 tokens, all of them quantized."""
     torch.manual_seed(0)
-    cache = QuantizedCache("quanto", config, nbits=4, q_group_size=64)
+    cache = QuantizedCache(request.param, config, nbits=4, q_group_size=64)
     states = torch.randn(2, 1, 256, 64)
     cache.update(states, states, 0)
     return cache, states
@@ -99,6 +100,8 @@ def test_another_batch_ends_in_an_error(filled, change, batch):
         add(cache, 1, batch)
 
 
+@pytest.mark.costly
+@pytest.mark.parametrize("filled", ["quanto"], indirect=True)
 def test_a_copy_raises(filled):
     with pytest.raises(RuntimeError, match="__deepcopy__"):
         copy.deepcopy(filled[0])

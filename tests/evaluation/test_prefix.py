@@ -43,9 +43,10 @@ def test_a_cache_holds_what_it_would_have_read(loaded, text, build_ours):
         assert torch.equal(read_on(model, tokens[:, 300:310], given), read_on(model, tokens[:, 300:310], own))
 
 
-def test_a_peer_holds_what_it_would_have_read(loaded, text):
+@pytest.mark.parametrize("library", ["hqq", pytest.param("quanto", marks=pytest.mark.costly)])
+def test_a_peer_holds_what_it_would_have_read(loaded, text, library):
     model, tokens = loaded[0], text.sequences[:1]
-    peer = next(peer for peer in list_peers() if peer.label == "transformers quanto 4")
+    peer = next(peer for peer in list_peers() if peer.label == f"transformers {library} 4")
     given, own = peer.build(model), peer.build(model)
     prefix = Prefix(model, tokens[:, :300])
     prefix.give_to(given)

@@ -22,6 +22,8 @@ from kvq.evaluation.quality.text import TokenText
 LENGTH = 400
 NEVER_FULL = {"residual_length": 4096}
 EPSILON = torch.finfo(torch.float32).eps
+PEER_LIBRARIES = pytest.mark.parametrize("library", ["hqq", pytest.param("quanto", marks=pytest.mark.costly)])
+"""Of transformers' quantized caches; that of quanto compiles an extension at its first step."""
 
 
 def rounding_bound(config):
@@ -152,23 +154,25 @@ def test_the_batch_size_changes_nothing_but_the_grouping(make_plan):
     assert one.needle_by_depth == other.needle_by_depth == {}
 
 
-def test_peers_are_measured_or_told_of(make_plan, loaded, text):
+@PEER_LIBRARIES
+def test_peers_are_measured_or_told_of(make_plan, loaded, text, library):
     # Before 5.18 a window of transformers' counts an update as one token: after nine of 16 both ways are nearly empty.
     plan = make_plan({"ours": {"nbits_v": 4}}, prefill=LENGTH - 9 * 16)
     unbuildable = Candidate("no such peer", lambda model: {}["x"], {"x": 1}, is_peer=True)
-    peers = [peer for peer in list_peers() if "quanto" in peer.label]
+    peers = [peer for peer in list_peers() if library in peer.label]
     plan = type(plan)(**{**plan.__dict__, "candidates": [*plan.candidates, *peers, unbuildable]})
     records = {record.label: record for record in evaluate(plan)}
     assert records["no such peer"].failure == "KeyError: 'x'"
     assert math.isnan(records["no such peer"].kl.mean)
-    four, two = records["transformers quanto 4"], records["transformers quanto 2"]
+    four, two = records[f"transformers {library} 4"], records[f"transformers {library} 2"]
     assert 0 < four.kl.mean < two.kl.mean
     assert 32 / 8 < four.compression < 32 / 4.5
     assert four.error_by_distance is None
 
 
-def test_bytes_of_a_peer_are_all_its_tensors(loaded, text):
-    peer = next(peer for peer in list_peers() if peer.label == "transformers quanto 4")
+@PEER_LIBRARIES
+def test_bytes_of_a_peer_are_all_its_tensors(loaded, text, library):
+    peer = next(peer for peer in list_peers() if peer.label == f"transformers {library} 4")
     cache = peer.build(loaded[0])
     list(force_tokens(loaded[0], text.sequences[:1], cache, prefill=128, step=16))
     heads, dim, layers = 2, 64, 3
