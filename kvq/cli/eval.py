@@ -118,6 +118,10 @@ def evaluate(
         ),
     ] = None,
     peers: Annotated[bool, typer.Option(help="Measure the quantized caches of transformers too.")] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this one of them, such as quanto-4 or hqq-4; repeatable."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
     ] = "auto",
@@ -159,7 +163,7 @@ def evaluate(
             _check_sizes(length, prefill)
             _check_texts(text)
             check_outputs(out, picture)
-            candidates = _load_candidates(config, peers)
+            candidates = _load_candidates(config, peers, peer)
             processes = Processes.find()  # before the model is loaded: it chooses the device of this process
             sizes = {"prefill": prefill, "step": step, "batch_size": batch_size}
             loaded = _load(model, dtype, device, progress)
@@ -208,10 +212,10 @@ def _check_texts(files: list[Path] | None) -> None:
             raise EvaluationError(f"--text {str(file)!r} is a directory; give a text file in it")
 
 
-def _load_candidates(files: list[Path] | None, peers: bool) -> list[Candidate]:
-    """Return the candidates of the files, or of the defaults where none is given, and the peers."""
+def _load_candidates(files: list[Path] | None, peers: bool, named: list[str] | None) -> list[Candidate]:
+    """Return the candidates of the files, or of the defaults where none is given, and all peers or those named."""
     from kvq.config import KVQCacheConfig
-    from kvq.evaluation.quality.candidates import list_peers, make_candidate
+    from kvq.evaluation.quality.candidates import choose_peers, list_peers, make_candidate
 
     configs = {file.stem: KVQCacheConfig.from_file(find_config_file(file)) for file in files or []} or {
         "defaults": KVQCacheConfig()
@@ -219,6 +223,8 @@ def _load_candidates(files: list[Path] | None, peers: bool) -> list[Candidate]:
     if files and len(configs) < len(files):
         raise EvaluationError("two configurations have the same file name; rename one, the table needs two names")
     own = [make_candidate(label, config) for label, config in configs.items()]
+    if named:
+        return [*own, *choose_peers(named)]
     return [*own, *list_peers()] if peers else own
 
 

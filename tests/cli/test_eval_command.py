@@ -102,6 +102,7 @@ def test_tasks_have_a_table_of_their_own(call_eval, tmp_path):
         (["--dataset", "recall-report", "--length", "5000"], "--length 5000 is more than the"),
         (["--dataset", "recall-report", "--length", "200", "--prefill", "200"], "leaves nothing of --length 200"),
         ([*QUICK, "--continuation", "5000"], "--continuation 5000 goes beyond the"),
+        ([*QUICK, "--peer", "quanto-3"], "peer 'quanto-3' is unknown; transformers has quanto-4, quanto-2, hqq-4"),
         ([*QUICK, "--gate", "kl<-1"], "can never be met"),
         ([*QUICK, "--gate", "klx<1"], "did you mean 'kl'?"),
         ([*QUICK, "--config", "none.yaml"], "none.yaml"),
@@ -217,6 +218,13 @@ def test_peers_are_measured_on_request(call_eval, monkeypatch):
     without, beside = call_eval(*SMALL, "--needles", "0"), call_eval(*SMALL, "--needles", "0", "--peers")
     assert "transformers hqq 4" not in without.stdout
     assert "transformers hqq 4" in beside.stdout
+
+
+def test_a_peer_that_is_named_is_measured_alone_and_once(call_eval):
+    said = call_eval(*SMALL, "--needles", "0", "--peer", "quanto-2", "--peer", "quanto-2").stdout
+    assert [line.split("  ")[0] for line in said.splitlines() if line.startswith("transformers")] == [
+        "transformers quanto 2"
+    ]
 
 
 @pytest.mark.slow

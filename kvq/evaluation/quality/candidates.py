@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
+from kvq.errors import EvaluationError
 from kvq.layers.held_bytes import report_memory
 from kvq.layers.quantized_layer import KVQLayer
 
@@ -61,6 +62,22 @@ def list_peers() -> Iterator[Candidate]:
     """Yield transformers' quantized caches; building one that this version lacks raises transformers' error."""
     for label, options in PEERS.items():
         yield Candidate(label, _peer_builder(options), {"transformers": dict(options)}, is_peer=True)
+
+
+def choose_peers(names: Sequence[str]) -> list[Candidate]:
+    """Return some of transformers' quantized caches.
+
+    Args:
+        names: their labels as a command line has them, such as `quanto-4`; one that is repeated counts once.
+
+    Raises:
+        EvaluationError: there is none of that name.
+    """
+    peers = {peer.label.removeprefix("transformers ").replace(" ", "-"): peer for peer in list_peers()}
+    wrong = [name for name in names if name not in peers]
+    if wrong:
+        raise EvaluationError(f"peer {wrong[0]!r} is unknown; transformers has {', '.join(peers)}")
+    return [peers[name] for name in dict.fromkeys(names)]
 
 
 def _peer_builder(options: Mapping[str, Any]) -> Callable[[PreTrainedModel], Cache]:
