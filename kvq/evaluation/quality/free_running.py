@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,21 +25,26 @@ class Divergence:
     Attributes:
         first_difference: tokens that are equal before the first one that differs; inf where none does.
         drift: normalized Levenshtein distance of the rests from there on, from 0 to 1; 0 where nothing differs.
+        said: tokens of the continuation, up to its end.
+        expected: tokens of that in full precision.
     """
 
     first_difference: float
     drift: float
+    said: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    expected: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def between(cls, said: Sequence[int], expected: Sequence[int]) -> Divergence:
         """Compare two continuations, each up to its end of text."""
-        if list(said) == list(expected):
-            return cls(math.inf, 0.0)
+        texts = tuple(said), tuple(expected)
+        if texts[0] == texts[1]:
+            return cls(math.inf, 0.0, *texts)
         equal = 0
         while equal < min(len(said), len(expected)) and said[equal] == expected[equal]:
             equal += 1
         rests = said[equal:], expected[equal:]
-        return cls(float(equal), levenshtein(*rests) / max(map(len, rests)))
+        return cls(float(equal), levenshtein(*rests) / max(map(len, rests)), *texts)
 
 
 def levenshtein(one: Sequence[int], other: Sequence[int]) -> int:

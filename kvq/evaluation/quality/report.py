@@ -53,7 +53,8 @@ def describe_plan(plan: EvaluationPlan, model_name: str) -> list[str]:
     count, length = plan.text.sequences.shape
     scored = count * len(plan.positions)
     lines = [
-        f"{model_name} on {plan.text.name}: {count} sequences of {length:,} tokens, {scored:,} of them scored",
+        f"{model_name} on {plan.text.name}: {count} {'sequence' if count == 1 else 'sequences'} of {length:,} tokens, "
+        f"{scored:,} of them scored",
         f"the first {plan.prefill:,} tokens of each in full precision, the rest from the cache in steps of {plan.step}",
         *_list_flattered(plan),
     ]
