@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quality_tables import load_report
+from preset_tables import FRONT_RESULT, load_result
 from speed_tables import BUFFER, DYNAMIC, list_settings, load_runs
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -59,8 +59,8 @@ class Picture:
 
 
 def collect_quality() -> Points:
-    """Return (times smaller, KL divergence) of each cache on the text model."""
-    records = [record for record in load_report("stdlib")["records"] if not record["failure"]]
+    """Return (times smaller, KL divergence) of each cache on the real model, the one of the table in README.md."""
+    records = [record for record in load_result(FRONT_RESULT)["records"] if not record["failure"]]
     return {record["label"]: [(record["compression"], record["kl"]["mean"])] for record in records}
 
 
@@ -79,29 +79,25 @@ def collect_steps() -> Points:
 def draw_quality(axes, points: Points) -> None:  # noqa: ANN001  # matplotlib is optional
     for label, [(smaller, divergence)] in points.items():
         is_peer = label.startswith("transformers")
-        axes.plot(smaller, divergence, "s" if is_peer else "o", color=THEIRS if is_peer else OURS, markersize=7)
+        color = THEIRS if is_peer else OURS
+        axes.plot(smaller, divergence, "s" if is_peer else "o", color=color, markersize=7)
         beside = PLACES.get(label, (8, -3))
         align = "right" if beside[0] < 0 else "left"
-        axes.annotate(label, (smaller, divergence), beside, textcoords="offset points", fontsize=8, ha=align)
+        name = label if is_peer else f"kvq, {label}"
+        axes.annotate(
+            name, (smaller, divergence), beside, textcoords="offset points", fontsize=8, ha=align, color=color
+        )
+    result = load_result(FRONT_RESULT)
     axes.set_yscale("log")
-    axes.set_xlim(1.6, 4.6)
-    axes.set_xlabel("times smaller than full precision (1,024 tokens)")
+    sizes = [smaller for [(smaller, _)] in points.values()]
+    axes.set_xlim(min(sizes) - 0.2, max(sizes) + 0.25 * (max(sizes) - min(sizes)) + 0.2)
+    axes.set_xlabel(f"times smaller than full precision ({result['length']} tokens)")
     axes.set_ylabel("KL divergence (nats)")
+    axes.set_title(result["model"].partition("(")[2].rpartition(",")[0], fontsize=9)
 
 
-PLACES = {
-    "kvq as hqq 4": (8, -9),
-    "kvq as quanto 4": (8, 2),
-    "transformers hqq 4": (8, -8),
-    "transformers quanto 4": (8, 3),
-    "kvq as hqq 2": (8, -9),
-    "kvq as quanto 2": (8, 2),
-    "transformers hqq 2": (8, -8),
-    "transformers quanto 2": (8, 3),
-    "k4v2": (-8, -3),
-    "k2v4": (-8, -3),
-}
-"""Points from a marker to its label, where labels would lie upon each other; to the left if negative."""
+PLACES = {"transformers hqq 4": (8, -9), "transformers quanto 4": (8, 2), "transformers hqq 2": (8, -8)}
+"""Points from a marker to its label, where labels would lie upon each other."""
 
 
 def draw_steps(axes, points: Points) -> None:  # noqa: ANN001  # matplotlib is optional

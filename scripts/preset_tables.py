@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from markdown_table import table
-from quality_tables import RESULTS, compare_rows
+from quality_tables import RESULTS, TAIL_COLUMNS, compare_rows, quality_rows
 
 from kvq import KVQCacheConfig
 from kvq.cli.preset_facts import DEFAULT, HEAD_DIMS, collect_presets
@@ -86,12 +86,7 @@ def render_measured() -> str:
     result = load_result()
     defaults = next(record for record in result["records"] if record["label"] == DEFAULT)
     rows = [_row(record, defaults) for record in result["records"]]
-    scored = result["length"] - result["prefill"]
-    told = (
-        f"{result['model']} on `{result['text']}`: {result['sequences']} texts of {result['length']:,} tokens, "
-        f"{scored} of each read from the cache in steps of {result['step']}; {result['dtype']}."
-    )
-    return f"{told}\n\n{table(MEASURED, rows, right=range(1, len(MEASURED)))}"
+    return f"{describe_run(result)}\n\n{table(MEASURED, rows, right=range(1, len(MEASURED)))}"
 
 
 def render_front() -> str:
@@ -108,6 +103,25 @@ def render_front() -> str:
         "longer ones."
     )
     return f"{table(FRONT, rows, right=range(1, len(FRONT)))}\n\n{told}"
+
+
+def render_real_model() -> str:
+    """Return all that was measured in the run of the front page, with the columns that it has figures for."""
+    result = load_result(FRONT_RESULT)
+    rows = quality_rows(result)
+    shown = [place for place in range(len(TAIL_COLUMNS)) if any(row[place] != "-" for row in rows)]
+    header = [TAIL_COLUMNS[place] for place in shown]
+    cells = [[row[place] for place in shown] for row in rows]
+    return f"{describe_run(result)}\n\n{table(header, cells, right=range(1, len(header)))}"
+
+
+def describe_run(result: dict[str, Any]) -> str:
+    """Return the sentence above a table of one run."""
+    return (
+        f"{result['model']} on `{result['text']}`: {result['sequences']} texts of {result['length']:,} tokens, the "
+        f"last {result['length'] - result['prefill']:,} of each read from the cache in steps of {result['step']}; "
+        f"{result['dtype']}."
+    )
 
 
 def _front_cells(record: dict[str, Any]) -> tuple[str, ...]:

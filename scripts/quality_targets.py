@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from markdown_table import table
+from preset_tables import describe_run
 from quality_tables import RESULTS
 
 RESULT = RESULTS / "targets-smollm2.json"
@@ -45,12 +46,9 @@ TARGETS = {(4, 4): Target(0.07, 0.04), (4, 2): Target(0.45, 0.25), (3, 3): Targe
 def render_targets() -> str:
     """Return the table, with the conditions of the run above it."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    scored = result["length"] - result["prefill"]
-    told = (
-        f"{result['model']} on `{result['text']}`: {result['sequences']} texts of {result['length']:,} tokens, the "
-        f"last {scored} of each read from the cache in steps of {result['step']}; {result['dtype']}."
+    return (
+        f"{describe_run(result)}\n\n{table(COLUMNS, target_rows(result['records']), right=range(1, len(COLUMNS) - 1))}"
     )
-    return f"{told}\n\n{table(COLUMNS, target_rows(result['records']), right=range(1, len(COLUMNS) - 1))}"
 
 
 def target_rows(records: Sequence[Facts]) -> list[tuple[str, ...]]:

@@ -22,7 +22,7 @@ from configuration_tables import render_backends, render_fields, render_layer_fi
 from demo_tables import render_demo, write_demo
 from markdown_table import table
 from method_tables import render_method
-from preset_tables import render_front, render_measured, render_presets
+from preset_tables import render_front, render_measured, render_presets, render_real_model
 from quality_tables import render_choices, render_quality
 from speed_tables import render_speed
 
@@ -117,6 +117,7 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/method.md": {"method": render_method},
     "docs/plugins.md": {"checks": render_checks},
     "docs/quality.md": {
+        "real-model": render_real_model,
         "demo": render_demo,
         "quality": render_quality,
         "measured-presets": render_measured,
