@@ -221,9 +221,9 @@ def test_peers_are_measured_on_request(call_eval, monkeypatch):
 
 
 def test_a_peer_that_is_named_is_measured_alone_and_once(call_eval):
-    said = call_eval(*SMALL, "--needles", "0", "--peer", "quanto-2", "--peer", "quanto-2").stdout
+    said = call_eval(*SMALL, "--needles", "0", "--peer", "hqq-2", "--peer", "hqq-2").stdout
     assert [line.split("  ")[0] for line in said.splitlines() if line.startswith("transformers")] == [
-        "transformers quanto 2"
+        "transformers hqq 2"
     ]
 
 
