@@ -149,25 +149,30 @@ class AffineCodec:
 
         In float16 a value that the error of its group carries past the largest number becomes that number.
         """
-        codes = read_centred_codes(self.packed_format, parts, self.compute_dtype)
-        if self.packed_format.packed_dim == -1:
-            codes = codes.transpose(-1, -2)
-        metadata = read_metadata(self.packed_format, parts)
-        scale, mid = (self._spread(numbers.to(self.compute_dtype)) for numbers in metadata)
+        packed = self.packed_format
+        codes = read_centred_codes(packed, parts, self.compute_dtype)
+        scale, mid = (self._spread(numbers.to(self.compute_dtype)) for numbers in read_metadata(packed, parts))
         states = codes.mul_(scale).add_(mid)
-        factors = read_token_factors(self.packed_format, parts)
+        factors = read_token_factors(packed, parts)
         if factors is not None:
-            states *= factors[..., None].to(self.compute_dtype)
+            states *= factors.unsqueeze(-2 if self._is_channel_major else -1).to(self.compute_dtype)
         if self.rotation is not None:
-            states = self.rotation.undo(states)
+            states = self.rotation.undo(states, -2 if self._is_channel_major else -1)
         if out.dtype is torch.float16:
             states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
-        out.unflatten(2, (-1, self.block_length)).copy_(states)
+        out.unflatten(2, (-1, self.block_length)).copy_(states.mT if self._is_channel_major else states)
+
+    @property
+    def _is_channel_major(self) -> bool:
+        """Whether codes lie as `[D, L]`."""
+        return self.packed_format.packed_dim == -1
 
     def _spread(self, metadata: torch.Tensor) -> torch.Tensor:
+        """Return scales or mids as they meet the codes."""
         if self.per_channel:
-            return metadata.unsqueeze(-2)
-        return metadata.repeat_interleave(self.spec.group_length, dim=-1)[..., : self.spec.head_dim]
+            return metadata.unsqueeze(-1 if self._is_channel_major else -2)
+        spread = metadata.repeat_interleave(self.spec.group_length, dim=-1)[..., : self.spec.head_dim]
+        return spread.mT if self._is_channel_major else spread
 
     def _group(self, states: torch.Tensor) -> torch.Tensor:
         """Return `[B, H, blocks, D, L]` per channel, `[B, H, blocks, L, groups, G]` per token."""

@@ -27,9 +27,15 @@ def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The codes are uint8 `[..., L]`, see `read_factors`; elements that are not finite count as zeros.
     """
-    finite = blocks.masked_fill(~blocks.isfinite(), 0)
-    exponent = torch.frexp(finite.abs().amax((-2, -1)))[1]
-    squares = _sum_squares(torch.ldexp(finite, -exponent[..., None, None]))
+    peak = torch.maximum(blocks.amax((-2, -1)), -blocks.amin((-2, -1)))
+    finite = blocks
+    if peak.device.type != "cpu" or not peak.isfinite().all():  # elsewhere asking takes longer than filling
+        finite = blocks.masked_fill(~blocks.isfinite(), 0)
+        peak = finite.abs().amax((-2, -1))
+    exponent = torch.frexp(peak)[1]
+    # By a power of two first, else squares would end before the numbers do.
+    unit = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-126, 126))
+    squares = _sum_squares(finite * unit[..., None, None])
     ratio = squares.amax(-1, keepdim=True) / squares
     codes = torch.bucketize(ratio, _boundaries(blocks.device))
     # Nothing but zeros has no ratio, and numbers at the end of fp32 have no room.
@@ -49,10 +55,11 @@ def factor_table() -> torch.Tensor:
 
 
 def _sum_squares(states: torch.Tensor) -> torch.Tensor:
-    """Return the sums over the last dimension in an order that depends on its length alone."""
-    squares = states * states
+    """Return the sums over the last dimension in an order that depends on its length alone; overwrites `states`."""
+    squares = states.square_()
     length = squares.shape[-1]
-    squares = functional.pad(squares, (0, (1 << (length - 1).bit_length()) - length))
+    if length & (length - 1):
+        squares = functional.pad(squares, (0, (1 << length.bit_length()) - length))
     while squares.shape[-1] > 1:
         low, high = squares.chunk(2, dim=-1)
         squares = low + high

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -31,19 +33,35 @@ class HadamardRotation:
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Rotate fp32 `[..., D]`; returns a new tensor."""
-        return self._transform(states * self.signs)
+        rotated: torch.Tensor = self._transform(states * self.signs) * self.block_size**-0.5
+        return rotated
 
-    def undo(self, states: torch.Tensor) -> torch.Tensor:
-        """Rotate fp32 `[..., D]` back; returns a new tensor."""
-        return self._transform(states) * self.signs
+    def undo(self, states: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Rotate fp32 states whose heads run along `dim`, -1 or -2, back; returns a new tensor.
 
-    def _transform(self, states: torch.Tensor) -> torch.Tensor:
-        blocks: torch.Tensor = states.unflatten(-1, (-1, self.block_size))
-        span = 1
-        while span < self.block_size:
-            pairs = blocks.unflatten(-1, (-1, 2, span))
-            low, high = pairs.select(-2, 0), pairs.select(-2, 1)
-            blocks = torch.stack([low + high, low - high], dim=-2).flatten(-3)
-            span *= 2
-        scale: float = self.block_size**-0.5
-        return blocks.flatten(-2) * scale
+        Both ways give the same bits; along -2, with tokens behind, the processor adds whole vectors.
+        """
+        factors = self.signs * self.block_size**-0.5
+        rotated: torch.Tensor = self._transform(states, dim) * (factors if dim == -1 else factors[:, None])
+        return rotated
+
+    def _transform(self, states: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Return blocks of `dim` times a matrix of 1 and -1, in steps of one addition for each element."""
+        blocks: torch.Tensor = states.unflatten(dim, (-1, self.block_size))
+        # Two buffers in turn; autograd wants each step to have its own.
+        rooms = itertools.cycle([None] if states.requires_grad else [torch.empty_like(blocks) for _ in range(2)])
+        for _ in range(self.block_size.bit_length() - 1):
+            blocks = _add_neighbours(blocks, dim, next(rooms))
+        return blocks.flatten(dim - 1, dim)
+
+
+def _add_neighbours(blocks: torch.Tensor, dim: int, room: torch.Tensor | None) -> torch.Tensor:
+    """Return the sums of neighbours along `dim`, then their differences, in `room` if there is one."""
+    pairs = blocks.unflatten(dim, (-1, 2))
+    first, second = pairs.select(dim, 0), pairs.select(dim, 1)
+    if room is None:
+        return torch.cat([first + second, first - second], dim=dim)
+    half = blocks.shape[dim] // 2
+    torch.add(first, second, out=room.narrow(dim, 0, half))
+    torch.sub(first, second, out=room.narrow(dim, half, half))
+    return room

@@ -19,6 +19,7 @@ def test_rotation_is_the_signed_block_diagonal_hadamard_matrix(head_dim, block):
     expected = states.double().numpy() * rotation.signs.numpy() @ np.kron(np.eye(head_dim // block), hadamard(block))
     torch.testing.assert_close(rotation.apply(states).double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
     torch.testing.assert_close(rotation.undo(rotation.apply(states)), states, atol=1e-5, rtol=0)
+    assert torch.equal(rotation.undo(states.mT, -2).mT, rotation.undo(states)), "bit for bit, wherever heads run"
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 67])
