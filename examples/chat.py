@@ -2,23 +2,25 @@
 
     python examples/chat.py
     python examples/chat.py --interactive
+    python examples/chat.py --model smollm2
     python examples/chat.py --model PATH_OR_ID --interactive
 
 The cache is made once. Each turn feeds it the new tokens only. A token is quantized once and then stays as it is.
 Without `--model` it runs offline on the small recall model that ships with kvq: each turn tells it some records and
-asks for one from this turn or an earlier one.
+asks for one from this turn or an earlier one. Any other model gets a section of Python's manual, and questions.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pydoc_data.topics import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from kvq import KVQ
-from kvq.evaluation.embedded_model import load_embedded_model
+from kvq.evaluation.model_loading import EMBEDDED_NAME, load_model
 from kvq.evaluation.recall import RECORD_LENGTH, VOCABULARY, decode_tokens, sample_recall_batch
 
 TURNS, RECORDS_A_TURN = 5, 30
@@ -77,16 +79,17 @@ class Chat:
 
 def main() -> None:
     arguments = parse_arguments()
-    model, tokenizer = load_model(arguments.model)
+    is_embedded = arguments.model == EMBEDDED_NAME
+    model, tokenizer = load_model(arguments.model, on_step=print)
     # The embedded model has no token for the end of a text; its answers end with a full stop.
-    stop = {} if arguments.model else {"eos_token_id": tokenizer.convert_tokens_to_ids(".")}
+    stop = {"eos_token_id": tokenizer.convert_tokens_to_ids(".")} if is_embedded else {}
     chat = Chat(model, tokenizer, max_new_tokens=arguments.max_new_tokens, **stop)
-    canned = iter(FACTS) if arguments.model else tell_records()
-    if arguments.interactive and not arguments.model:
+    canned = tell_records() if is_embedded else ((message, None) for message in MESSAGES)
+    if arguments.interactive and is_embedded:
         first, _ = next(canned)
         print(f"The embedded model reads these records and a question about one of them:\n{first}")
         chat.say(first)
-    for message, right in read_turns(arguments.model is None) if arguments.interactive else canned:
+    for message, right in read_turns(is_embedded) if arguments.interactive else canned:
         if not arguments.interactive:
             print(f"\nyou:   {message}" if len(message) < 120 else f"\nyou:   {message[:60]} ... {message[-40:]}")
         print("model: ", end="", flush=True)
@@ -100,25 +103,12 @@ def main() -> None:
         print(f"\n{chat.cache.memory()}")
 
 
-def load_model(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model and its tokenizer; the embedded ones where `name` is None."""
-    if name is None:
-        return load_embedded_model()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), AutoTokenizer.from_pretrained(name)
-
-
-FACTS = (
-    (
-        "Remember these lockers. "
-        + " ".join(f"Locker {number} holds {number * 37 % 101} coins." for number in range(1, 41))
-        + " How many coins does locker 12 hold?",
-        f"{12 * 37 % 101}",
-    ),
-    ("And locker 30?", f"{30 * 37 % 101}"),
-    ("Which of the two holds more?", "locker 30"),
+MESSAGES = (
+    f"This is a section of Python's manual:\n\n{topics['for']}\nWhat is it about?",
+    "What does the break statement do in a loop?",
+    "And its else clause?",
 )
-"""Turns for any language model, with the right answers."""
+"""Turns for any language model."""
 
 
 def tell_records() -> Iterator[tuple[str, str]]:
@@ -154,7 +144,12 @@ def read_turns(in_vocabulary: bool) -> Iterator[tuple[str, None]]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Talk over several turns on one quantized cache.")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a causal model; default: the embedded one, offline")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="PATH_OR_ID",
+        help="a causal model, or 'smollm2': a real one, fetched once; default: the embedded one, offline",
+    )
     parser.add_argument("--interactive", action="store_true", help="read the turns from the keyboard")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="of each reply; default: 100")
     return parser.parse_args()

@@ -2,7 +2,7 @@
 
     python examples/compare_backends.py
     python examples/compare_backends.py --nbits-k 2 --nbits-v 2
-    python examples/compare_backends.py --model PATH_OR_ID --max-new-tokens 60
+    python examples/compare_backends.py --model smollm2
 
 Offline on the small recall model that ships with kvq it counts right answers; with `--model` it shows the texts. An
 installed third-party backend takes part by itself.
@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pydoc_data.topics import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from kvq import KVQ, KVQCacheConfig, KVQError, available_backends
-from kvq.evaluation.embedded_model import load_embedded_model
+from kvq.evaluation.model_loading import EMBEDDED_NAME, load_model
 from kvq.evaluation.recall import sample_recall_batch
 from kvq.evaluation.scoring import score_config, score_recall
 
 CONTEXTS, RECORDS, QUESTIONS = 4, 160, 10
+MANUAL = "\n".join(topics[name] for name in ("assert", "for", "lambda", "while")) + "\n\nIn short, a lambda expression"
+"""A prompt for any language model: some of Python's manual."""
 
 
 def main() -> None:
     arguments = parse_arguments()
     configs = list(find_configs(arguments.nbits_k, arguments.nbits_v))
-    if arguments.model is None:
+    if arguments.model == EMBEDDED_NAME:
         compare_answers(configs)
     else:
         compare_texts(arguments.model, configs, arguments.max_new_tokens)
@@ -47,7 +50,7 @@ def find_configs(nbits_k: float, nbits_v: float) -> Iterator[KVQCacheConfig]:
 
 def compare_answers(configs: list[KVQCacheConfig]) -> None:
     """Let the embedded model answer the same questions from each cache."""
-    model, _ = load_embedded_model()
+    model, _ = load_model(EMBEDDED_NAME)
     batch = sample_recall_batch(CONTEXTS, RECORDS, QUESTIONS, generator=torch.Generator().manual_seed(1))
     print(f"{CONTEXTS * QUESTIONS} questions about {CONTEXTS} contexts of {batch.context.shape[1]} tokens\n")
     print(f"{'cache':<22} {'exact':>7} {'as full precision':>18} {'held':>11} {'smaller':>8}")
@@ -62,11 +65,8 @@ def compare_answers(configs: list[KVQCacheConfig]) -> None:
 
 def compare_texts(name: str, configs: list[KVQCacheConfig], max_new_tokens: int) -> None:
     """Let a model continue the same prompt from each cache, greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    facts = "\n".join(f"Locker {number} holds {number * 37 % 101} coins." for number in range(1, 81))
-    inputs = tokenizer(f"{facts}\n\nThe three fullest lockers are", return_tensors="pt").to(model.device)
+    model, tokenizer = load_model(name, on_step=print)
+    inputs = tokenizer(MANUAL, return_tensors="pt").to(model.device)
 
     def generate(cache: DynamicCache | KVQ) -> torch.Tensor:
         output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
@@ -94,10 +94,15 @@ def name_of(config: KVQCacheConfig) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare the backends at one pair of bits against full precision.")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a causal model; default: the embedded one, offline")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="PATH_OR_ID",
+        help="a causal model, or 'smollm2': a real one, fetched once; default: the embedded one, offline",
+    )
     parser.add_argument("--nbits-k", type=float, default=4, metavar="BITS", help="of the keys; default: 4")
     parser.add_argument("--nbits-v", type=float, default=2, metavar="BITS", help="of the values; default: 2")
-    parser.add_argument("--max-new-tokens", type=int, default=60, metavar="N", help="with --model; default: 60")
+    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N", help="with --model; default: 30")
     return parser.parse_args()
 
 

@@ -2,7 +2,7 @@
 
     python examples/custom_backend.py
     python examples/custom_backend.py --reach 1.5
-    python examples/custom_backend.py --model PATH_OR_ID --max-new-tokens 60
+    python examples/custom_backend.py --model smollm2
 
 The backend clips: its levels span the mean of a group plus and minus `reach` standard deviations, so one outlier
 does not make the steps coarse for all others. It decides codes, scale and offset; kvq packs, stores and reads them.
@@ -12,13 +12,13 @@ does not make the steps coarse for all others. It decides codes, scale and offse
 from __future__ import annotations
 
 import argparse
+from pydoc_data.topics import topics
 
 import torch
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq import KVQ, register_backend
-from kvq.evaluation.embedded_model import load_embedded_model
+from kvq.evaluation.model_loading import EMBEDDED_NAME, load_model
 from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 from kvq.plugin_api import API_VERSION, BackendOptions, BackendSpec, Capabilities, QuantSpec
 
@@ -66,7 +66,9 @@ CLIPPING = BackendSpec(
 def main() -> None:
     arguments = parse_arguments()
     register_backend(CLIPPING)
-    model, tokenizer, prompt, right = load_task(arguments.model)
+    is_embedded = arguments.model == EMBEDDED_NAME
+    model, tokenizer = load_model(arguments.model, on_step=print)
+    prompt, right = build_records() if is_embedded else (MANUAL, None)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     cache = KVQ(
         model=model,
@@ -75,33 +77,36 @@ def main() -> None:
         nbits_v=3,
         backend_options={"clipping": {"reach": arguments.reach}},
     )
-    max_new_tokens = arguments.max_new_tokens or (60 if arguments.model else 5)
+    max_new_tokens = arguments.max_new_tokens or (5 if is_embedded else 30)
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
     print(f"asked:     {prompt[-50:]}")
     print(f"generated: {tokenizer.decode(output[0, inputs['input_ids'].shape[1] :], skip_special_tokens=True)}")
-    print(f"right:     {right}")
+    if right is not None:
+        print(f"right:     {right}")
     print(cache.memory())
 
 
-def load_task(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str, str]:
-    """Return a model, its tokenizer, a list with a question about it, and the right answer."""
-    if name is not None:
-        facts = "\n".join(f"Locker {number} holds {number * 37 % 101} coins." for number in range(1, 81))
-        prompt = f"{facts}\n\nQuestion: how many coins does locker 12 hold?\nAnswer:"
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return model, AutoTokenizer.from_pretrained(name), prompt, f"{12 * 37 % 101}"
-    model, tokenizer = load_embedded_model()
+MANUAL = "\n".join(topics[name] for name in ("assert", "for", "lambda", "while")) + "\n\nIn short, the assert statement"
+"""A prompt for any language model: some of Python's manual."""
+
+
+def build_records() -> tuple[str, str]:
+    """Return 160 records with a question about one of them, and the right answer, in words of the embedded model."""
     batch = sample_recall_batch(1, 160, 1, generator=torch.Generator().manual_seed(4))
     prompt = decode_tokens([*batch.context[0].tolist(), *batch.questions[0, 0, :2].tolist()])
-    return model, tokenizer, prompt, decode_tokens(batch.answers[0, 0].tolist())
+    return prompt, decode_tokens(batch.answers[0, 0].tolist())
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate with a backend that is defined in this file.")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a causal model; default: the embedded one, offline")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="PATH_OR_ID",
+        help="a causal model, or 'smollm2': a real one, fetched once; default: the embedded one, offline",
+    )
     parser.add_argument("--reach", type=float, default=2.5, help="standard deviations that are kept; default: 2.5")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 5, with --model 60")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 5, with --model 30")
     return parser.parse_args()
 
 

@@ -2,24 +2,27 @@
 
     python examples/long_document_qa.py
     python examples/long_document_qa.py --cache document.safetensors
+    python examples/long_document_qa.py --model smollm2
     python examples/long_document_qa.py --model PATH_OR_ID --document FILE --question "Who ...?" --question "When ...?"
 
 The document is fed to the model once. Its cache goes to a file, comes back from it, and every question is asked of a
 fork, which shares the quantized tokens. A second run with the same `--cache` does not read the document again. Without
-`--model` it runs offline on the small recall model that ships with kvq, whose document is a list of records.
+`--model` it runs offline on the small recall model that ships with kvq, whose document is a list of records; for any
+other model the document is some of Python's manual.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq import KVQ
-from kvq.evaluation.embedded_model import load_embedded_model
+from kvq.evaluation.model_loading import EMBEDDED_NAME, load_model
 from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 
 QUESTIONS = 8
@@ -27,12 +30,13 @@ QUESTIONS = 8
 
 def main() -> None:
     arguments = parse_arguments()
-    model, tokenizer = load_model(arguments.model)
-    document, asked = build_facts() if arguments.model else build_records()
+    is_embedded = arguments.model == EMBEDDED_NAME
+    model, tokenizer = load_model(arguments.model, on_step=print)
+    document, asked = build_records() if is_embedded else MANUAL
     if arguments.document:
         document, asked = arguments.document.read_text(encoding="utf-8"), []
     asked = [(question, None) for question in arguments.question] or asked
-    max_new_tokens = arguments.max_new_tokens or (30 if arguments.model else 4)
+    max_new_tokens = arguments.max_new_tokens or (4 if is_embedded else 30)
     with TemporaryDirectory() as folder:
         path = arguments.cache or Path(folder) / "document.safetensors"
         if path.exists():
@@ -75,14 +79,6 @@ def answer(
     return tokenizer.decode(output[0, token_ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def load_model(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model and its tokenizer; the embedded ones where `name` is None."""
-    if name is None:
-        return load_embedded_model()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), AutoTokenizer.from_pretrained(name)
-
-
 def build_records() -> tuple[str, list[tuple[str, str | None]]]:
     """Return 160 records in words of the embedded model, and questions with their right answers."""
     batch = sample_recall_batch(1, 160, QUESTIONS, generator=torch.Generator().manual_seed(1))
@@ -91,18 +87,28 @@ def build_records() -> tuple[str, list[tuple[str, str | None]]]:
     return decode_tokens(batch.context[0].tolist()), asked
 
 
-def build_facts() -> tuple[str, list[tuple[str, str | None]]]:
-    """Return a document for any language model, and questions with their right answers."""
-    facts = "\n".join(f"Locker {number} holds {number * 37 % 101} coins." for number in range(1, 201))
-    asked = range(12, 200, 200 // QUESTIONS)
-    questions = [f"\n\nQuestion: how many coins does locker {number} hold?\nAnswer:" for number in asked]
-    return facts, [(question, f"{number * 37 % 101}") for question, number in zip(questions, asked, strict=True)]
+SECTIONS = ("assert", "for", "lambda", "while", "del")
+QUESTIONS_ON_SECTIONS = (
+    "what is the assert statement for?",
+    "what does the break statement do?",
+    "what is a lambda expression?",
+)
+MANUAL: tuple[str, list[tuple[str, str | None]]] = (
+    "\n".join(topics[name] for name in SECTIONS),
+    [(f"\n\nQuestion: {question}\nAnswer:", None) for question in QUESTIONS_ON_SECTIONS],
+)
+"""A document for any language model, and questions, to which many answers are right."""
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask many questions of a document that is read once.")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a causal model; default: the embedded one, offline")
-    parser.add_argument("--document", type=Path, metavar="FILE", help="a text; default: a long list")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="PATH_OR_ID",
+        help="a causal model, or 'smollm2': a real one, fetched once; default: the embedded one, offline",
+    )
+    parser.add_argument("--document", type=Path, metavar="FILE", help="a text; default: a long list, or a manual")
     parser.add_argument("--question", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument(
         "--cache", type=Path, metavar="FILE", help="where the cache is kept; default: only for this run"

@@ -2,32 +2,34 @@
 
     python examples/quickstart.py
     python examples/quickstart.py --config examples/configs/k8v4.yaml
+    python examples/quickstart.py --model smollm2
     python examples/quickstart.py --model PATH_OR_ID --prompt "Once upon a time" --max-new-tokens 300
 
 Without `--model` it runs offline on the small recall model that ships with kvq, which reads a list of records and is
-asked for one of them.
+asked for one of them. Any other model reads some of Python's manual and goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+from pydoc_data.topics import topics
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq import attach
-from kvq.evaluation.embedded_model import load_embedded_model
+from kvq.evaluation.model_loading import EMBEDDED_NAME, load_model
 from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 
 
 def main() -> None:
     arguments = parse_arguments()
-    model, tokenizer = load_model(arguments.model)
-    prompt, right = build_facts() if arguments.model else build_records()
+    is_embedded = arguments.model == EMBEDDED_NAME
+    model, tokenizer = load_model(arguments.model, on_step=print)
+    prompt, right = build_records() if is_embedded else (MANUAL, None)
     if arguments.prompt:
         prompt, right = arguments.prompt, None
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    max_new_tokens = arguments.max_new_tokens or (100 if arguments.model else 5)
+    max_new_tokens = arguments.max_new_tokens or (5 if is_embedded else 40)
 
     # Inside the block every `generate` gets a fresh quantized cache; without a configuration: 4-bit keys, 2-bit values.
     with attach(model, arguments.config) as attachment:
@@ -41,12 +43,8 @@ def main() -> None:
     print(attachment.cache.memory())
 
 
-def load_model(name: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model and its tokenizer; the embedded ones where `name` is None."""
-    if name is None:
-        return load_embedded_model()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), AutoTokenizer.from_pretrained(name)
+MANUAL = "\n".join(topics[name] for name in ("assert", "for", "lambda", "while")) + "\n\nIn short, the assert statement"
+"""A prompt for any language model, long enough for most of it to be quantized."""
 
 
 def build_records() -> tuple[str, str]:
@@ -56,18 +54,21 @@ def build_records() -> tuple[str, str]:
     return prompt, decode_tokens(batch.answers[0, 0].tolist())
 
 
-def build_facts() -> tuple[str, str]:
-    """Return a prompt for any language model, long enough for most of it to be quantized, and the right answer."""
-    facts = "\n".join(f"Locker {number} holds {number * 37 % 101} coins." for number in range(1, 81))
-    return f"{facts}\n\nQuestion: how many coins does locker 12 hold?\nAnswer:", f"{12 * 37 % 101}"
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate from a quantized cache.")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a causal model; default: the embedded one, offline")
-    parser.add_argument("--prompt", metavar="TEXT", help="default: a long list and a question about it")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="PATH_OR_ID",
+        help="a causal model, or 'smollm2': a real one, fetched once; default: the embedded one, offline",
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="default: a long list and a question about it; with --model, some of Python's manual",
+    )
     parser.add_argument("--config", metavar="FILE", help="a configuration in YAML or JSON; default: kvq's defaults")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 5, with --model 100")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 5, with --model 40")
     return parser.parse_args()
 
 

@@ -172,7 +172,7 @@ def test_chat_replies_as_if_each_turn_were_read_anew(foreign_model):
     tokenizer = AutoTokenizer.from_pretrained(foreign_model)
     chat = parts["Chat"](model, tokenizer, max_new_tokens=12)
     chat.cache = KVQ(model=model, residual_length=4096)
-    for message, _ in parts["FACTS"]:
+    for message in parts["MESSAGES"]:
         chat.say(message)
         encoded = tokenizer.apply_chat_template(
             chat.messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
