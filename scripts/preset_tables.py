@@ -21,6 +21,8 @@ from kvq.config import PRESETS
 RESULT = RESULTS / "quality_presets.json"
 FRONT_RESULT = RESULTS / "quality_smollm2.json"
 """On another text, beside transformers' caches."""
+LONG_RESULT = RESULTS / "quality-smollm2-long.json"
+"""A run by name for each length."""
 EXCERPT = Path(__file__).resolve().parents[1] / "kvq" / "cli" / "measured_presets.json"
 CONDITIONS = ("model", "text", "sequences", "length", "prefill", "step", "dtype", "versions")
 BITS = tuple(f"effective bits, head_dim {dim}" for dim in HEAD_DIMS)
@@ -108,20 +110,35 @@ def render_front() -> str:
 def render_real_model() -> str:
     """Return all that was measured in the run of the front page, with the columns that it has figures for."""
     result = load_result(FRONT_RESULT)
+    return f"{describe_run(result)}\n\n{_table_with_tail(result)}"
+
+
+def render_long() -> str:
+    """Return the same figures at longer contexts, a table for each length."""
+    runs = sorted(load_result(LONG_RESULT).values(), key=lambda run: run["length"])
+    return "\n\n".join(f"{describe_run(run)}\n\n{_table_with_tail(run)}" for run in runs)
+
+
+def _table_with_tail(result: dict[str, Any]) -> str:
+    """Return a row for each cache, best first, without the columns that the run has no figures for."""
     rows = quality_rows(result)
     shown = [place for place in range(len(TAIL_COLUMNS)) if any(row[place] != "-" for row in rows)]
     header = [TAIL_COLUMNS[place] for place in shown]
     cells = [[row[place] for place in shown] for row in rows]
-    return f"{describe_run(result)}\n\n{table(header, cells, right=range(1, len(header)))}"
+    return table(header, cells, right=range(1, len(header)))
 
 
 def describe_run(result: dict[str, Any]) -> str:
     """Return the sentence above a table of one run."""
     return (
-        f"{result['model']} on `{result['text']}`: {result['sequences']} texts of {result['length']:,} tokens, the "
-        f"last {result['length'] - result['prefill']:,} of each read from the cache in steps of {result['step']}; "
+        f"{result['model']} on `{result['text']}`: {_count_texts(result['sequences'])} of {result['length']:,} tokens, "
+        f"the last {result['length'] - result['prefill']:,} of each read from the cache in steps of {result['step']}; "
         f"{result['dtype']}."
     )
+
+
+def _count_texts(count: int) -> str:
+    return "1 text" if count == 1 else f"{count} texts"
 
 
 def _front_cells(record: dict[str, Any]) -> tuple[str, ...]:

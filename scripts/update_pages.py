@@ -22,8 +22,9 @@ from configuration_tables import render_backends, render_fields, render_layer_fi
 from demo_tables import render_demo, write_demo
 from markdown_table import table
 from method_tables import render_method
-from preset_tables import render_front, render_measured, render_presets, render_real_model
+from preset_tables import render_front, render_long, render_measured, render_presets, render_real_model
 from quality_tables import render_choices, render_quality
+from quality_targets import render_targets
 from speed_tables import render_speed
 
 import kvq.testing
@@ -118,6 +119,8 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "docs/plugins.md": {"checks": render_checks},
     "docs/quality.md": {
         "real-model": render_real_model,
+        "targets": render_targets,
+        "long": render_long,
         "demo": render_demo,
         "quality": render_quality,
         "measured-presets": render_measured,

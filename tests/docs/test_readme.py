@@ -10,6 +10,7 @@ import pytest
 import run_readme
 import torch
 from draw_front_page import STEP_DTYPE, collect_steps
+from preset_tables import FRONT_RESULT, LONG_RESULT, load_result
 from quality_tables import load_report
 from speed_tables import BUFFER
 
@@ -104,11 +105,35 @@ def test_the_demo_was_measured_on_the_store_of_today():
     assert cache.memory().total_bytes == row["total_bytes"], "run scripts/update_pages.py --measure"
 
 
-def test_the_sentence_on_quality_agrees_with_its_figures():
+def test_the_sentences_on_quality_agree_with_their_figures():
+    sentences = " ".join(README.partition("\n## Quality\n")[2].partition("![")[0].split())
+    short, long = load_result(FRONT_RESULT), load_result(LONG_RESULT)["4096"]
+    (best, four, three), (quanto, long_four, long_three) = (
+        [one_of(run["records"], label) for label in (theirs, "4bit", "3bit")]
+        for run, theirs in ((short, "transformers hqq 4"), (long, "transformers quanto 4"))
+    )
+    others = [one for one in short["records"] if one["settings"].get("transformers", {}).get("nbits") == 4]
+    assert min(one["kl"]["mean"] for one in others) == best["kl"]["mean"]
+    assert f"a {best['kl']['mean'] / four['kl']['mean']:.0f}th of the KL divergence" in sentences
+    assert 0.3 < three["kl"]["mean"] / best["kl"]["mean"] < 0.37, "3 bits a third"
+    assert min(four["held_bytes"], three["held_bytes"]) > best["held_bytes"], "of so short a text they hold more bytes"
+    assert f"At {long['length']:,} tokens" in sentences
+    assert f"hold {long_four['held_bytes'] / quanto['held_bytes'] - 1:.0%}".replace("%", " %") + " more" in sentences
+    assert f"hold {1 - long_three['held_bytes'] / quanto['held_bytes']:.0%}".replace("%", " %") + " less" in sentences
+    assert f"a {quanto['kl']['mean'] / long_four['kl']['mean']:.0f}th of its KL" in sentences
+    assert 1 / 3 < long_three["kl"]["mean"] / quanto["kl"]["mean"] < 0.4, "a little more than a third"
+
+
+def one_of(records, label):
+    (found,) = (one for one in records if one["label"] == label)
+    return found
+
+
+def test_the_page_says_of_the_toys_what_they_show():
     pairs = {text: {pair["one"]: pair for pair in load_report(text)["comparisons"]} for text in ("stdlib", "recall")}
-    assert "half the KL divergence" in README
+    assert "kvq has half the KL divergence of transformers' caches" in QUALITY
     for backend in ("quanto", "hqq"):
-        for bits, on_recall in ((4, "tie"), (2, "worse")):  # "4 bits are a tie, and at 2 bits ... do better"
+        for bits, on_recall in ((4, "tie"), (2, "worse")):  # "4 bits are a tie. With 2-bit keys ... does better"
             pair = pairs["stdlib"][f"kvq as {backend} {bits}"]
             assert pair["verdict"] == "better"
             assert 0.4 < pair["kl_ratio"] < 0.5
