@@ -156,7 +156,7 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
     needle, keys = record["needle"], record["bits_key"]
     return (
         record["label"],
-        f"{record['kl']['mean']:.1e} ± {record['kl']['half_width']:.0e}",
+        _estimate(record["kl"]),
         f"{record['ppl_change']:+.2%}",
         f"{record['top1']:.1%}",
         "-" if needle is None else f"{needle:.0%}",
@@ -164,6 +164,12 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
         f"{record['held_bytes'] / 1024:,.0f}",
         f"{record['compression']:.2f}x",
     )
+
+
+def _estimate(figure: dict[str, Any]) -> str:
+    """Return a mean with its interval; one text has none."""
+    spread = "" if figure["half_width"] is None else f" ± {figure['half_width']:.0e}"
+    return f"{figure['mean']:.1e}{spread}"
 
 
 def _row_with_tail(record: dict[str, Any]) -> tuple[str, ...]:

@@ -43,6 +43,12 @@ def test_tasks_that_were_left_out_are_a_dash():
     assert (cells["key, log p"], cells["drift"]) == ("-", "-")
 
 
+def test_one_text_has_no_interval():
+    report, _ = make_report()
+    report["records"][0]["kl"] = {"mean": 0.0123, "half_width": None}
+    assert quality_rows(report)[0][1] == "1.2e-02"
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("quality_report_*.json")), ids=lambda path: path.stem)
 def test_a_committed_report_has_a_cell_in_every_column(path):
     report = json.loads(path.read_text("utf-8"))
