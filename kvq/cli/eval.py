@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvq.cli.console import GrowingTable, print_error, print_line, print_table
+from kvq.cli.console import print_error, print_line, print_table
+from kvq.cli.eval_table import ShownRun
 from kvq.cli.eval_tasks import make_tasks, score_plan, show_scores
 from kvq.cli.given_path import exists, find_config_file
 from kvq.cli.outputs import check_outputs, write_output
@@ -170,7 +171,7 @@ def evaluate(
             title = _describe_model(model)
             plan = _make_plan(loaded, candidates, chosen, sizes)
             task_sets = make_tasks(plan, loaded[1], tasks)
-        shown = _Shown(plan, title) if processes.is_main else None
+        shown = ShownRun(plan, title) if processes.is_main else None
         parts = out.with_name(f"{out.name}.parts") if out is not None else None
         with _told_how_to_resume(parts, processes):
             records = _run(plan, parts, processes, progress, shown, budget_minutes)
@@ -290,33 +291,6 @@ def _choose_continuation(chosen: _TextChoice, model: PreTrainedModel, text: Toke
     return CONTINUATIONS.get(model.device.type, CONTINUATIONS["cuda"])
 
 
-class _Shown:
-    """Prints what is measured, when the run begins; then the table, row by row."""
-
-    def __init__(self, plan: EvaluationPlan, model: str) -> None:
-        self._plan = plan
-        self._model = model
-        self._table: GrowingTable | None = None
-
-    def begin(self) -> None:
-        """Print what is measured, and how."""
-        from kvq.evaluation.quality.report import describe_plan
-
-        for line in describe_plan(self._plan, self._model):
-            print_line(line)
-
-    def add(self, record: QualityRecord) -> None:
-        """Print a record; the first one brings the header, and full precision."""
-        from kvq.evaluation.quality.report import COLUMNS, column_widths, plain_row, table_row
-
-        if record.failure:
-            return
-        if self._table is None:
-            self._table = GrowingTable(COLUMNS, column_widths([one.label for one in self._plan.candidates]))
-            self._table.add(plain_row(record))
-        self._table.add(table_row(record))
-
-
 @contextmanager
 def _told_how_to_resume(parts: Path | None, processes: Processes) -> Iterator[None]:
     """End the command on Ctrl-C, and say where finished parts lie."""
@@ -333,7 +307,7 @@ def _run(
     parts: Path | None,
     processes: Processes,
     progress: Progress,
-    shown: _Shown | None,
+    shown: ShownRun | None,
     minutes: float | None,
 ) -> list[QualityRecord]:
     from kvq.evaluation.quality.run import Budget
