@@ -177,7 +177,20 @@ class TestDtypesAndDevices:
 class TestWords:
     @pytest.mark.parametrize("value", ["Hadamard", False, None, 1])
     def test_rotations(self, value):
-        assert refusal(rotation_k=value) == f"rotation_k: {value!r} is not accepted: 'none' or 'hadamard'"
+        assert refusal(rotation_k=value) == f"rotation_k: {value!r} is not accepted: 'auto', 'none' or 'hadamard'"
+
+    @pytest.mark.parametrize("value", ["RMS", "sinkhorn", True, None])
+    def test_balance(self, value):
+        assert refusal(balance_v=value) == f"balance_v: {value!r} is not accepted: 'auto', 'none' or 'rms'"
+
+    def test_balance_is_for_groups_along_tokens(self):
+        why = "'rms' does not fit 'per_token' groups, whose scales are those of single tokens already"
+        refused = f"{why}; choose 'none', or 'per_channel' groups"
+        assert refusal(balance_k="rms", axis_key="per_token") == f"balance_k: {refused}"
+        layer = {"axis_value": "per_token"}
+        found = refusal(axis_value="per_channel", balance_v="rms", layers={1: layer})
+        assert found == f"layers['1'].balance_v: {refused}"
+        assert make_config(axis_value="per_channel", balance_v="rms", layers={1: {**layer, "balance_v": "none"}})
 
     def test_sliding(self):
         assert refusal(sliding="drop") == "sliding: 'drop' is not accepted: 'keep' or 'quantize'"
@@ -333,12 +346,14 @@ class TestLayers:
             axis_key="per_token",
             axis_value="per_channel",
             rotation_k="hadamard",
+            balance_v="rms",
             metadata_dtype="float32",
             compute_dtype="float16",
             device="cpu",
         ).for_layer(7)
         assert (layer.key.nbits, layer.key.granularity, layer.key.rotation) == (3, "per_token", "hadamard")
         assert (layer.value.nbits, layer.value.granularity, layer.value.rotation) == (2.5, "per_channel", "none")
+        assert (layer.key.balance, layer.value.balance) == ("none", "rms")
         assert (layer.key.metadata_dtype, layer.compute_dtype) == (torch.float32, torch.float16)
         assert layer.device == torch.device("cpu")
 

@@ -119,7 +119,7 @@ def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
         f"{own.nbits:g}",
         str(own.granularity),
         str(own.group_size),
-        own.rotation,
-        own.balance,
+        one.rotation,
+        one.balance,
         bits,
     )

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvq.cli.sample_block import measure_effective_bits, runs_here
+from kvq.cli.sample_block import build_sample, runs_here
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
 from kvq.config.faults import FaultCollector
 from kvq.errors import ConfigError
+from kvq.layers.savings import effective_bits
+from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Side
 
 
@@ -29,12 +31,15 @@ class SideSummary:
         settings: its settings; None for layers in full precision.
         effective_bits: stored bits per element; None in full precision, or if the backend takes no device of this
             machine.
+        rotation, balance: as the setting says, or what `auto` means for it; empty in full precision.
     """
 
     layers: str
     side: Side
     settings: ResolvedSide | None
     effective_bits: float | None
+    rotation: str = ""
+    balance: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,5 +94,9 @@ def _build_side(layers: str, side: Side, resolved: ResolvedLayer, head_dim: int)
     if resolved.full_precision:
         return SideSummary(layers, side, None, None)
     settings = resolved.side(side)
-    bits = measure_effective_bits(resolved, side, head_dim) if runs_here(settings.backend) else None
-    return SideSummary(layers, side, settings, bits)
+    if not runs_here(settings.backend):
+        return SideSummary(layers, side, settings, None, settings.rotation, settings.balance)
+    quantizer = build_sample(resolved, side, head_dim)
+    packed = find_packed_format(quantizer)
+    steps = ("none", "none") if packed is None else (packed.rotation, packed.balance)
+    return SideSummary(layers, side, settings, effective_bits(quantizer, head_dim), *steps)

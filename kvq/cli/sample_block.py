@@ -13,7 +13,7 @@ from kvq.layers.quantizer_factory import build_codec
 from kvq.layers.savings import effective_bits
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
-from kvq.plugin_api.quantizer import Side
+from kvq.plugin_api.quantizer import Quantizer, Side
 
 HEAD_DIM = 128
 GROUP_SIZE = 64
@@ -33,7 +33,12 @@ def plain_settings(backend: BackendSpec, nbits: float, granularity: Granularity)
 
 
 def measure_effective_bits(settings: ResolvedLayer, side: Side, head_dim: int = HEAD_DIM) -> float:
-    """Return the bits per element that one side of a layer takes in the store, codes and metadata.
+    """Return the bits per element that one side of a layer takes in the store; arguments as in `build_sample`."""
+    return effective_bits(build_sample(settings, side, head_dim), head_dim)
+
+
+def build_sample(settings: ResolvedLayer, side: Side, head_dim: int = HEAD_DIM) -> Quantizer:
+    """Build what quantizes one side of a layer.
 
     Args:
         settings: the layer's settings.
@@ -44,7 +49,7 @@ def measure_effective_bits(settings: ResolvedLayer, side: Side, head_dim: int = 
         KVQError: the codec cannot be built.
     """
     states = make_states(settings.side(side).backend, length=0, head_dim=head_dim)
-    return effective_bits(build_codec(settings, side, 0, states), head_dim)
+    return build_codec(settings, side, 0, states)
 
 
 def try_backend(backend: BackendSpec) -> None:

@@ -81,20 +81,24 @@ class KVQCacheConfig(FrozenModel):
         default=Granularity.PER_CHANNEL,
         description="`per_channel` or `per_token`; an integer has the meaning of the backend's own library",
     )
-    axis_value: Axis = Field(default=Granularity.PER_TOKEN, description="the same for the values")
+    axis_value: Axis = Field(default=Granularity.PER_CHANNEL, description="the same for the values")
     q_group_size: GroupSize = Field(
         default=64, description="elements per scale; one number or `{key: ..., value: ...}`"
     )
-    residual_length: Tokens = Field(default=128, description="how many of the newest tokens stay exact")
+    residual_length: Tokens = Field(default=32, description="how many of the newest tokens stay exact")
     sink_length: Tokens = Field(default=4, description="how many of the first real tokens of each row stay exact")
-    rotation_k: Rotation = Field(default="none", description="`none` or `hadamard`, for affine backends")
-    rotation_v: Rotation = Field(default="none", description="the same for the values")
-    balance_k: Balance = Field(
-        default="none",
-        description="`none`, or `rms`: tokens are divided by factors, a byte each, before they are quantized; for "
-        "affine backends and `per_channel` groups",
+    rotation_k: Rotation = Field(
+        default="auto",
+        description="`hadamard` (for affine backends), `none`, or `auto`: `hadamard` where it can help, that is for "
+        "affine backends and head dims that 16 divides",
     )
-    balance_v: Balance = Field(default="none", description="the same for the values")
+    rotation_v: Rotation = Field(default="auto", description="the same for the values")
+    balance_k: Balance = Field(
+        default="auto",
+        description="`rms`: tokens are divided by factors, a byte each, before they are quantized (for affine backends "
+        "and `per_channel` groups); `none`; or `auto`: `rms` where it can be",
+    )
+    balance_v: Balance = Field(default="auto", description="the same for the values")
     compute_dtype: Dtype | None = Field(
         default=None,
         description="dtype that dequantization computes in; default: float32, then rounded once to the states' dtype",

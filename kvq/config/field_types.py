@@ -184,5 +184,5 @@ Dtype = Annotated[
 Device = Annotated[
     torch.device, PlainValidator(_parse_device), PlainSerializer(_dump_name), WithJsonSchema({"type": "string"})
 ]
-Rotation = Literal["none", "hadamard"]
-Balance = Literal["none", "rms"]
+Rotation = Literal["auto", "none", "hadamard"]
+Balance = Literal["auto", "none", "rms"]

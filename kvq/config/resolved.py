@@ -26,8 +26,8 @@ class ResolvedSide:
         nbits: bits per code.
         granularity: direction of the groups.
         group_size: elements per scale, as configured.
-        rotation: the rotation applied to the states before they are quantized.
-        balance: how tokens are evened out between rotating and quantizing.
+        rotation: the rotation applied to the states before they are quantized; `auto`: where it can help.
+        balance: how tokens are evened out between rotating and quantizing; `auto`: where it can help.
         metadata_dtype: dtype of scale and mid, or None: the core chooses.
     """
 

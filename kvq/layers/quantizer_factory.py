@@ -19,7 +19,7 @@ from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import Origin
-from kvq.store.rotation import HadamardRotation
+from kvq.store.rotation import HadamardRotation, rotation_block
 
 HALF_METADATA_MAX_BITS = 4
 """Widest codes whose error a float16 mid raises by less than a tenth at |mean| / std = 100; at 5 bits by up to 1.2.
@@ -27,6 +27,9 @@ HALF_METADATA_MAX_BITS = 4
 That holds where a group has two elements for each code value or more. The range of a shorter group, and with it the
 step, is smaller: 4 bits in groups of 16 raise the error by 1.11, in groups of 8 by 1.26.
 """
+
+LEAST_ROTATION_BLOCK = 16
+"""Elements of a transform from which `auto` rotates: a shorter one spreads little."""
 
 
 def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: torch.Tensor) -> Quantizer:
@@ -93,22 +96,27 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
     if find_kind(quantizer, str(origin)) == "general":
         _check_untouched(chosen, spec.side)
         return GuardedQuantizer(cast(Quantizer, quantizer), origin, spec)
-    rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if chosen.rotation == "hadamard" else None
+    rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if _rotates(chosen, spec) else None
     # What a wide code demands of mid it does not demand of scale, whose error counts by the code, not by the mean.
     scale_dtype = chosen.metadata_dtype or torch.float16
     affine = cast(AffineQuantizer, quantizer)
-    balanced = chosen.balance == "rms"
+    balanced = chosen.balance == "rms" or (chosen.balance == "auto" and spec.granularity is Granularity.PER_CHANNEL)
     return AffineCodec(affine, spec, rotation, compute_dtype, scale_dtype, chosen.backend.name, balanced=balanced)
+
+
+def _rotates(chosen: ResolvedSide, spec: QuantSpec) -> bool:
+    is_worth_it = rotation_block(spec.head_dim) >= LEAST_ROTATION_BLOCK
+    return chosen.rotation == "hadamard" or (chosen.rotation == "auto" and is_worth_it)
 
 
 def _check_untouched(chosen: ResolvedSide, side: Side) -> None:
     """Refuse what the core does to states before it groups them, where the quantizer stores its own representation."""
     given = {ROTATION_FIELDS[side]: (chosen.rotation, "rotate"), BALANCE_FIELDS[side]: (chosen.balance, "balance")}
-    problem = "{} stores its own representation, which the core cannot {}; use 'none'"
+    problem = "{} stores its own representation, which the core cannot {}; use 'none' or 'auto'"
     faults = [
         Fault((field,), problem.format(chosen.backend.name, verb))
         for field, (value, verb) in given.items()
-        if value != "none"
+        if value not in ("none", "auto")
     ]
     if faults:
         raise ConfigError(faults)

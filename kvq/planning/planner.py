@@ -169,8 +169,8 @@ def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, na
         nbits=chosen.nbits,
         granularity=str(chosen.granularity),
         group_length=None if packed is None else packed.group_length,
-        rotation=chosen.rotation,
-        balance=chosen.balance,
+        rotation="none" if packed is None else packed.rotation,
+        balance="none" if packed is None else packed.balance,
         effective_bits=effective_bits(quantizer, shape.head_dim),
     )
 

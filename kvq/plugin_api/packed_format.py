@@ -80,6 +80,16 @@ class PackedFormat:
         return math.ceil(self.head_dim / self.group_length)
 
     @property
+    def rotation(self) -> str:
+        """What was done to the states first, in the words of `rotation_k`: `hadamard` or `none`."""
+        return "hadamard" if self.rotation_block else "none"
+
+    @property
+    def balance(self) -> str:
+        """What was done to the tokens then, in the words of `balance_k`: `rms` or `none`."""
+        return "rms" if self.has_factor else "none"
+
+    @property
     def shifts_mid(self) -> bool:
         """Whether the exponent of a block, if there is one, belongs to mid as well."""
         return self.has_exponent and self.mid_dtype is torch.float16

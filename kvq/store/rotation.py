@@ -7,6 +7,11 @@ import itertools
 import torch
 
 
+def rotation_block(head_dim: int) -> int:
+    """Return the elements of one transform: the largest power of two that divides D."""
+    return head_dim & -head_dim
+
+
 class HadamardRotation:
     """Random signs, then a Hadamard matrix over blocks of the largest power of two that divides D; orthogonal.
 
@@ -22,13 +27,13 @@ class HadamardRotation:
         generator = torch.Generator("cpu").manual_seed(seed)
         signs = torch.randint(0, 2, (head_dim,), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1
         self.signs = signs.to(device)
-        self.block_size = head_dim & -head_dim
+        self.block_size = rotation_block(head_dim)
 
     @classmethod
     def of_signs(cls, signs: torch.Tensor) -> HadamardRotation:
         """Return the rotation that has these signs, int8 `[D]`, the tensor itself."""
         rotation = cls.__new__(cls)
-        rotation.signs, rotation.block_size = signs, len(signs) & -len(signs)
+        rotation.signs, rotation.block_size = signs, rotation_block(len(signs))
         return rotation
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,8 @@ def test_cache_operations_need_nothing_more(llama, prompts, fields):
     assert torch.equal(forked.materialize(0)[0], expected)
 
 
-def test_rotation_by_the_core_is_refused(fields):
-    cache = KVQ(**fields, rotation_k="hadamard")
-    with pytest.raises(ConfigError, match="rotation_k"):
+@pytest.mark.parametrize("change", [{"rotation_k": "hadamard"}, {"balance_k": "rms"}], ids=lambda one: next(iter(one)))
+def test_what_the_core_does_to_states_is_refused(fields, change):
+    cache = KVQ(**{**fields, "axis_key": "per_channel", **change})
+    with pytest.raises(ConfigError, match=next(iter(change))):
         cache.update(torch.randn(1, 1, 4, 64), torch.randn(1, 1, 4, 64), 0)
