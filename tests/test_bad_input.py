@@ -15,6 +15,8 @@ from kvq import KVQ, available_backends
 from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities
 
 DOCS = Path(__file__).parents[1] / "docs" / "bad-input.md"
+PLAIN = dict(rotation_k="none", rotation_v="none", balance_k="none", balance_v="none")
+"""The states themselves are quantized: each group is on its own."""
 OURS = sorted(info.name for info in available_backends() if info.origin == "kvq")
 
 
@@ -224,7 +226,11 @@ def _(cache):
     cache.update(*states(3), 0)
 
 
-@row("groups so small that nothing is saved", lambda: KVQ(nbits_v=8, nbits_k=8, q_group_size={"key": 64, "value": 2}))
+def small_groups():
+    return KVQ(nbits_v=8, nbits_k=8, axis_value="per_token", q_group_size={"key": 64, "value": 2})
+
+
+@row("groups so small that nothing is saved", small_groups)
 def _(cache):
     cache.update(*states(3), 0)
 
@@ -440,7 +446,8 @@ def _():
     keys, values = cache.update(*states(0, value_dim=32), 0)
     assert keys.shape == (2, 2, 0, 64)
     assert values.shape == (2, 2, 0, 32)
-    assert cache.get_seq_length() == cache.memory().total_bytes == 0
+    assert cache.get_seq_length() == 0
+    assert cache.memory().total_bytes == 64 + 32, "the signs of the rotations"
     with pytest.raises(ValueError, match="head_dim"):
         cache.update(*states(3), 0)
     cache.update(*states(300, value_dim=32), 0)
@@ -462,7 +469,7 @@ def _():
     for fields in each_quantization():
         for rotation in ("none", "hadamard"):
             for value in (0.0, 3.7, -1e-6, 60000.0):
-                cache = KVQ(**fields, rotation_k=rotation)
+                cache = KVQ(**fields, rotation_k=rotation, rotation_v=rotation)
                 constant = torch.full((2, 2, 128, 64), value, dtype=torch.float16)
                 cache.update(constant, constant, 0)
                 for side in cache.materialize(0):
@@ -477,7 +484,7 @@ def _():
     extremes = (signs * 65504).half()
     for fields in each_quantization():
         for rotation in ("none", "hadamard"):
-            cache = KVQ(**fields, rotation_k=rotation)
+            cache = KVQ(**fields, rotation_k=rotation, rotation_v=rotation)
             cache.update(extremes, extremes, 0)
             for side in cache.materialize(0):
                 assert side.isfinite().all(), (fields, rotation)
@@ -488,7 +495,8 @@ def _():
 def assert_it_stays_in_its_group(bad, magnitude):
     for fields in each_quantization():
         for rotation in ("none", "hadamard"):
-            cache, clean = (KVQ(**fields, rotation_v=rotation) for _ in range(2))
+            rotated = {**PLAIN, "axis_value": "per_token", "rotation_v": rotation}
+            cache, clean = (KVQ(**fields, **rotated) for _ in range(2))
             keys, values = (side * magnitude for side in states(128))
             clean.update(keys, values, 0)
             keys[0, 1, 10, 3] = values[0, 1, 10, 3] = bad
@@ -503,10 +511,27 @@ def assert_it_stays_in_its_group(bad, magnitude):
                 assert off <= magnitude * (10 if fields["backend"] == "hqq" else 1e-2), (fields, name)
 
 
+def assert_it_stays_in_its_block(bad):
+    """The rotation spreads it over its token, and so over the groups of all channels."""
+    for fields in each_quantization():
+        cache, clean = KVQ(**fields), KVQ(**fields)
+        keys, values = states(192)
+        clean.update(keys, values, 0)
+        keys[0, 1, 74, 3] = values[0, 1, 74, 3] = bad
+        cache.update(keys, values, 0)
+        for found, expected in zip(cache.materialize(0), clean.materialize(0), strict=True):
+            assert found[0, 1, 64:128].isnan().all(), fields
+            expected[0, 1, 64:128] = torch.nan
+            assert torch.equal(found.isnan(), expected.isnan()), fields
+            if fields["backend"] != "hqq":  # see above
+                assert torch.equal(found.nan_to_num(), expected.nan_to_num()), fields
+
+
 @row("NaN")
 def _():
     for magnitude in (1e-2, 1.0, 1000.0):
         assert_it_stays_in_its_group(float("nan"), magnitude)
+    assert_it_stays_in_its_block(float("nan"))
 
 
 @row("infinity")
@@ -514,11 +539,12 @@ def _():
     for magnitude in (1e-2, 1.0, 1000.0):
         assert_it_stays_in_its_group(float("inf"), magnitude)
         assert_it_stays_in_its_group(-float("inf"), magnitude)
+    assert_it_stays_in_its_block(float("inf"))
 
 
 @row("NaN in the window")
 def _():
-    cache, (keys, values) = KVQ(), states(100)
+    cache, (keys, values) = KVQ(residual_length=128), states(100)
     keys[0, 0, 50, 3], values[1, 0, 9, 2] = float("nan"), float("inf")
     cache.update(keys, values, 0)
     assert torch.equal(cache.materialize(0)[0].view(torch.int32), keys.view(torch.int32))
@@ -535,7 +561,7 @@ def _():
     cache.update(keys, values, 0)
     for found, expected in zip(cache.materialize(0), clean.materialize(0), strict=True):
         assert torch.equal(found, expected)
-    short = KVQ(padding=[70, 0])
+    short = KVQ(padding=[70, 0], residual_length=128)
     short.update(keys[:, :, :100], values[:, :, :100], 0)
     assert short.materialize(0)[0][0, :, :70].isnan().all()
 
@@ -573,7 +599,7 @@ def _():
 
 @row("layers in any order with `model=`")
 def _():
-    cache = KVQ(model=llama())
+    cache = KVQ(model=llama(), **PLAIN)  # each layer has a rotation of its own
     pair = states(300, key_dim=16, value_dim=16)
     cache.update(*pair, 1)
     cache.update(*pair, 0)

@@ -110,8 +110,13 @@ class TestBothSides:
         [(12, "q_group_size"), ({"key": 12, "value": 64}, "q_group_size.key")],
     )
     def test_per_channel_groups_fill_whole_bytes(self, group_size, path):
-        assert refused_paths(q_group_size=group_size) == [path]
-        assert make_config(q_group_size=group_size, axis_key="per_token").axis_key == "per_token"
+        assert refused_paths(q_group_size=group_size, axis_value="per_token") == [path]
+        fitting = make_config(q_group_size=group_size, axis_key="per_token", axis_value="per_token")
+        assert fitting.axis_key == "per_token"
+
+    def test_each_side_of_per_channel_groups_is_checked(self):
+        assert refused_paths(q_group_size=12) == ["q_group_size"] * 2
+        assert refused_paths(q_group_size={"key": 64, "value": 12}) == ["q_group_size.value"]
 
 
 class TestAxes:
@@ -123,7 +128,8 @@ class TestAxes:
             warnings.simplefilter("ignore")
             config = make_config(backend="testing-flipped", axis_key=0, axis_value=1)
         assert (config.axis_key, config.axis_value) == (Granularity.PER_CHANNEL, Granularity.PER_TOKEN)
-        assert make_config(axis_key=-1, axis_value=0) == make_config()
+        assert make_config(axis_key=-1, axis_value=-1) == make_config()
+        assert make_config(axis_value=0) == make_config(axis_value="per_token")
 
     def test_a_meaning_that_differs_warns_once_at_the_callers_line(self, testing_backend, monkeypatch):
         monkeypatch.setattr(limits, "_warned_axes", set())
@@ -150,7 +156,7 @@ class TestAxes:
     def test_a_granularity_that_the_backend_lacks_is_refused(self, testing_backend):
         one_way = Capabilities(nbits=(2, 4), granularities=(Granularity.PER_TOKEN,))
         spec = dataclasses.replace(testing_backend, name="testing-one-way", capabilities=one_way)
-        message = refusal(backend=spec)
+        message = refusal(backend=spec, axis_value="per_token")
         assert message == (
             "axis_key: 'per_channel' is not supported by backend 'testing-one-way'; choose one of 'per_token'"
         )
@@ -326,13 +332,13 @@ class TestLayers:
             }
         )
         lengths = [config.for_layer(index, 10).residual_length for index in range(10)]
-        assert lengths == [1, 1, 2, 3, 2, 2, 128, 5, 5, 4]
+        assert lengths == [1, 1, 2, 3, 2, 2, 32, 5, 5, 4]
 
     def test_what_an_entry_does_not_say_comes_from_the_configuration(self):
-        config = make_config(nbits_k=8, sink_length=2, layers={"0": {"nbits_v": 4, "axis_value": "per_channel"}})
+        config = make_config(nbits_k=8, sink_length=2, layers={"0": {"nbits_v": 4, "axis_value": "per_token"}})
         own, other = config.for_layer(0), config.for_layer(1)
         assert (own.key.nbits, own.value.nbits, own.sink_length) == (8, 4, 2)
-        assert (own.value.granularity, other.value.granularity) == (Granularity.PER_CHANNEL, Granularity.PER_TOKEN)
+        assert (own.value.granularity, other.value.granularity) == (Granularity.PER_TOKEN, Granularity.PER_CHANNEL)
         assert (other.key.nbits, other.value.nbits, other.full_precision) == (8, 2, False)
 
     @pytest.mark.parametrize("index", [0, "0"])
@@ -346,6 +352,8 @@ class TestLayers:
             axis_key="per_token",
             axis_value="per_channel",
             rotation_k="hadamard",
+            rotation_v="none",
+            balance_k="none",
             balance_v="rms",
             metadata_dtype="float32",
             compute_dtype="float16",
@@ -408,14 +416,15 @@ class TestLayers:
         )
         register_backend(few, replace=True)
         paths = refused_paths(layers={"0": {"backend": "testing-few"}})
-        assert paths == ["layers['0'].nbits_k", "layers['0'].axis_key"]
-        fitting = {"backend": "testing-few", "nbits_k": 2, "axis_key": "per_token"}
+        assert paths == ["layers['0'].nbits_k", "layers['0'].axis_key", "layers['0'].axis_value"]
+        fitting = {"backend": "testing-few", "nbits_k": 2, "axis_key": "per_token", "axis_value": "per_token"}
         assert make_config(layers={"0": fitting}).for_layer(0).key.backend is few
 
     def test_an_inherited_group_size_must_fit_the_layers_axis(self):
-        wide = {"axis_key": "per_token", "q_group_size": 12}
+        wide = {"axis_key": "per_token", "axis_value": "per_token", "q_group_size": 12}
         assert refused_paths(**wide, layers={"0": {"axis_key": "per_channel"}}) == ["layers['0'].q_group_size"]
-        assert refused_paths(layers={"0": {"q_group_size": 12}}) == ["layers['0'].q_group_size"]
+        one_side = {"axis_value": "per_token", "layers": {"0": {"q_group_size": 12}}}
+        assert refused_paths(**one_side) == ["layers['0'].q_group_size"]
 
     def test_an_integer_axis_of_a_layer_is_read_by_the_layers_backend(self, testing_backend, monkeypatch):
         monkeypatch.setattr(limits, "_warned_axes", {("testing-flipped", 0)})

@@ -8,6 +8,9 @@ from kvq.errors import ConfigError
 from kvq.layers.quantized_layer import KVQLayer
 
 
+LONG_WINDOW = dict(residual_length=128)
+
+
 def make_layer(padding=None, **fields):
     return KVQLayer(0, KVQCacheConfig(**fields).for_layer(0), padding)
 
@@ -50,10 +53,10 @@ def test_what_is_returned_aliases_nothing_in_the_layer():
 
 def test_a_crop_within_the_window_leaves_the_store_as_plain_growth_makes_it():
     keys, values = draw(500)
-    layer = feed(make_layer(), keys, values, [500])
+    layer = feed(make_layer(**LONG_WINDOW), keys, values, [500])
     layer.crop(-100)
     layer.update(keys[:, :, 400:], values[:, :, 400:])
-    straight = feed(make_layer(), keys, values, [500])
+    straight = feed(make_layer(**LONG_WINDOW), keys, values, [500])
     assert all(
         torch.equal(a, b) for a, b in zip(stored_bytes(layer).values(), stored_bytes(straight).values(), strict=True)
     )
@@ -101,13 +104,13 @@ def test_the_callers_index_is_copied_and_checked_first():
 
 def test_a_reordered_open_chunk_is_not_written_to():
     keys, values = draw(128 + 64 * 13)
-    layer = feed(make_layer(), keys, values, [keys.shape[2]])
+    layer = feed(make_layer(**LONG_WINDOW), keys, values, [keys.shape[2]])
     assert any(s.used < s.capacity for s in layer.side("key").store.segments), "the last chunk has room"
     layer.reorder_cache(torch.tensor([1, 0]))
     more = draw(64, seed=3)
     layer.update(*more)
     whole = [torch.cat([old[[1, 0]], new], dim=2) for old, new in zip((keys, values), more, strict=True)]
-    expected = feed(make_layer(), *whole, [whole[0].shape[2]])
+    expected = feed(make_layer(**LONG_WINDOW), *whole, [whole[0].shape[2]])
     assert layer.side("key").store.length == 64 * 14
     assert torch.equal(layer.keys, expected.keys)
     assert torch.equal(layer.values, expected.values)

@@ -171,8 +171,8 @@ def forget_the_window(monkeypatch):
 def halve_the_groups(monkeypatch):
     codec = AffineCodec.__init__
 
-    def start(self, quantizer, spec, *args):
-        codec(self, quantizer, replace(spec, group_length=spec.group_length // 2), *args)
+    def start(self, quantizer, spec, *args, **fields):
+        codec(self, quantizer, replace(spec, group_length=spec.group_length // 2), *args, **fields)
 
     monkeypatch.setattr(AffineCodec, "__init__", start)
 
@@ -243,7 +243,8 @@ def test_layers_say_why_and_equal_ones_share_a_row():
     assert "sliding window of 250 tokens, quantized since sliding: quantize" in made.layers[0].reason
     assert made.layers[5].reason == "layers['5']: full_precision"
     assert [row[0] for row in made.rows()] == ["0", "1, 3, 7", "2, 4, 6", "5"]
-    assert made.rows()[0][2] == "quanto 4 bit per_token by 48 (4.67)"
+    # 4 + 32 / 64 bits of codes, scales and mids, a byte of a token's factor to 48 elements, an exponent to 64 * 48.
+    assert made.rows()[0][2] == "quanto 4 bit per_channel by 64, hadamard, rms (4.67)"
     assert made.rows()[3][1] == "full precision"
     for row in made.rows():
         assert row[4] in " ".join(str(made).split()) or row[4].split()[0] in str(made)
@@ -278,6 +279,9 @@ def test_what_is_unsupported_and_uncertain_is_said():
     assert any("weights are quantized" in note for note in plan(packed, context=9).notes)
 
 
+TINY_GROUPS = dict(axis_key="per_token", axis_value="per_token", q_group_size=2, nbits_k=8)
+
+
 @pytest.mark.parametrize(
     ("config", "fields", "error", "words"),
     [
@@ -286,7 +290,7 @@ def test_what_is_unsupported_and_uncertain_is_said():
         (transformers.CLIPTextConfig(), {}, ModelError, "no model of transformers that generates text"),
         (FAMILIES["llama"](), dict(nbits_k=5), ConfigError, "nbits_k"),
         (FAMILIES["llama"](), dict(layers={"7": {"nbits_k": 8}}), ConfigError, "chooses no layer"),
-        (FAMILIES["llama"](), dict(axis_key="per_token", q_group_size=2, nbits_k=8), ConfigError, "effective bits"),
+        (FAMILIES["llama"](), TINY_GROUPS, ConfigError, "effective bits"),
         (FAMILIES["llama"](), dict(backend="qanto"), BackendError, "did you mean"),
     ],
 )

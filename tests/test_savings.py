@@ -33,10 +33,10 @@ def fill(tokens, dtype=torch.bfloat16, **fields):
 @pytest.mark.parametrize("tokens", [1, 700, 3000])
 @pytest.mark.case(
     "q_group_size=65536 with per-channel groups",
-    "at every length at most 512 tokens more than full precision; a warning says that the first 65,664 wait",
+    "at every length at most 512 tokens more than full precision; a warning says that the first 65,568 wait",
 )
 def test_long_groups_hold_no_more_than_their_tokens(tokens):
-    with pytest.warns(UserWarning, match=r"keys are quantized in blocks of 65,536 tokens \(4.0 eff.*until 65,664 are"):
+    with pytest.warns(UserWarning, match=r"keys are quantized in blocks of 65,536 tokens \(4.1 eff.*until 65,568 are"):
         cache, plain = fill(tokens, q_group_size=65536)
     assert cache.memory().total_bytes <= plain + 2 * 2 * 512 * 64 * 2
     assert cache.layers[0].side("key").store.length == 0
@@ -44,9 +44,9 @@ def test_long_groups_hold_no_more_than_their_tokens(tokens):
 
 def test_it_is_told_once_and_by_groups_along_tokens_only(recwarn):
     for _ in range(2):
-        fill(100, q_group_size=65536)
+        fill(100, axis_value="per_token", q_group_size=65536)
     assert len([one for one in recwarn if "blocks of 65,536" in str(one.message)]) == 1
-    cache, _ = fill(300, q_group_size={"key": 64, "value": 65536})
+    cache, _ = fill(300, axis_value="per_token", q_group_size={"key": 64, "value": 65536})
     assert cache.layers[0].side("value").codec.spec.group_length == 64, "groups inside a token end with the head"
 
 
@@ -87,7 +87,7 @@ def test_metadata_and_room_past_the_states(fields, dtype, words, recwarn):
 
 def test_what_can_never_save_anything_is_refused():
     with pytest.raises(ConfigError, match=r"effective bits for the keys.*no less than full precision"):
-        fill(3, axis_key="per_token", q_group_size=4, nbits_k=8, nbits_v=8)
+        fill(3, axis_key="per_token", axis_value="per_token", q_group_size=4, nbits_k=8, nbits_v=8)
 
 
 @pytest.mark.parametrize("command", ["check", "plan"])

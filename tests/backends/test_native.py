@@ -22,6 +22,8 @@ from kvq_backends.native.quantizer import Frame, sum_pairwise
 LENGTHS = (40, 64, 67)
 VARIED = ("random", "outlier", "offset", "tiny", "huge")
 CLIPS = ("none", "mse")
+PLAIN = dict(rotation_k="none", rotation_v="none", balance_k="none", balance_v="none")
+"""The states themselves are quantized."""
 BACKEND = plugin.kvq_backend()
 NBITS = BACKEND.capabilities.nbits
 
@@ -379,7 +381,7 @@ class TestInTheCache:
     def test_states_come_back_within_half_a_step(self, nbits, axis):
         states = torch.randn(2, 2, 128, 64, generator=torch.Generator().manual_seed(nbits))
         widths = {"nbits_k": nbits, "nbits_v": nbits, "axis_key": axis, "axis_value": axis}
-        keys, values, _ = self.fill(states, backend="native", metadata_dtype="float32", **widths)
+        keys, values, _ = self.fill(states, backend="native", metadata_dtype="float32", **widths, **PLAIN)
         groups = states.unflatten(2, (2, 64)).transpose(-1, -2) if axis == "per_channel" else states
         step = step_of(groups, nbits)
         for decoded in (keys, values):
@@ -392,6 +394,7 @@ class TestInTheCache:
     def test_three_bits_token_by_token(self, clip):
         states = torch.randn(2, 2, 300, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
         config = {"backend": "native", "nbits_k": 3, "nbits_v": 3, "backend_options": {"native": {"clip": clip}}}
+        config |= {"axis_value": "per_token", "residual_length": 128, **PLAIN}
         whole, single = KVQ(config), KVQ(config)
         whole.update(states, states, 0)
         for token in states.split(1, dim=2):
@@ -428,6 +431,8 @@ def test_large_offsets_cost_little_more_than_with_fp32_metadata(backend, nbits, 
     states = (torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(0)) + 100 * signs) * magnitude
     config = {"backend": backend, "nbits_k": nbits, "nbits_v": nbits, "axis_key": axis, "axis_value": axis}
     config["q_group_size"] = group_size
+    if axis == "per_token":
+        config |= PLAIN  # an offset that all channels share is the middle of a token's group until it is rotated
 
     def mean_errors(**more):
         decoded = TestInTheCache.fill(states, **config, **more)[:2]

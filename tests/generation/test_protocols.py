@@ -18,7 +18,7 @@ BITS = {"norm_codebook": 4 + 16 / 64, "static_float8": 8.0}
 def fields(request):
     register_backend(NORM_CODEBOOK, replace=True)
     register_backend(STATIC_FLOAT8, replace=True)
-    return dict(backend=request.param, **CASES[request.param])
+    return dict(backend=request.param, residual_length=128, **CASES[request.param])
 
 
 def test_it_generates(llama, prompts, fields, assert_telling):
@@ -32,7 +32,7 @@ def test_it_generates(llama, prompts, fields, assert_telling):
     memory = cache.memory()
     assert memory.effective_bits_key == pytest.approx(BITS[fields["backend"]], rel=0.01)
     assert memory.constant_bytes > 0
-    with attach(llama, **fields, residual_length=2048):
+    with attach(llama, **{**fields, "residual_length": 2048}):
         assert torch.equal(llama.generate(prompts, **GREEDY), reference)
 
 

@@ -126,7 +126,7 @@ def test_the_lines_add_up_after_a_reorder():
 
 def test_slack_is_counted():
     layer_states = torch.randn(2, 1, 2, 32 * 21, 64)
-    cache = KVQ(residual_length=0, axis_key="per_token")
+    cache = KVQ(residual_length=0, axis_key="per_token", axis_value="per_token")
     for start in range(0, 32 * 21, 32):
         cache.update(*layer_states[:, :, :, start : start + 32], 0)
     report = cache.memory()

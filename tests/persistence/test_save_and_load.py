@@ -17,8 +17,8 @@ CONFIGS = {
     "balanced": {"axis_value": "per_channel", "balance_k": "rms", "balance_v": "rms", "rotation_v": "hadamard"},
     "hqq": {"backend": {"key": "hqq", "value": "native"}, "nbits_v": 5},
     "no sinks, no window": {"sink_length": 0, "residual_length": 0},
-    "codebook": {"backend": "norm_codebook", "nbits_v": 4},
-    "calibrated": {"backend": "static_float8", "nbits_k": 8, "nbits_v": 8},
+    "codebook": {"backend": "norm_codebook", "nbits_v": 4, "residual_length": 128},
+    "calibrated": {"backend": "static_float8", "nbits_k": 8, "nbits_v": 8, "residual_length": 128},
     "per layer": {"layers": {"0": {"nbits_k": 8}, "1": {"full_precision": True}}},
 }
 

@@ -59,7 +59,8 @@ def states(tokens=300, dtype=torch.float32):
 def make(build, nbits=4, **fields):
     """Return a cache whose values are quantized by what `build` builds, the keys by quanto."""
     spec = BackendSpec("toy", API_VERSION, Capabilities(nbits=(4, 8)), build=lambda spec, options: build())
-    return KVQ(backend={"key": "quanto", "value": spec}, nbits_v=nbits, residual_length=32, q_group_size=32, **fields)
+    plain = dict(axis_value="per_token", rotation_v="none", residual_length=32, q_group_size=32)
+    return KVQ(backend={"key": "quanto", "value": spec}, nbits_v=nbits, **plain, **fields)
 
 
 def refuse(cache, error, words):
