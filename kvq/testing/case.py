@@ -26,6 +26,8 @@ GROUP_SIZE = 64
 HEAD_DIM = 64
 RESIDUAL_LENGTH = 32
 """Tokens of the window in the caches of a case: few, for tokens to be stored early."""
+PLAIN = {"rotation_k": "none", "rotation_v": "none", "balance_k": "none", "balance_v": "none"}
+"""The backend is tried on the states themselves: what the core does to them before has tests of its own."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,6 +83,7 @@ class ContractCase:
             "axis_value": str(self.granularity),
             "q_group_size": GROUP_SIZE,
             "residual_length": RESIDUAL_LENGTH,
+            **PLAIN,
         }
         if self.options:
             own["backend_options"] = {self.backend.name: dict(self.options)}

@@ -13,6 +13,14 @@ from kvq.attention.kernels.own_kernels import OWN_KERNELS
 from kvq.config import KVQCacheConfig
 from kvq.layers.quantized_layer import KVQLayer
 
+PLAIN = {
+    "axis_value": "per_token",
+    "rotation_k": "none",
+    "rotation_v": "none",
+    "balance_k": "none",
+    "balance_v": "none",
+}
+"""Codes of the states themselves, in groups of both directions; a test that is about other codes says so."""
 KERNELS = {kernel.name: kernel for kernel in OWN_KERNELS if not kernel.device_types or "cpu" in kernel.device_types}
 
 
@@ -77,7 +85,8 @@ def make_request(testing_backend):
                 yield ((states + offset * torch.randn(heads, 1, dim, generator=generator)) * magnitude).to(side_dtype)
 
         fields = {"backend": testing_backend, "nbits_k": 4, "nbits_v": 4, "q_group_size": 32, "residual_length": 64}
-        make.layer = layer = KVQLayer(0, KVQCacheConfig.from_mapping({**fields, **config}).for_layer(0), padding)
+        settings = KVQCacheConfig.from_mapping({**fields, **PLAIN, **config}).for_layer(0)
+        make.layer = layer = KVQLayer(0, settings, padding)
         keys, values = draw(tokens)
         if change is not None:
             change(keys, values)

@@ -11,13 +11,25 @@ import json
 import torch
 from torch.nn import functional
 
-from kvq import KVQ
+from kvq import KVQ, KVQCacheConfig
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.kernel import TRITON
 
 CPU = torch.device("cpu")
+PLAIN = {
+    "axis_value": "per_token",
+    "rotation_k": "none",
+    "rotation_v": "none",
+    "balance_k": "none",
+    "balance_v": "none",
+    "residual_length": 128,
+}
+"""What a case has that says nothing else: codes of the states themselves."""
+DEFAULTS = {name: KVQCacheConfig.model_fields[name].default for name in PLAIN}
 CASES = {
-    "defaults": {},
+    "plain": {},
+    "defaults": DEFAULTS,
+    "defaults, head dim 80": {**DEFAULTS, "head_dim": 80},
     **{f"{bits} bit": {"nbits_k": bits, "nbits_v": bits} for bits in range(2, 9)},
     "per token": {"axis_key": "per_token"},
     "per channel": {"axis_value": "per_channel"},
@@ -81,7 +93,7 @@ def build_request(
         return (keys * factor).to(key_dtype), (values * factor).to(value_dtype)
 
     means = 2 * draw(1, heads, 1, head_dim)
-    cache = KVQ({"backend": "native", **fields}, padding=padding)
+    cache = KVQ({"backend": "native", **PLAIN, **fields}, padding=padding)
     for piece in torch.arange(tokens).tensor_split(pieces):
         cache.update(*new_states(len(piece)), 0)
     if rows is not None:

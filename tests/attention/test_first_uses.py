@@ -109,6 +109,7 @@ KINDS = {
     "granularity": (dict(axis_key="per_token"), lambda request: not packed(request.pair.key).per_channel),
     "group length": (dict(q_group_size=16), lambda request: packed(request.pair.key).group_length == 16),
     "rotation": (dict(rotation_k="hadamard"), lambda request: packed(request.pair.key).rotation_block),
+    "balance": (dict(balance_k="rms"), lambda request: packed(request.pair.key).has_factor),
     "metadata": (
         dict(metadata_dtype="float32"),
         lambda request: packed(request.pair.key).scale_dtype == torch.float32,

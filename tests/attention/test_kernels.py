@@ -10,6 +10,7 @@ from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.blockwise import BlockwiseKernel
 from kvq.attention.kernels.own_kernels import OWN_KERNELS
+from kvq.config import KVQCacheConfig
 
 FP32_ERROR = 1e-5
 """Two orders of magnitude below what the issue of the kernels asks for, 1e-3."""
@@ -17,8 +18,13 @@ FP32_ERROR = 1e-5
 PADDED = torch.ones(2, 1, 1, 334, dtype=torch.bool)
 PADDED[0, ..., :41] = False
 
+DEFAULTS = {
+    name: KVQCacheConfig.model_fields[name].default
+    for name in ("axis_value", "rotation_k", "rotation_v", "balance_k", "balance_v", "residual_length")
+}
 CASES = {
     "odd length": dict(tokens=301),
+    "defaults": {**DEFAULTS, "nbits_v": 2, "q_group_size": 64, "sink_length": 4},
     "window only": dict(tokens=63, residual_length=64),
     "nothing but the new token": dict(tokens=0),
     "no window": dict(tokens=320, residual_length=0),

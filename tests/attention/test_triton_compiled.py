@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted_triton import DEFAULTS, PLAIN
 
 from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
@@ -36,7 +37,7 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def make_launch(dtype, head_dim, **fields):
-    cache = KVQ({"backend": "native", **fields})
+    cache = KVQ({"backend": "native", **PLAIN, **fields})
     states = torch.randn(1, 1, 700, head_dim, dtype=dtype)
     cache.update(states, states, 0)
     pair = cache.layers[0].update(states[:, :, :1], states[:, :, :1], packed=True)[0].pair
@@ -109,6 +110,8 @@ def compile_parts(launch, architecture, **changes):
         (90, 128, torch.bfloat16, {"nbits_v": 4}, 400),
         (80, 128, torch.bfloat16, {"nbits_v": 4, "q_group_size": {"key": 64, "value": 128}}, 400),
         pytest.param(80, 128, torch.bfloat16, {"nbits_v": 4}, 400, marks=pytest.mark.slow),
+        pytest.param(90, 128, torch.bfloat16, DEFAULTS, 512, marks=pytest.mark.slow),
+        pytest.param(80, 256, torch.bfloat16, DEFAULTS, 512, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.float16, {"nbits_k": 7, "nbits_v": 7}, 512, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.float32, {}, 0, marks=pytest.mark.slow),
         pytest.param(90, 80, torch.bfloat16, {"axis_key": "per_token"}, 512, marks=pytest.mark.slow),

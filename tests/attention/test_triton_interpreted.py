@@ -58,13 +58,14 @@ def make_request(dtype=torch.float32, head_dim=64, queries=1, groups=4, tokens=4
     ("asked", "obstacle"),
     [
         ({}, None),
-        ({"tokens": 100}, "nothing is quantized yet"),
+        ({"tokens": 60}, "nothing is quantized yet"),
         ({"head_dim": 288, "q_group_size": 96}, "head dims above 256"),
         ({"head_dim": 256, "q_group_size": 128}, "registers"),
         ({"queries": 17}, "64 query vectors"),
         ({"queries": 2, "new": False}, "not the newest"),
         ({"q_group_size": 48, "tokens": 800}, "powers of two"),
-        ({"axis_value": "per_channel", "q_group_size": {"key": 64, "value": 32}}, "shorter than the blocks"),
+        ({"q_group_size": {"key": 64, "value": 32}}, "shorter than the blocks"),
+        ({"axis_value": "per_token", "q_group_size": {"key": 64, "value": 32}}, None),
         ({"sink_length": 80}, "64 sinks"),
         ({"mask": torch.zeros(1, 1, 1, 401)}, "not boolean"),
         ({"mask": torch.ones(1, 8, 1, 401, dtype=torch.bool)}, "differs by head"),
@@ -126,8 +127,8 @@ def test_the_table_points_at_every_stored_block():
         places = [(segment, block) for segment in view.segments for block in range(segment.used)]
         for (segment, block), row in zip(places, table.blocks.tolist(), strict=True):
             widths = sorted((int(name[6:]) for name in segment.parts if name.startswith("codes_")), reverse=True)
-            names = [*(f"codes_{width}" for width in widths), "scale", "mid"]
-            addresses = [segment.parts[name][0, 0, block].data_ptr() for name in names]
-            assert [address for address in row[:5] if address] == addresses
-            assert row[6:] == [segment.capacity, segment.rows.data_ptr()]
+            names = [*(f"codes_{width}" for width in widths), "scale", "mid", "exponent", "factor"]
+            addresses = [segment.parts[name][0, 0, block].data_ptr() for name in names if name in segment.parts]
+            assert [address for address in row[:7] if address] == addresses
+            assert row[7:] == [segment.capacity, segment.rows.data_ptr()]
     assert len(pair.key.store.segments) > 2

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = torch.device("cuda", 0)
 HALF = {
     **{f"{bits} bit": {"nbits_k": bits, "nbits_v": bits, "head_dim": 128} for bits in range(2, 9)},
+    "defaults": {**interpreted_triton.DEFAULTS, "head_dim": 128},
     "rotated": {"rotation_k": "hadamard", "rotation_v": "hadamard"},
     "balanced": {"axis_value": "per_channel", "balance_k": "rms", "balance_v": "rms"},
     "values per channel": {"axis_value": "per_channel"},

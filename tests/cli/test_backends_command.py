@@ -64,10 +64,11 @@ def test_one_backend_as_json(call_kvq, toy_path):
     figures = {(one["nbits"], one["granularity"]): one for one in facts["effective_bits"]}
     assert len(figures) == 4
     # 64 codes, a scale of 16 bits and a mid of 16 (32 above 4 bits a code) for 64 elements; one byte for each block:
-    # 32 tokens of per-token groups, 64 tokens of per-channel ones, 128 elements in each.
+    # 32 tokens of per-token groups, 64 tokens of per-channel ones, 128 elements in each. Where groups are per channel,
+    # each token has a factor of one byte.
     assert figures[4, "per_token"]["key"] == 4 + 2 * 16 / 64 + 8 / (32 * 128)
-    assert figures[4, "per_channel"]["value"] == 4 + 2 * 16 / 64 + 8 / (64 * 128)
-    assert figures[8, "per_channel"]["key"] == 8 + (16 + 32) / 64 + 8 / (64 * 128)
+    assert figures[4, "per_channel"]["value"] == 4 + 2 * 16 / 64 + 8 / (64 * 128) + 8 / 128
+    assert figures[8, "per_channel"]["key"] == 8 + (16 + 32) / 64 + 8 / (64 * 128) + 8 / 128
 
 
 def test_one_backend_for_people(call_kvq, toy_path):

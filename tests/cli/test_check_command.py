@@ -16,6 +16,7 @@ residual_length: 96
 layers:
   "0-1": {full_precision: true}
   "last:2": {q_group_size: 32}
+  "4": {q_group_size: 32, axis_value: per_token}
 """
 FAULTY = """
 nbits: 4
@@ -25,7 +26,7 @@ residual_length: -1
 TIGHT = """
 nbits_v: 4
 backend: toy
-layers: {"3": {axis_key: per_token, q_group_size: 2}}
+layers: {"3": {axis_key: per_token, axis_value: per_token, q_group_size: 2}}
 """
 
 
@@ -35,10 +36,13 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
     assert done.returncode == 0
     assert "newest 96 and the first 4 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["all", "others", "keys", "toy", "4", "per_channel", "64", "none", "4.502"] in rows
-    assert ["0-1", "values", "full", "precision", *"-----"] in rows
-    # 32 codes of 4 bits, scale and mid of 16 bits, and a byte for a block of 32 tokens of 64 elements.
-    assert ["last:2", "values", "toy", "4", "per_token", "32", "none", f"{4 + 2 * 16 / 32 + 8 / (32 * 64):.3f}"] in rows
+    # Codes of 4 bits; scale and mid, 16 bits each, for a group; a byte for a block; a byte for 64 elements of a token.
+    steps, others = ("hadamard", "rms"), f"{4 + 2 * 16 / 64 + 8 / (64 * 64) + 8 / 64:.3f}"
+    assert ["all", "others", "keys", "toy", "4", "per_channel", "64", *steps, others] in rows
+    assert ["0-1", "values", "full", "precision", *"------"] in rows
+    last = f"{4 + 2 * 16 / 32 + 8 / (32 * 64) + 8 / 64:.3f}"
+    assert ["last:2", "values", "toy", "4", "per_channel", "32", *steps, last] in rows
+    assert ["4", "values", "toy", "4", "per_token", "32", "hadamard", "none", "5.004"] in rows, "8 / (32 * 64)"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def folder(tmp_path):
         (tmp_path / name / "config.json").write_text(text)
     (tmp_path / "good.yaml").write_text(CONFIG)
     (tmp_path / "faulty.yaml").write_text("nbits_k: 5\nresidual_length: -1\n")
-    (tmp_path / "tight.yaml").write_text("{axis_key: per_token, q_group_size: 2, nbits_k: 8}")
+    (tmp_path / "tight.yaml").write_text("{axis_key: per_token, axis_value: per_token, q_group_size: 2, nbits_k: 8}")
     return tmp_path
 
 

@@ -31,7 +31,7 @@ def test_each_preset_has_a_line(run_kvq):
         assert f"native   {nbits} / {nbits}" in lines[name]
         assert "hadamard / hadamard" in lines[name]
     assert "quanto   4 / 2" in lines["none"]
-    assert "none / none" in lines["none"]
+    assert "auto / auto" in lines["none"]
 
 
 def test_json_has_the_fields_that_a_configuration_gets(listed):

@@ -139,7 +139,7 @@ def test_a_layer_is_offloaded_and_brought_back(copied):
 
 
 def test_a_moved_layer_is_wholly_there():
-    cache = KVQ(layers={1: {"full_precision": True}}, rotation_k="none")
+    cache = KVQ(layers={1: {"full_precision": True}}, rotation_k="none", rotation_v="none")
     forward(cache, 300, 0)
     moved = cache.layers[0].moved_to(torch.device("meta"))
     assert moved.device.type == "meta"
