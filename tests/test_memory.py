@@ -30,7 +30,7 @@ def lengths_of_updates(flush, total):
     [
         ({}, 64),
         (dict(nbits_k=8, nbits_v=8), 64),
-        (dict(nbits_k=2, nbits_v=2, axis_key="per_token"), 32),
+        (dict(nbits_k=2, nbits_v=2, axis_key="per_token", axis_value="per_token"), 32),
         (dict(sink_length=0, residual_length=0), 64),
     ],
     ids=["defaults", "8 bit", "2 bit", "no window"],
@@ -47,7 +47,8 @@ def test_at_every_length_at_most_one_group_more_than_dynamic_cache(fields, flush
         chunks = [(tensor.nbytes, share) for _, side in layer.sides() for tensor, share in side.store.tensors()]
         exact = [side.window.buffer for _, side in layer.sides()]
         exact += [side.sinks.states for _, side in layer.sides() if side.sinks.states is not None]
-        held = sum(nbytes for nbytes, _ in chunks) + sum(tensor.nbytes for tensor in exact)
+        constants = [tensor for _, side in layer.sides() for tensor in side.codec.constants().values()]
+        held = sum(nbytes for nbytes, _ in chunks) + sum(tensor.nbytes for tensor in exact + constants)
         assert held <= (length + 64) * token_bytes, length
         if length > 1000:
             packed = sum(nbytes * share for nbytes, share in chunks)
@@ -61,12 +62,12 @@ def test_at_every_length_at_most_one_group_more_than_dynamic_cache(fields, flush
 
 
 def test_the_parts_add_up():
-    memory = feed(KVQ(rotation_v="hadamard"), 777, layers=3).memory()
+    memory = feed(KVQ(), 777, layers=3).memory()
     parts = memory.packed_bytes + memory.window_bytes + memory.sink_bytes + memory.slack_bytes + memory.constant_bytes
     assert parts == memory.total_bytes == sum(layer.total_bytes for layer in memory.layers)
-    assert memory.constant_bytes == 3 * 64
+    assert memory.constant_bytes == 3 * 2 * 64, "the signs of the rotations, a byte each"
     assert memory.sink_bytes == 3 * 2 * 4 * 2 * 64 * 2
-    assert memory.window_bytes == 3 * 2 * (777 - 640) * 2 * 64 * 2
+    assert memory.window_bytes == 3 * 2 * (777 - 704) * 2 * 64 * 2
 
 
 def test_full_precision_bytes_are_those_of_dynamic_cache():
@@ -80,11 +81,15 @@ def test_full_precision_bytes_are_those_of_dynamic_cache():
 
 
 def test_effective_bits_count_codes_metadata_and_slack():
-    memory = feed(KVQ(nbits_k=4, nbits_v=2, sink_length=0), 128 + 64 * 16).memory()
-    # 64 codes of 4 bit, scale and mid of 16 bit a group, and one exponent byte for the 64 x 64 elements of a block.
-    assert memory.effective_bits_key == pytest.approx(4 + 32 / 64 + 8 / 4096)
-    assert memory.effective_bits_value == pytest.approx(2 + 32 / 64 + 8 / (32 * 64))
-    grown = feed(KVQ(nbits_k=4, nbits_v=2, sink_length=0), 128)
+    fields = dict(nbits_k=4, nbits_v=2, sink_length=0)
+    memory = feed(KVQ(fields), 32 + 64 * 16).memory()
+    # 64 codes of 4 bit, scale and mid of 16 bit a group, one exponent byte for the 64 x 64 elements of a block, and a
+    # factor of one byte for the 64 elements of a token.
+    assert memory.effective_bits_key == pytest.approx(4 + 32 / 64 + 8 / 4096 + 8 / 64)
+    assert memory.effective_bits_value == pytest.approx(2 + 32 / 64 + 8 / 4096 + 8 / 64)
+    by_token = feed(KVQ(fields, axis_value="per_token"), 32 + 64 * 16).memory()
+    assert by_token.effective_bits_value == pytest.approx(2 + 32 / 64 + 8 / (32 * 64)), "such groups have no factors"
+    grown = feed(KVQ(fields), 32)
     for _ in range(9):
         feed(grown, 64)
     assert grown.memory().effective_bits_key > memory.effective_bits_key, "an open chunk is not free"

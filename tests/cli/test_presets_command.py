@@ -54,9 +54,9 @@ def test_the_bits_are_those_that_a_plan_finds(listed, head_dim):
         assert found == {"key": layer.key.effective_bits, "value": layer.value.effective_bits}
 
 
-def test_two_float16_in_groups_of_64_cost_half_a_bit(listed):
+def test_two_float16_in_groups_of_64_and_a_byte_a_token_cost_five_eighths_of_a_bit(listed):
     bits = {one["name"]: one["effective_bits"]["64"] for one in listed["presets"]}
-    assert [bits[name]["value"] for name in NAMES[1:]] == pytest.approx([4.5, 3.5, 2.5], abs=0.01)
+    assert [bits[name]["value"] for name in NAMES[1:]] == pytest.approx([4.625, 3.625, 2.625], abs=0.01)
 
 
 def test_the_divergence_is_that_of_the_committed_results_and_grows_with_fewer_bits(listed):
@@ -78,9 +78,9 @@ def test_a_file_with_a_preset_is_checked_as_its_fields(call_kvq, tmp_path):
     assert done.returncode == 0
     assert "the newest 64 and the first 4 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("all ")]
-    assert [row[1:7] for row in rows] == [
-        ["keys", "native", "3", "per_channel", "64", "hadamard"],
-        ["values", "native", "3", "per_token", "64", "hadamard"],
+    assert [row[1:8] for row in rows] == [
+        ["keys", "native", "3", "per_channel", "64", "hadamard", "rms"],
+        ["values", "native", "3", "per_channel", "64", "hadamard", "rms"],
     ]
 
 

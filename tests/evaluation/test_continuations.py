@@ -15,7 +15,9 @@ TOLERANCE = 1e-4  # nats, over a whole continuation, in float32
 
 EXACT = KVQCacheConfig(residual_length=4096)
 MANY_BITS = KVQCacheConfig(nbits_k=8, nbits_v=8, residual_length=16, sink_length=0, q_group_size=16)
-FEW_BITS = KVQCacheConfig(nbits_k=2, nbits_v=2, residual_length=16, sink_length=0, q_group_size=16)
+FEW_BITS = KVQCacheConfig(
+    nbits_k=2, nbits_v=2, residual_length=16, sink_length=0, q_group_size=16, rotation_k="none", rotation_v="none"
+)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from kvq.evaluation.quality.text import TokenText
 
 LENGTH = 400
 NEVER_FULL = {"residual_length": 4096}
+PLAIN = {"axis_value": "per_token", "rotation_k": "none", "rotation_v": "none", "balance_k": "none"}
 EPSILON = torch.finfo(torch.float32).eps
 PEER_LIBRARIES = pytest.mark.parametrize("library", ["hqq", pytest.param("quanto", marks=pytest.mark.costly)])
 """Of transformers' quantized caches; that of quanto compiles an extension at its first step."""
@@ -108,7 +109,7 @@ def test_a_cache_that_quantizes_nothing_costs_nothing(make_plan, loaded, text):
 
 
 def test_bits_are_seen(make_plan):
-    fields = {bits: {"nbits_k": bits, "nbits_v": bits, "residual_length": 32} for bits in (8, 4, 2)}
+    fields = {bits: {"nbits_k": bits, "nbits_v": bits, **PLAIN} for bits in (8, 4, 2)}
     exact, eight, four, two = evaluate(make_plan({"exact": NEVER_FULL, **{f"{b}": fields[b] for b in fields}}))
     assert exact.kl.mean < eight.kl.mean < four.kl.mean < two.kl.mean
     assert exact.held_bytes > eight.held_bytes > four.held_bytes > two.held_bytes

@@ -172,7 +172,8 @@ def test_few_bits_cost_answers_of_the_embedded_model(loaded):
 
     plain = score(lambda: DynamicCache(config=model.config))
     exact = score(lambda: KVQ(KVQCacheConfig(residual_length=4096), model=model))
-    few = score(lambda: KVQ(KVQCacheConfig(nbits_k=2, nbits_v=2, residual_length=32), model=model))
+    plain_codes = dict(axis_value="per_token", rotation_k="none", rotation_v="none", balance_k="none")
+    few = score(lambda: KVQ(KVQCacheConfig(nbits_k=2, nbits_v=2, **plain_codes), model=model))
     assert plain.answers_right > 0.9
     assert plain.mean_log_probability > -0.1
     assert exact.mean_log_probability == pytest.approx(plain.mean_log_probability, abs=1e-4)
