@@ -32,7 +32,7 @@ layers: {"3": {axis_key: per_token, axis_value: per_token, q_group_size: 2}}
 
 def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
     (tmp_path / "good.yaml").write_text(GOOD)
-    done = run_kvq("check", "good.yaml", "--head-dim", "64", PYTHONPATH=toy_path)
+    done = run_kvq("check", "good.yaml", "--head-dim", "64", PYTHONPATH=toy_path, COLUMNS=200)
     assert done.returncode == 0
     assert "newest 96 and the first 4 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]

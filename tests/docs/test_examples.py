@@ -98,7 +98,8 @@ def test_compare_backends_shows_every_usable_one(run_here):
 def test_custom_backend_generates(run_here):
     printed = run_here("custom_backend.py")
     assert said("generated", printed) == said("right", printed)
-    assert "clipping 5 bit" in printed
+    assert "clipping 5" in printed
+    assert "clipping 3 bit" in printed
 
 
 @pytest.mark.slow
