@@ -7,7 +7,6 @@ from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError
 from kvq.layers.quantized_layer import KVQLayer
 
-
 LONG_WINDOW = dict(residual_length=128)
 
 

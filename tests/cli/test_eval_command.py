@@ -21,7 +21,9 @@ QUICK = (*SMALL, "--needles", "0", "--no-peers")
 def call_eval(call_kvq, tmp_path):
     """Return a function that runs `kvq eval` beside some configurations in this process."""
     (tmp_path / "k4v4.yaml").write_text("{nbits_k: 4, nbits_v: 4, residual_length: 32}")
-    (tmp_path / "k2v2.yaml").write_text("{nbits_k: 2, nbits_v: 2, residual_length: 32, rotation_k: none, rotation_v: none}")
+    (tmp_path / "k2v2.yaml").write_text(
+        "{nbits_k: 2, nbits_v: 2, residual_length: 32, rotation_k: none, rotation_v: none}"
+    )
     (tmp_path / "faulty.yaml").write_text("nbits: 4")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "k4v4.yaml").write_text("nbits_v: 4")
