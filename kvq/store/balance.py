@@ -37,7 +37,7 @@ def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     unit = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-126, 126))
     squares = _sum_squares(finite * unit[..., None, None])
     ratio = squares.amax(-1, keepdim=True) / squares
-    codes = torch.bucketize(ratio, _boundaries(blocks.device))
+    codes = torch.bucketize(ratio.contiguous(), _boundaries(blocks.device))
     # Nothing but zeros has no ratio, and numbers at the end of fp32 have no room.
     is_left = ratio.isnan() | (exponent > LARGEST_EXPONENT)[..., None]
     codes = codes.masked_fill_(is_left, 0)
