@@ -30,10 +30,10 @@ class ShownRun:
         self._table: GrowingTable | None = None
 
     def begin(self) -> None:
-        """Print what is measured, and how."""
-        from kvq.evaluation.quality.report import describe_plan
+        """Print what is measured, and how, and what the columns are."""
+        from kvq.evaluation.quality.report import LEGEND, describe_plan
 
-        for line in describe_plan(self._plan, self._model):
+        for line in (*describe_plan(self._plan, self._model), *LEGEND):
             print_line(line)
 
     def add(self, record: QualityRecord) -> None:

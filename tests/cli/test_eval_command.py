@@ -12,6 +12,7 @@ import time
 import pytest
 
 from kvq.evaluation.quality import candidates
+from kvq.evaluation.quality.report import LEGEND
 
 SMALL = ("--dataset", "recall-report", "--sequences", "2", "--length", "300", "--step", "16", "--batch-size", "1")
 QUICK = (*SMALL, "--needles", "0", "--no-peers")
@@ -47,6 +48,7 @@ def test_a_run_is_a_table_a_file_and_a_picture(call_eval, tmp_path):
         "the first 128 tokens of each in full precision, the rest from the cache in steps of 16",
         "1 context with five facts; answers are scored, not written",
         "a greedy continuation of 8 tokens behind 292 of each sequence",
+        *LEGEND,
     ]
     rows = {line.split("  ")[0]: line for line in table.splitlines()[1:]}
     assert set(rows) == {"full precision", "k4v4", "k2v2"}

@@ -165,6 +165,8 @@ def test_a_budget_leaves_out_the_same_texts_of_every_cache(make_plan, seconds, r
     if line:
         assert f"{5 - read} of 5 sequences" in line
         assert f"the other {read}" in line
+        assert "share" not in line  # nothing was asked or written
+        assert "with their share of continuations," in str(describe_left_out(replace(plan, continuation=8), records))
 
 
 def test_a_window_that_is_shorter_than_a_step_is_named(make_plan):

@@ -30,6 +30,11 @@ COLUMNS = (
     "held",
     "smaller",
 )
+LEGEND = (
+    "KL: how far the next token's probabilities are from those in full precision, 0 if equal: mean, then percentiles",
+    "change: of the perplexity; top-1: how often both would say the same token; smaller: all bytes held",
+)
+"""What the columns are, for who sees them first."""
 TASK_COLUMNS = (
     "cache",
     "key, log p (95 %)",
@@ -153,9 +158,14 @@ def describe_left_out(plan: EvaluationPlan, records: Sequence[QualityRecord]) ->
     if not _measured(records) or read == planned:
         return None
     return (
-        f"left out for lack of time: {planned - read} of {planned} sequences, with their share of questions and "
-        f"continuations, for every cache alike; all figures are of the other {read}"
+        f"left out for lack of time: {planned - read} of {planned} sequences{_describe_shares(plan)}, for every cache "
+        f"alike; all figures are of the other {read}"
     )
+
+
+def _describe_shares(plan: EvaluationPlan) -> str:
+    shares = [name for name, count in (("questions", plan.needle_count), ("continuations", plan.continuation)) if count]
+    return f", with their share of {' and '.join(shares)}" if shares else ""
 
 
 def count_read(records: Sequence[QualityRecord]) -> int:
