@@ -5,7 +5,8 @@
     python scripts/update_pages.py --measure   # run the demo first
 
 Figures come from committed files in benchmarks/results: those of the demo from demo.json, which `--measure` writes in a
-minute or two; quality from scripts/measure_quality.py; speed from `make bench`. All other blocks are computed now.
+minute or two; quality from `kvq eval` and `make real-targets`; speed from `make bench`. All other blocks are computed
+now.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from demo_tables import render_demo, write_demo
 from markdown_table import table
 from method_tables import render_method
 from preset_tables import render_front, render_long, render_measured, render_presets, render_real_model
-from quality_tables import render_choices, render_quality
+from quality_tables import render_toys
 from quality_targets import render_targets
 from speed_tables import render_speed
 
@@ -122,9 +123,8 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "targets": render_targets,
         "long": render_long,
         "demo": render_demo,
-        "quality": render_quality,
         "measured-presets": render_measured,
-        "choices": render_choices,
+        "toys": render_toys,
     },
     "docs/speed.md": {"speed": render_speed},
 }

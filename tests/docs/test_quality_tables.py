@@ -1,14 +1,14 @@
-"""Tables of docs/quality.md from reports of every format that was ever committed."""
+"""Tables of docs/quality.md from results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
 import torch
-from quality_tables import COLUMNS, TAIL_COLUMNS, quality_columns, quality_rows
+from quality_tables import BEFORE, TAIL_COLUMNS, TOY_ROWS, TOYS, compare_rows, quality_rows
 
+from kvq import KVQCacheConfig
 from kvq.evaluation.quality.candidates import Candidate
 from kvq.evaluation.quality.free_running import Divergence
 from kvq.evaluation.quality.metrics import TokenScores
@@ -29,8 +29,7 @@ def test_a_report_with_percentiles_shows_them():
     answer = NeedleScore(0.5, True, 5, 5, -1.0)
     report, record = make_report(needles=[(answer, answer)] * 2, divergences=[Divergence(3.0, 0.25)] * 2)
     (row,) = quality_rows(report)
-    cells = dict(zip(quality_columns(report), row, strict=True))
-    assert quality_columns(report) == TAIL_COLUMNS
+    cells = dict(zip(TAIL_COLUMNS, row, strict=True))
     assert cells["median"] == f"{record['kl_p50']:.1e}"
     assert cells["99.9 %"] == f"{record['kl_p999']:.1e}"
     assert (cells["key, log p"], cells["drift"]) == ("-0.200", "0.250")
@@ -49,10 +48,19 @@ def test_one_text_has_no_interval():
     assert quality_rows(report)[0][1] == "1.2e-02"
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("quality_report_*.json")), ids=lambda path: path.stem)
-def test_a_committed_report_has_a_cell_in_every_column(path):
-    report = json.loads(path.read_text("utf-8"))
-    rows = quality_rows(report)
-    assert len(rows) >= 5
-    assert {len(row) for row in rows} == {len(quality_columns(report))}
-    assert (quality_columns(report) == COLUMNS) == ("format" not in report)
+def test_the_check_of_the_defaults_is_of_the_defaults():
+    for toy in TOYS:
+        records = {one["label"]: one for one in json.loads((RESULTS / f"defaults-{toy}.json").read_text())["records"]}
+        assert records["today"]["settings"] == KVQCacheConfig().to_dict()
+        before = records[BEFORE]["settings"]
+        assert {before[f"{step}_{side}"] for step in ("rotation", "balance") for side in "kv"} == {"none"}
+        assert (before["axis_value"], before["residual_length"]) == ("per_token", 128)
+        assert set(records) == set(TOY_ROWS)
+
+
+def test_the_page_says_of_the_toys_what_they_show():
+    """That the defaults of today are no worse at the same window, and where they are better."""
+    for toy in TOYS:
+        records = {one["label"]: one for one in json.loads((RESULTS / f"defaults-{toy}.json").read_text())["records"]}
+        verdict = compare_rows(records["before-short-window"], records["today"]).split(", ")[1]
+        assert verdict in ("better", "tie")

@@ -44,3 +44,12 @@ def test_an_outlier_is_spread_over_its_block():
     states[0, 7] = 8.0
     rotated = HadamardRotation(64, 0, torch.device("cpu")).apply(states)
     torch.testing.assert_close(rotated.abs(), torch.ones(1, 64))
+
+
+def test_gradients_pass_and_change_no_bit():
+    rotation = HadamardRotation(64, 0, torch.device("cpu"))
+    states = torch.randn(3, 64, requires_grad=True)
+    rotated, weights = rotation.apply(states), torch.randn(3, 64)
+    (rotated * weights).sum().backward()
+    assert torch.equal(rotated.detach(), rotation.apply(states.detach()))
+    torch.testing.assert_close(states.grad, rotation.undo(weights), atol=1e-5, rtol=0)
