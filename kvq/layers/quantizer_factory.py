@@ -105,8 +105,10 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
 
 
 def _rotates(chosen: ResolvedSide, spec: QuantSpec) -> bool:
-    is_worth_it = rotation_block(spec.head_dim) >= LEAST_ROTATION_BLOCK
-    return chosen.rotation == "hadamard" or (chosen.rotation == "auto" and is_worth_it)
+    if chosen.rotation != "auto":
+        return chosen.rotation == "hadamard"
+    # An offset that all channels share ends in one channel of a transform, where groups inside a token cannot hide it.
+    return spec.granularity is Granularity.PER_CHANNEL and rotation_block(spec.head_dim) >= LEAST_ROTATION_BLOCK
 
 
 def _check_untouched(chosen: ResolvedSide, side: Side) -> None:

@@ -52,8 +52,19 @@ CHECKS = (
     Sample(bits=(6, 3), axes=(_TOKEN, _TOKEN), group_size=64, head_dim=64, sharing=8),
 )
 """The requests that are compared with the reference after `TIMED`, the most usual first."""
-TIMED = Sample(stored=1024, heads=8, head_dim=128, group_size=64, dtypes=(_BF16, _BF16, _BF16))
-"""The request that is timed, and compared first: one step of one layer of a model of 7 or 8 billion parameters."""
+TIMED = Sample(
+    stored=1024,
+    heads=8,
+    head_dim=128,
+    group_size=64,
+    dtypes=(_BF16, _BF16, _BF16),
+    bits=(4, 2),
+    axes=(_CHANNEL, _CHANNEL),
+    is_rotated=True,
+    balanced=(True, True),
+)
+"""The request that is timed, and compared first: a step of one layer of a model of 7 or 8 billion parameters, as stored
+by default."""
 
 
 @dataclass
