@@ -116,7 +116,14 @@ def render_real_model() -> str:
 def render_long() -> str:
     """Return the same figures at longer contexts, a table for each length."""
     runs = sorted(load_result(LONG_RESULT).values(), key=lambda run: run["length"])
-    return "\n\n".join(f"{describe_run(run)}\n\n{_table_with_tail(run)}" for run in runs)
+    return "\n\n".join(f"{describe_run(run)} {_name_windows(run)}\n\n{_table_with_tail(run)}" for run in runs)
+
+
+def _name_windows(result: dict[str, Any]) -> str:
+    """Return a sentence about the window that kvq's caches were measured with, which may not be today's default."""
+    own = [record["settings"] for record in result["records"] if not record["is_peer"]]
+    windows = sorted({settings["residual_length"] for settings in own})
+    return f"kvq's caches have a window of {' and '.join(map(str, windows))} tokens."
 
 
 def _table_with_tail(result: dict[str, Any]) -> str:

@@ -23,8 +23,8 @@ from kvq.evaluation.quality.side_by_side import OnProgress, SideBySide
 from kvq.evaluation.quality.text import TokenText, is_recall_tokenizer, load_dataset
 
 TEXT = "topics-report"
-LENGTH, PREFILL, STEP, CONTINUATION = 640, 512, 64, 20
-"""Tokens of the text; those read at once; those of each later forward, less than the window; those written."""
+LENGTH, PREFILL, STEP, CONTINUATION = 640, 512, 32, 20
+"""Tokens of the text; those read at once; those of each later forward, no more than the window; those written."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,8 @@ def test_the_sentences_on_quality_agree_with_their_figures():
     assert f"a {best['kl']['mean'] / four['kl']['mean']:.0f}th of the KL divergence" in sentences
     assert 0.3 < three["kl"]["mean"] / best["kl"]["mean"] < 0.37, "3 bits a third"
     assert min(four["held_bytes"], three["held_bytes"]) > best["held_bytes"], "of so short a text they hold more bytes"
-    assert f"At {long['length']:,} tokens" in sentences
+    assert f"At {long['length']:,} tokens, with that window" in sentences
+    assert {one["settings"].get("residual_length", 128) for one in long["records"]} == {128}, "128 tokens stay exact"
     assert f"hold {long_four['held_bytes'] / quanto['held_bytes'] - 1:.0%}".replace("%", " %") + " more" in sentences
     assert f"hold {1 - long_three['held_bytes'] / quanto['held_bytes']:.0%}".replace("%", " %") + " less" in sentences
     assert f"a {quanto['kl']['mean'] / long_four['kl']['mean']:.0f}th of its KL" in sentences

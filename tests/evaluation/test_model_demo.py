@@ -37,6 +37,10 @@ def test_the_figures_are_those_of_an_evaluation(plan, row):
     assert row.record.kl.mean > 0
 
 
+def test_no_cache_is_flattered_by_the_steps(plan):
+    assert plan.step <= KVQCacheConfig().residual_length
+
+
 def test_the_continuations_are_what_generate_writes(plan, row):
     prompt = plan.text.sequences[:, : plan.prompt_length]
 
