@@ -90,14 +90,20 @@ def draw_quality(axes, points: Points) -> None:  # noqa: ANN001  # matplotlib is
     result = load_result(FRONT_RESULT)
     axes.set_yscale("log")
     sizes = [smaller for [(smaller, _)] in points.values()]
-    axes.set_xlim(min(sizes) - 0.2, max(sizes) + 0.25 * (max(sizes) - min(sizes)) + 0.2)
+    axes.set_xlim(min(sizes) - 0.4, max(sizes) + 0.25 * (max(sizes) - min(sizes)) + 0.2)
     axes.set_xlabel(f"times smaller than full precision ({result['length']} tokens)")
     axes.set_ylabel("KL divergence (nats)")
     axes.set_title(result["model"].partition("(")[2].rpartition(",")[0], fontsize=9)
 
 
-PLACES = {"transformers hqq 4": (8, -9), "transformers quanto 4": (8, 2), "transformers hqq 2": (8, -8)}
-"""Points from a marker to its label, where labels would lie upon each other."""
+PLACES = {
+    "transformers hqq 4": (-8, -8),
+    "transformers quanto 4": (-8, 2),
+    "transformers hqq 2": (8, -8),
+    "defaults": (8, 2),
+    "3bit": (8, -8),
+}
+"""Points from a marker to its label, where labels would lie upon each other; to the left if negative."""
 
 
 def draw_steps(axes, points: Points) -> None:  # noqa: ANN001  # matplotlib is optional
