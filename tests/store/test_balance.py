@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from kvq.store.balance import even_out, factor_table, read_factors
+from kvq.store.balance import _sum_squares, even_out, factor_table, read_factors
 
 STEP = 2 ** (1 / 32)
 
@@ -51,6 +52,18 @@ def test_a_block_alone_or_in_another_layout_has_the_same_codes():
     assert torch.equal(even_out(strided)[1], codes)
 
 
+@pytest.mark.parametrize("dim", [64, 80])
+def test_sums_have_an_order_of_their_own(dim):
+    """That of torch depends on processor and shape, and a token at the edge of two codes would follow it."""
+    states = torch.randn(2000, dim, generator=torch.Generator().manual_seed(0))
+    expected = np.zeros((2000, 1 << (dim - 1).bit_length()), dtype=np.float32)
+    expected[:, :dim] = states.numpy() ** 2
+    while expected.shape[1] > 1:
+        half = expected.shape[1] // 2
+        expected = expected[:, :half] + expected[:, half:]
+    assert _sum_squares(states).numpy().tobytes() == expected.tobytes()
+
+
 def test_a_token_much_shorter_than_the_longest_has_the_least_factor():
     blocks = torch.ones(1, 1, 1, 8, 16)
     blocks[..., 3, :] = 1e-6
@@ -65,6 +78,13 @@ def test_any_magnitude_stays_finite(magnitude):
     even, codes = even_out(blocks)
     assert even.isfinite().all()
     torch.testing.assert_close(even * read_factors(codes)[..., None], blocks, rtol=3e-7, atol=1e-44)
+
+
+def test_a_short_token_with_one_large_element_does_not_overflow():
+    blocks = torch.zeros(1, 1, 1, 8, 64)
+    blocks[..., 0, :] = 3e38
+    blocks[..., 1, 5] = 3e38
+    assert even_out(blocks)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
