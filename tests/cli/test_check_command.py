@@ -42,7 +42,7 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
     assert ["0-1", "values", "full", "precision", *"------"] in rows
     last = f"{4 + 2 * 16 / 32 + 8 / (32 * 64) + 8 / 64:.3f}"
     assert ["last:2", "values", "toy", "4", "per_channel", "32", *steps, last] in rows
-    assert ["4", "values", "toy", "4", "per_token", "32", "hadamard", "none", "5.004"] in rows, "8 / (32 * 64)"
+    assert ["4", "values", "toy", "4", "per_token", "32", "none", "none", "5.004"] in rows, "8 / (32 * 64)"
 
 
 @pytest.mark.parametrize(
