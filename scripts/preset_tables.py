@@ -101,8 +101,7 @@ def render_front() -> str:
         f"{result['model']}, on {FRONT_TEXTS[result['text']]}: {result['sequences']} texts of {result['length']:,} "
         f"tokens, of which {scored} are read from the cache. KL is the divergence of the next token from that of full "
         'precision; top-1, how often both would say the same token; "smaller" counts all that a cache holds, in '
-        f"{result['dtype']} where it is exact: of so short a text the window is a fifth, and `kvq plan` computes "
-        "longer ones."
+        f"{result['dtype']} where it is exact; `kvq plan` computes longer texts, of which less is exact."
     )
     return f"{table(FRONT, rows, right=range(1, len(FRONT)))}\n\n{told}"
 

@@ -91,9 +91,8 @@ class TestPrecedence:
 
     def test_fields_that_it_does_not_have_are_added(self):
         cache = KVQ(preset="4bit", residual_length=64, layers={"0": {"nbits_k": 8}})
-        assert (cache.config.residual_length, cache.config.rotation_k) == (64, "hadamard")
+        assert (cache.config.residual_length, cache.config.nbits_v, cache.config.axis_value) == (64, 4, "per_channel")
         assert cache.config.for_layer(0).key.nbits == 8
-        assert cache.config.for_layer(0).key.rotation == "hadamard"
 
     def test_a_value_equal_to_the_default_wins_too(self):
         config = KVQCacheConfig(preset="8bit", nbits_v=2, rotation_k="none", backend="quanto")
@@ -162,6 +161,19 @@ class TestWhereOneIsRead:
         assert schema["properties"]["preset"]["enum"] == list(NAMES)
         assert "required" not in schema
         assert next(iter(schema["properties"])) == "preset"
+
+    @pytest.mark.parametrize(
+        ("fields", "step"),
+        [
+            ({"axis_value": "per_token"}, "balance_v"),
+            ({"backend": "quanto", "axis_key": 0, "axis_value": 0}, "balance_k"),
+            ({"layers": {0: {"axis_value": "per_token"}}}, "balance_v"),
+            ({"backend": "quanto"}, "rotation_v"),
+        ],
+    )
+    def test_what_might_not_go_with_a_field_beside_it_is_auto(self, fields, step):
+        assert getattr(KVQCacheConfig(preset="4bit", **fields), step) == "auto"
+        assert getattr(KVQCacheConfig(preset="4bit", **fields, **{step: "none"}), step) == "none"
 
 
 class TestWhatIsLeft:

@@ -35,7 +35,7 @@ from kvq.config.field_types import (
 )
 from kvq.config.files import load_mapping
 from kvq.config.frozen import FrozenDict, FrozenModel
-from kvq.config.layer_config import AXIS_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
+from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
 from kvq.config.layer_selector import LayerSelector, find_selector
 from kvq.config.plain_values import find_strange_values
 from kvq.config.presets import FIELD as PRESET_FIELD
@@ -89,7 +89,7 @@ class KVQCacheConfig(FrozenModel):
     sink_length: Tokens = Field(default=4, description="how many of the first real tokens of each row stay exact")
     rotation_k: Rotation = Field(
         default="auto",
-        description="`hadamard` (for affine backends), `none`, or `auto`: `hadamard` where it is safe to help, that is "
+        description="`hadamard` (for affine backends), `none`, or `auto`: `hadamard` where it helps and is safe: "
         "for affine backends, `per_channel` groups and head dims that 16 divides",
     )
     rotation_v: Rotation = Field(default="auto", description="the same for the values")
@@ -216,7 +216,7 @@ class KVQCacheConfig(FrozenModel):
         faults = find_strange_values(fields)
         if faults:
             raise ConfigError(faults, source)
-        super()._fill(expand_preset(fields, source), source)
+        super()._fill(_complete_older(expand_preset(fields, source)), source)
 
     @classmethod
     def _known_names(cls) -> list[str]:
@@ -299,6 +299,13 @@ class KVQCacheConfig(FrozenModel):
         text = find_selector(self.layers, layer_idx, num_layers)
         own = self.layers[text].given if text is not None else {}
         return ResolvedLayer.from_fields({**dict(self), **own})
+
+
+def _complete_older(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return fields as they were written before some of today's existed, with what these did not do then."""
+    younger = BALANCE_FIELDS.values()
+    has_all_older = KVQCacheConfig.model_fields.keys() - fields.keys() == set(younger)
+    return {**fields, **dict.fromkeys(younger, "none")} if has_all_older else fields
 
 
 def _backend_of_field(info: ValidationInfo) -> BackendSpec | None:

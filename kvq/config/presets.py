@@ -36,6 +36,14 @@ def _evened_out(nbits: int) -> FrozenDict[str, Any]:
 PRESETS: Mapping[str, Mapping[str, Any]] = FrozenDict({f"{nbits}bit": _evened_out(nbits) for nbits in (8, 4, 3, 2)})
 """Name to fields, as a user would write them. All other fields have the defaults of the configuration."""
 
+_STEPS_K, _STEPS_V = ("rotation_k", "balance_k"), ("rotation_v", "balance_v")
+_DEPENDENT = {
+    "axis_key": _STEPS_K,
+    "axis_value": _STEPS_V,
+    **dict.fromkeys(("backend", "layers"), (*_STEPS_K, *_STEPS_V)),
+}
+"""What becomes `auto` beside a field with which a preset's own word might not go together."""
+
 
 def expand_preset(fields: Mapping[str, Any], source: str | None = None) -> Mapping[str, Any]:
     """Return fields with the preset among them, if there is one, replaced by what it stands for.
@@ -53,7 +61,9 @@ def expand_preset(fields: Mapping[str, Any], source: str | None = None) -> Mappi
     if not isinstance(name, str) or name not in PRESETS:
         problem = str(not_accepted(name, f"a preset is one of {', '.join(map(repr, PRESETS))}"))
         raise ConfigError([Fault((FIELD,), problem)], source)
-    return {**PRESETS[name], **{field: value for field, value in fields.items() if field != FIELD}}
+    given = {field: value for field, value in fields.items() if field != FIELD}
+    loosened = {step: "auto" for field, steps in _DEPENDENT.items() if field in given for step in steps}
+    return {**PRESETS[name], **loosened, **given}
 
 
 def add_to_schema(schema: dict[str, Any]) -> None:

@@ -157,7 +157,7 @@ class AffineCodec:
         if factors is not None:
             states *= factors.unsqueeze(-2 if self._is_channel_major else -1).to(self.compute_dtype)
         if self.rotation is not None:
-            states = self.rotation.undo(states, -2 if self._is_channel_major else -1)
+            states = self.rotation.undo(states.float(), -2 if self._is_channel_major else -1)
         if out.dtype is torch.float16:
             states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
         out.unflatten(2, (-1, self.block_length)).copy_(states.mT if self._is_channel_major else states)

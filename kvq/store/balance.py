@@ -11,6 +11,7 @@ by comparing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -20,6 +21,22 @@ from kvq.plugin_api.packed_format import FACTOR_STEPS
 
 LARGEST_EXPONENT = 100
 """Blocks with larger numbers are left as they are: a short token with one large element could overflow."""
+
+
+def _table(numbers: Iterable[float]) -> torch.Tensor:
+    # By name: the caller may have set another default device or dtype.
+    with torch.inference_mode(False):
+        return torch.tensor(list(numbers), dtype=torch.float32, device="cpu")
+
+
+FACTORS = _table(2 ** (-code / FACTOR_STEPS) for code in range(256))
+"""The factor of each code, fp32 `[256]` on the processor."""
+_TABLES = {
+    "factors": FACTORS,
+    "inverses": _table(2 ** (code / FACTOR_STEPS) for code in range(256)),
+    # Where a ratio of sums of squares passes from one code to the next.
+    "boundaries": _table(2 ** ((2 * code + 1) / FACTOR_STEPS) for code in range(255)),
+}
 
 
 def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,21 +54,16 @@ def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     unit = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-126, 126))
     squares = _sum_squares(finite * unit[..., None, None])
     ratio = squares.amax(-1, keepdim=True) / squares
-    codes = torch.bucketize(ratio.contiguous(), _boundaries(blocks.device))
+    codes = torch.bucketize(ratio.contiguous(), _on(blocks.device, "boundaries"))
     # Nothing but zeros has no ratio, and numbers at the end of fp32 have no room.
     is_left = ratio.isnan() | (exponent > LARGEST_EXPONENT)[..., None]
     codes = codes.masked_fill_(is_left, 0)
-    return blocks * _powers(blocks.device, 1)[codes][..., None], codes.to(torch.uint8)
+    return blocks * _on(blocks.device, "inverses")[codes][..., None], codes.to(torch.uint8)
 
 
 def read_factors(codes: torch.Tensor) -> torch.Tensor:
     """Return the factors `2 ** (-code / 32)` of tokens in fp32, new, in the shape of `codes`."""
-    return _powers(codes.device, -1)[codes.long()]
-
-
-def factor_table() -> torch.Tensor:
-    """Return the factor of each code, fp32 `[256]` on the processor: always the same tensor."""
-    return _powers(torch.device("cpu"), -1)
+    return _on(codes.device, "factors")[codes.long()]
 
 
 def _sum_squares(states: torch.Tensor) -> torch.Tensor:
@@ -67,13 +79,9 @@ def _sum_squares(states: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _boundaries(device: torch.device) -> torch.Tensor:
-    """Return where a ratio of sums of squares passes from one code to the next: fp32 `[255]`."""
+def _on(device: torch.device, name: str) -> torch.Tensor:
+    """Return a table on a device."""
+    if device.type == "cpu":
+        return _TABLES[name]
     with torch.inference_mode(False):
-        return torch.tensor([2 ** ((2 * code + 1) / FACTOR_STEPS) for code in range(255)], device=device)
-
-
-@cache
-def _powers(device: torch.device, sign: int) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor([2 ** (sign * code / FACTOR_STEPS) for code in range(256)], device=device)
+        return _TABLES[name].to(device)

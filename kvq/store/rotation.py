@@ -46,7 +46,7 @@ class HadamardRotation:
 
         Both ways give the same bits; along -2, with tokens behind, the processor adds whole vectors.
         """
-        factors = self.signs * self.block_size**-0.5
+        factors = self.signs.float() * self.block_size**-0.5
         rotated: torch.Tensor = self._transform(states, dim) * (factors if dim == -1 else factors[:, None])
         return rotated
 

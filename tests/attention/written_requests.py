@@ -10,7 +10,7 @@ import torch
 from kvq.attention.kernels.compiled import kernel as kernel_module
 from kvq.attention.kernels.compiled.kernel import CompiledKernel
 from kvq.attention.kernels.compiled.structures import PackedRequest, PackedSegment
-from kvq.store.balance import factor_table
+from kvq.store.balance import FACTORS
 
 GAP = 64
 """Bytes between what lies apart in memory, and to which each is aligned."""
@@ -117,7 +117,7 @@ def list_tensors(request):
     for side in (pair.key, pair.value):
         found += [side.sinks.states, side.window, side.new]
         rotation = side.store.codec.rotation
-        found += [None if rotation is None else rotation.signs, factor_table()]
+        found += [None if rotation is None else rotation.signs, FACTORS]
         for segment in side.store.segments:
             found += [segment.rows, *segment.parts.values()]
     return [tensor for tensor in found if tensor is not None]

@@ -240,6 +240,6 @@ def test_two_processes_measure_what_one_does(run, call_eval, tmp_path):
     options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
     done = run(*launcher, *options, "--module", "kvq", "eval", *args, "--out", "two.json", HF_HUB_OFFLINE=1)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("perplexity") == 1  # one table, of both
+    assert done.stdout.count("perplexity  change") == 1  # one table, of both
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one["records"] == two["records"]

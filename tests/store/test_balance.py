@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvq.store.balance import _sum_squares, even_out, factor_table, read_factors
+from kvq.store.balance import FACTORS, _sum_squares, even_out, read_factors
 
 STEP = 2 ** (1 / 32)
 
@@ -37,8 +37,8 @@ def test_factors_lead_back():
     even, codes = even_out(blocks)
     torch.testing.assert_close(even * read_factors(codes)[..., None], blocks, rtol=3e-7, atol=0)
     expected = torch.tensor([2.0 ** (-code / 32) for code in range(256)], dtype=torch.float64)
-    torch.testing.assert_close(factor_table().double(), expected, rtol=1e-7, atol=0)
-    assert torch.equal(read_factors(torch.arange(256, dtype=torch.uint8)), factor_table())
+    torch.testing.assert_close(FACTORS.double(), expected, rtol=1e-7, atol=0)
+    assert torch.equal(read_factors(torch.arange(256, dtype=torch.uint8)), FACTORS)
 
 
 def test_a_block_alone_or_in_another_layout_has_the_same_codes():

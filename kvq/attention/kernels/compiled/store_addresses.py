@@ -15,7 +15,7 @@ import torch
 from kvq.attention.handle import PackedPair
 from kvq.attention.kernels.compiled.structures import PackedRequest, PackedSegment, PackedSide
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
-from kvq.store.balance import factor_table
+from kvq.store.balance import FACTORS
 from kvq.store.chunks import StoreView
 from kvq.store.segments import Segment
 
@@ -76,7 +76,7 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
         side.signs = store.codec.constants()[ROTATION_SIGNS].data_ptr()
         side.rotation_block = packed.rotation_block
     if packed.has_factor:
-        side.factors = factor_table().data_ptr()
+        side.factors = FACTORS.data_ptr()
     side.segment_count = len(store.segments)
     array = (PackedSegment * max(1, len(store.segments)))()
     for described, segment in zip(array, store.segments, strict=False):

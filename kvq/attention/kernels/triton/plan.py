@@ -135,7 +135,7 @@ def _find_rotation(view: StoreView) -> torch.Tensor | None:
 
 
 def _rotation_matrix(signs: torch.Tensor) -> torch.Tensor:
-    return HadamardRotation.of_signs(signs).apply(torch.eye(len(signs), device=signs.device))
+    return HadamardRotation.of_signs(signs).apply(torch.eye(len(signs), dtype=torch.float32, device=signs.device))
 
 
 @cache
