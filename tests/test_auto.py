@@ -5,6 +5,7 @@ import torch
 
 from kvq import KVQ
 from kvq.plugin_api.packed_format import get_packed_format
+from kvq.store import balance
 
 
 def steps_of(head_dim=64, **fields):
@@ -42,3 +43,35 @@ def test_a_transform_of_a_few_elements_is_left_out(head_dim, rotation):
 def test_none_is_none():
     plain = dict.fromkeys(("rotation_k", "rotation_v", "balance_k", "balance_v"), "none")
     assert steps_of(**plain) == [("none", "none")] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_default_dtype_changes_nothing(dtype):
+    states = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(0))
+
+    def restored():
+        cache = KVQ(backend="native")
+        cache.update(states, states, 0)
+        return cache.materialize(0)
+
+    expected, usual = restored(), torch.get_default_dtype()
+    balance._on.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found = restored()
+    finally:
+        torch.set_default_dtype(usual)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert balance.FACTORS.dtype == torch.float32
+
+
+@pytest.mark.parametrize("states_dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("compute_dtype", ["float16", "bfloat16"])
+def test_half_of_the_width_suffices_to_compute_in(states_dtype, compute_dtype):
+    """Sums of 128 numbers leave float16 where the numbers do not."""
+    states = (torch.randn(1, 1, 256, 128, generator=torch.Generator().manual_seed(0)) * 3000).to(states_dtype)
+    cache = KVQ(backend="native", nbits_k=8, nbits_v=8, compute_dtype=compute_dtype, residual_length=0, sink_length=0)
+    cache.update(states, states, 0)
+    for found in cache.materialize(0):
+        error = (found.float() - states.float()).norm() / states.float().norm()
+        assert error < 0.01
