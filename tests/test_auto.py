@@ -55,7 +55,6 @@ def test_the_default_dtype_changes_nothing(dtype):
         return cache.materialize(0)
 
     expected, usual = restored(), torch.get_default_dtype()
-    balance._on.cache_clear()
     torch.set_default_dtype(dtype)
     try:
         found = restored()
