@@ -29,21 +29,31 @@ WAYS = {
     "5 queries at once, left padding and reordered rows": (5, True, (2, 0, 0)),
 }
 """Queries, whether there is padding, and the order of the rows of the batch."""
+DEFAULT_STEPS = dict.fromkeys(("rotation_k", "rotation_v", "balance_k", "balance_v"), "auto")
+"""What the core does to states before it groups them, where a user does not say."""
 
 
 def measure_attention(case: ContractCase) -> Iterator[tuple[str, float]]:
     """Yield each kind of request, and the error of its output as a share of the largest number of float64."""
     for way, (queries, is_padded, order) in WAYS.items():
-        request = _request(case, queries, is_padded=is_padded, order=order)
-        chosen, expected = get_kernel_registry().choose(request).kernel, _attend_in_float64(request)
-        for kernel in {kernel.name: kernel for kernel in (chosen, REFERENCE)}.values():
-            difference = (kernel.attend(request).double() - expected).abs().max() / expected.abs().max()
-            yield f"{way}, kernel {kernel.name!r}", float(difference)
+        yield from _measure(way, _request(case, queries, is_padded=is_padded, order=order))
+    way, (queries, is_padded, order) = next(reversed(WAYS.items()))
+    request = _request(case, queries, is_padded=is_padded, order=order, **DEFAULT_STEPS)
+    yield from _measure(f"{way}, rotated and balanced as by default", request)
 
 
-def _request(case: ContractCase, queries: int, *, is_padded: bool, order: tuple[int, ...] | None) -> AttentionRequest:
+def _measure(way: str, request: AttentionRequest) -> Iterator[tuple[str, float]]:
+    chosen, expected = get_kernel_registry().choose(request).kernel, _attend_in_float64(request)
+    for kernel in {kernel.name: kernel for kernel in (chosen, REFERENCE)}.values():
+        difference = (kernel.attend(request).double() - expected).abs().max() / expected.abs().max()
+        yield f"{way}, kernel {kernel.name!r}", float(difference)
+
+
+def _request(
+    case: ContractCase, queries: int, *, is_padded: bool, order: tuple[int, ...] | None, **fields: str
+) -> AttentionRequest:
     """Return a step of `queries` tokens on a layer with some tokens stored and some in the window."""
-    layer = quantized_layer(case.filled_cache(case.tokens_for(FLUSHES), batch=BATCH, seed=90))
+    layer = quantized_layer(case.filled_cache(case.tokens_for(FLUSHES), batch=BATCH, seed=90, **fields))
     if order is not None:
         layer.reorder_cache(torch.tensor(order))
     keys, values = (case.states(queries, batch=BATCH, seed=seed) for seed in (92, 93))
