@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -166,7 +167,10 @@ def test_peers_are_measured_or_told_of(make_plan, loaded, text, library):
     assert records["no such peer"].failure == "KeyError: 'x'"
     assert math.isnan(records["no such peer"].kl.mean)
     four, two = records[f"transformers {library} 4"], records[f"transformers {library} 2"]
-    assert 0 < four.kl.mean < two.kl.mean
+    if two.failure:  # hqq's cache of 5.17 packs 2 bits of some lengths wrongly
+        assert (library, os.environ.get("KVQ_VERSIONS")) == ("hqq", "oldest")
+        assert two.failure.startswith("RuntimeError: The size of tensor")
+    assert 0 < four.kl.mean < (math.inf if two.failure else two.kl.mean)
     assert 32 / 8 < four.compression < 32 / 4.5
     assert four.error_by_distance is None
 
