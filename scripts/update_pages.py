@@ -27,6 +27,7 @@ from preset_tables import render_front, render_long, render_measured, render_pre
 from quality_tables import render_toys
 from quality_targets import render_targets
 from speed_tables import render_speed
+from step_tables import render_steps
 
 import kvq.testing
 from kvq import KVQ, attach
@@ -126,7 +127,7 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "measured-presets": render_measured,
         "toys": render_toys,
     },
-    "docs/speed.md": {"speed": render_speed},
+    "docs/speed.md": {"steps": render_steps, "speed": render_speed},
 }
 """The generated blocks of each page, and what renders them."""
 

@@ -29,6 +29,8 @@ PER_TOKEN_BLOCK_LENGTH = 32
 """Tokens that per-token groups are packed by: a whole number of bytes at every width."""
 EXPONENT_TARGET = 14
 """Metadata in float16 is scaled by a power of two per block, which brings its largest magnitude to about 2 ** 14."""
+DECODE_ELEMENTS = 1 << 20
+"""Elements that are decoded at a time: temporaries of more are taken from the system, and paid for, at each step."""
 FLOAT16_MAX = torch.finfo(torch.float16).max
 LOWEST_EXPONENT = -1000
 """Stands for the exponent of a number that has none: 0, or one that is not finite."""
@@ -149,6 +151,14 @@ class AffineCodec:
 
         In float16 a value that the error of its group carries past the largest number becomes that number.
         """
+        blocks = out.unflatten(2, (-1, self.block_length))
+        count = max(1, DECODE_ELEMENTS // max(1, blocks[:, :, :1].numel()))
+        for first in range(0, blocks.shape[2], count):
+            piece = slice(first, first + count)
+            self._decode({name: part[:, :, piece] for name, part in parts.items()}, blocks[:, :, piece])
+
+    def _decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        """Write blocks into `out` `[B, H, blocks, L, D]`."""
         packed = self.packed_format
         codes = read_centred_codes(packed, parts, self.compute_dtype)
         scale, mid = (self._spread(numbers.to(self.compute_dtype)) for numbers in read_metadata(packed, parts))
@@ -160,7 +170,7 @@ class AffineCodec:
             states = self.rotation.undo(states.float(), -2 if self._is_channel_major else -1)
         if out.dtype is torch.float16:
             states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
-        out.unflatten(2, (-1, self.block_length)).copy_(states.mT if self._is_channel_major else states)
+        out.copy_(states.mT if self._is_channel_major else states)
 
     @property
     def _is_channel_major(self) -> bool:
