@@ -8,6 +8,9 @@ from drawn_cases import COVERING, cases, example_count, feed, is_same, pieces, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvq.config import KVQCacheConfig
+from kvq.layers.quantized_layer import KVQLayer
+
 
 def exact_tokens(case, total):
     """Return a mask `[B, T]` of the tokens that must be exact, by the words of the configuration."""
@@ -43,6 +46,17 @@ def test_sinks_and_window_bit_for_bit(quantization, data):
         if index in checked and total:
             assert_exact(case, layer.keys, states[0][:, :, :total])
             assert_exact(case, layer.values, states[1][:, :, :total])
+
+
+@pytest.mark.parametrize("residual_length", [1, 7, 50])
+def test_a_flush_waits_for_the_last_token_that_it_needs(residual_length):
+    layer = KVQLayer(0, KVQCacheConfig(residual_length=residual_length, q_group_size=32).for_layer(0))
+    keys, values = torch.randn(2, 1, 2, residual_length + 32, 16, generator=torch.Generator().manual_seed(0))
+    for token in range(residual_length + 32):
+        assert not token or stored_length(layer) == 0
+        layer.update(keys[:, :, token : token + 1], values[:, :, token : token + 1], packed=True)
+    assert stored_length(layer) == 32
+    assert is_same(layer.keys[:, :, 32:], keys[:, :, 32:])
 
 
 @pytest.mark.parametrize("quantization", COVERING, ids=str)
