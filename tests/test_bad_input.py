@@ -14,10 +14,9 @@ from transformers import DynamicCache
 
 from kvq import KVQ, available_backends
 from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities
+from kvq.testing.case import PLAIN
 
 DOCS = Path(__file__).parents[1] / "docs" / "bad-input.md"
-PLAIN = dict(rotation_k="none", rotation_v="none", balance_k="none", balance_v="none")
-"""The states themselves are quantized: each group is on its own."""
 OURS = sorted(info.name for info in available_backends() if info.origin == "kvq")
 
 

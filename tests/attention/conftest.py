@@ -12,14 +12,9 @@ from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.own_kernels import OWN_KERNELS
 from kvq.config import KVQCacheConfig
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.testing.case import PLAIN as WITHOUT_STEPS
 
-PLAIN = {
-    "axis_value": "per_token",
-    "rotation_k": "none",
-    "rotation_v": "none",
-    "balance_k": "none",
-    "balance_v": "none",
-}
+PLAIN = {"axis_value": "per_token", **WITHOUT_STEPS}
 """Codes of the states themselves, in groups of both directions; a test that is about other codes says so."""
 KERNELS = {kernel.name: kernel for kernel in OWN_KERNELS if not kernel.device_types or "cpu" in kernel.device_types}
 

@@ -14,16 +14,10 @@ from torch.nn import functional
 from kvq import KVQ, KVQCacheConfig
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.kernel import TRITON
+from kvq.testing.case import PLAIN as WITHOUT_STEPS
 
 CPU = torch.device("cpu")
-PLAIN = {
-    "axis_value": "per_token",
-    "rotation_k": "none",
-    "rotation_v": "none",
-    "balance_k": "none",
-    "balance_v": "none",
-    "residual_length": 128,
-}
+PLAIN = {"axis_value": "per_token", **WITHOUT_STEPS, "residual_length": 128}
 """What a case has that says nothing else: codes of the states themselves."""
 DEFAULTS = {name: KVQCacheConfig.model_fields[name].default for name in PLAIN}
 CASES = {

@@ -16,14 +16,13 @@ from kvq.config import KVQCacheConfig
 from kvq.errors import ConfigError
 from kvq.plugin_api import AffineQuantizer
 from kvq.registry import get_registry
+from kvq.testing.case import PLAIN
 from kvq_backends.native import plugin
 from kvq_backends.native.quantizer import Frame, sum_pairwise
 
 LENGTHS = (40, 64, 67)
 VARIED = ("random", "outlier", "offset", "tiny", "huge")
 CLIPS = ("none", "mse")
-PLAIN = dict(rotation_k="none", rotation_v="none", balance_k="none", balance_v="none")
-"""The states themselves are quantized."""
 BACKEND = plugin.kvq_backend()
 NBITS = BACKEND.capabilities.nbits
 
