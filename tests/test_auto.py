@@ -61,7 +61,7 @@ def test_the_default_dtype_changes_nothing(dtype):
     finally:
         torch.set_default_dtype(usual)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert balance.FACTORS.dtype == torch.float32
+    assert balance.FACTORS.numbers.dtype == torch.float32
 
 
 @pytest.mark.parametrize("states_dtype", [torch.float16, torch.bfloat16], ids=str)

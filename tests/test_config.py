@@ -167,10 +167,15 @@ class TestDtypesAndDevices:
     def test_a_dtype_may_be_written_as_text(self, value):
         assert make_config(compute_dtype=value).compute_dtype is torch.bfloat16
 
-    @pytest.mark.parametrize("value", ["bf16", "int8", torch.float64, 16, True])
+    @pytest.mark.parametrize("value", ["bf16", "uint8", torch.float64, 16, True])
     def test_other_dtypes_are_refused(self, value):
-        expected = f"metadata_dtype: {value!r} is not accepted: 'float16', 'bfloat16', 'float32'"
-        assert refusal(metadata_dtype=value) == expected
+        accepted = "'float16', 'bfloat16', 'float32'"
+        assert refusal(compute_dtype=value) == f"compute_dtype: {value!r} is not accepted: {accepted}"
+        assert refusal(metadata_dtype=value) == f"metadata_dtype: {value!r} is not accepted: {accepted}, 'int8'"
+
+    def test_bytes_are_for_metadata_alone(self):
+        assert make_config(metadata_dtype="int8").metadata_dtype is torch.int8
+        assert "'int8' is not accepted" in refusal(compute_dtype="int8")
 
     def test_a_device_may_be_written_as_text(self):
         assert make_config(device="cuda:1").device == torch.device("cuda", 1)

@@ -27,6 +27,7 @@ from kvq.config.field_types import (
     Dtype,
     GroupSize,
     KeyValue,
+    MetadataDtype,
     Rotation,
     Tokens,
     Version,
@@ -103,9 +104,10 @@ class KVQCacheConfig(FrozenModel):
         default=None,
         description="dtype that dequantization computes in; default: float32, then rounded once to the states' dtype",
     )
-    metadata_dtype: Dtype | None = Field(
+    metadata_dtype: MetadataDtype | None = Field(
         default=None,
-        description="dtype of scale and mid; default: float16, but float32 for mid above 4 bits or in short groups",
+        description="dtype of scale and mid; default: float16, but float32 for mid above 4 bits or in short groups. "
+        "`int8`: a byte each, for codes of up to 4 bits; wider ones keep the default",
     )
     device: Device | None = Field(
         default=None, description="device of the packed store; default, or the states' own device type: with the states"

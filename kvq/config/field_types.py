@@ -121,13 +121,22 @@ def _parse_axis(value: object) -> Granularity | int:
 
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_METADATA_DTYPES = {**_DTYPES, "int8": torch.int8}
+
+
+def _choose_dtype(value: object, accepted: Mapping[str, torch.dtype]) -> torch.dtype:
+    dtype = accepted.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or dtype not in accepted.values():
+        raise not_accepted(value, ", ".join(map(repr, accepted)))
+    return dtype
 
 
 def _parse_dtype(value: object) -> torch.dtype:
-    dtype = _DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
-        raise not_accepted(value, ", ".join(map(repr, _DTYPES)))
-    return dtype
+    return _choose_dtype(value, _DTYPES)
+
+
+def _parse_metadata_dtype(value: object) -> torch.dtype:
+    return _choose_dtype(value, _METADATA_DTYPES)
 
 
 def _parse_device(value: object) -> torch.device:
@@ -180,6 +189,12 @@ Axis = Annotated[
 ]
 Dtype = Annotated[
     torch.dtype, PlainValidator(_parse_dtype), PlainSerializer(_dump_name), WithJsonSchema({"enum": list(_DTYPES)})
+]
+MetadataDtype = Annotated[
+    torch.dtype,
+    PlainValidator(_parse_metadata_dtype),
+    PlainSerializer(_dump_name),
+    WithJsonSchema({"enum": list(_METADATA_DTYPES)}),
 ]
 Device = Annotated[
     torch.device, PlainValidator(_parse_device), PlainSerializer(_dump_name), WithJsonSchema({"type": "string"})

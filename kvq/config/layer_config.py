@@ -10,7 +10,18 @@ from pydantic import Field, StrictBool, model_validator
 from kvq.config.backend_choice import BackendChoice, check_backends, get_side_backend
 from kvq.config.backend_limits import check_balance, check_granularity, check_group_size, check_nbits, resolve_axis
 from kvq.config.faults import FaultCollector
-from kvq.config.field_types import SIDES, Axis, Balance, Bits, Dtype, GroupSize, Rotation, Tokens, of_side
+from kvq.config.field_types import (
+    SIDES,
+    Axis,
+    Balance,
+    Bits,
+    Dtype,
+    GroupSize,
+    MetadataDtype,
+    Rotation,
+    Tokens,
+    of_side,
+)
 from kvq.config.frozen import FrozenModel
 from kvq.config.layer_selector import LayerSelector, check_overlaps
 from kvq.plugin_api.granularity import Granularity
@@ -45,7 +56,7 @@ class LayerConfig(FrozenModel):
     balance_k: Balance | None = Field(default=None, description="balance of the keys")
     balance_v: Balance | None = Field(default=None, description="balance of the values")
     compute_dtype: Dtype | None = Field(default=None, description="dtype that dequantization computes in")
-    metadata_dtype: Dtype | None = Field(default=None, description="dtype of scale and mid")
+    metadata_dtype: MetadataDtype | None = Field(default=None, description="dtype of scale and mid")
     full_precision: StrictBool = Field(default=False, description="keep these layers in full precision")
 
     @property

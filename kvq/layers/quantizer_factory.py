@@ -28,6 +28,9 @@ That holds where a group has two elements for each code value or more. The range
 step, is smaller: 4 bits in groups of 16 raise the error by 1.11, in groups of 8 by 1.26.
 """
 
+BYTE_METADATA_MAX_BITS = 4
+"""Widest codes whose scales may be bytes: these are off by up to 1.1 %, a twelfth of a step at the ends of 4 bits."""
+
 LEAST_ROTATION_BLOCK = 16
 """Elements of a transform from which `auto` rotates: a shorter one spreads little."""
 
@@ -62,7 +65,6 @@ def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.
     per_token = chosen.granularity is Granularity.PER_TOKEN
     group_length = balanced_group_length(head_dim, chosen.group_size) if per_token else chosen.group_size
     bits = math.ceil(chosen.nbits)
-    half_suffices = bits <= HALF_METADATA_MAX_BITS and 2 ** (bits + 1) <= group_length
     return QuantSpec(
         side=side,
         layer_idx=layer_idx,
@@ -72,10 +74,21 @@ def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.
         num_heads=states.shape[1],
         head_dim=head_dim,
         states_dtype=states.dtype,
-        metadata_dtype=chosen.metadata_dtype or (torch.float16 if half_suffices else torch.float32),
+        metadata_dtype=_find_metadata_dtype(chosen) or _default_mid_dtype(bits, group_length),
         device=states.device,
         seed=2 * layer_idx + (side == "value"),
     )
+
+
+def _find_metadata_dtype(chosen: ResolvedSide) -> torch.dtype | None:
+    """Return the dtype that was asked for, where it serves codes of this width."""
+    is_too_narrow = chosen.metadata_dtype is torch.int8 and chosen.nbits > BYTE_METADATA_MAX_BITS
+    return None if is_too_narrow else chosen.metadata_dtype
+
+
+def _default_mid_dtype(bits: int, group_length: int) -> torch.dtype:
+    half_suffices = bits <= HALF_METADATA_MAX_BITS and 2 ** (bits + 1) <= group_length
+    return torch.float16 if half_suffices else torch.float32
 
 
 def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:
@@ -98,7 +111,7 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
         return GuardedQuantizer(cast(Quantizer, quantizer), origin, spec)
     rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if _rotates(chosen, spec) else None
     # What a wide code demands of mid it does not demand of scale, whose error counts by the code, not by the mean.
-    scale_dtype = chosen.metadata_dtype or torch.float16
+    scale_dtype = _find_metadata_dtype(chosen) or torch.float16
     affine = cast(AffineQuantizer, quantizer)
     balanced = chosen.balance == "rms" or (chosen.balance == "auto" and spec.granularity is Granularity.PER_CHANNEL)
     return AffineCodec(affine, spec, rotation, compute_dtype, scale_dtype, chosen.backend.name, balanced=balanced)

@@ -18,7 +18,11 @@ ROTATION_SIGNS = "rotation_signs"
 """Name of the constant of a rotated format: int8 `[D]`, the signs by which states are multiplied, then transformed."""
 
 FACTOR_STEPS = 32
-"""Steps of the codes of factors from one power of two to the next."""
+"""Steps of the codes of factors, and of scales in bytes, from one power of two to the next."""
+ZERO_SCALE = 255
+"""The code of a scale in a byte that stands for 0."""
+LOST_MID = -128
+"""The code of a mid in a byte that stands for NaN."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class PackedFormat:
     - `scale` and `mid`: `[D]` per channel, `[block_length, groups_per_token]` per token.
     - `exponent`, where `has_exponent`: int8 `[]`; scale, and where `shifts_mid` mid too, are to be multiplied by
       `2 ** exponent`.
+    - `units`, where `has_units`: fp32 `[2]`, the largest scale and the step of mids. Scale is a uint8 then, and stands
+      for `units[0] * 2 ** (-scale / FACTOR_STEPS)`, or 0 where it is `ZERO_SCALE`; mid is an int8, and stands for
+      `units[1] * mid`, or NaN where it is `LOST_MID`.
     - `factor`, where `has_factor`: uint8 `[block_length]`; every number of a token is to be multiplied by
       `2 ** (-factor / FACTOR_STEPS)`. Formats per channel alone have it.
 
@@ -46,8 +53,8 @@ class PackedFormat:
         block_length: tokens of a block.
         granularity: direction of the groups. Per-channel groups are as long as a block.
         group_length: elements that share a scale and a mid; per token the last group may be shorter.
-        scale_dtype: dtype of the part `scale`.
-        mid_dtype: dtype of the part `mid`.
+        scale_dtype: dtype of the part `scale`; uint8 where `has_units`.
+        mid_dtype: dtype of the part `mid`; int8 where `has_units`.
         has_exponent: whether there is a part `exponent`.
         has_factor: whether there is a part `factor`.
         rotation_block: elements of one Hadamard transform that the states went through, after they were multiplied by
@@ -88,6 +95,11 @@ class PackedFormat:
     def balance(self) -> str:
         """What was done to the tokens then, in the words of `balance_k`: `rms` or `none`."""
         return "rms" if self.has_factor else "none"
+
+    @property
+    def has_units(self) -> bool:
+        """Whether scale and mid are bytes, whose units are a part of their own."""
+        return self.mid_dtype is torch.int8
 
     @property
     def shifts_mid(self) -> bool:

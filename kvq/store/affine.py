@@ -19,6 +19,7 @@ from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat
 from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
 from kvq.store.balance import even_out
+from kvq.store.byte_metadata import write_bytes
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
 from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
@@ -49,7 +50,8 @@ class AffineCodec:
         spec: the spec that it was built from.
         rotation: applied to the states before quantizing and undone after, or None.
         compute_dtype: dtype that decoding computes in.
-        scale_dtype: dtype that scales are stored in, or None: that of the spec, which mid always has.
+        scale_dtype: dtype that scales are stored in, or None: that of the spec, which mid always has. Beside mids in
+            int8 scales are bytes too.
         backend: name of what built the quantizer, for errors.
         balanced: whether each token is divided by a factor of its own after the rotation; per channel only.
 
@@ -79,7 +81,7 @@ class AffineCodec:
         self.origin = Origin.of(backend or type(quantizer).__name__, spec)
         self._name = name_quantizer(self)
         self._kind = kind_of(backend, quantizer, spec)
-        scale_dtype = scale_dtype or spec.metadata_dtype
+        scale_dtype = torch.uint8 if spec.metadata_dtype is torch.int8 else scale_dtype or spec.metadata_dtype
         self.packed_format = PackedFormat(
             bits=self.bits,
             plane_widths=plane_widths(self.bits),
@@ -103,7 +105,7 @@ class AffineCodec:
         return type(self.quantizer)
 
     def layout(self) -> Mapping[str, Part]:
-        """Return code planes, scale, mid and, as the format has them, the exponent of the block and token factors."""
+        """Return code planes, scale, mid and, as the format has them, exponent or units, and factors of tokens."""
         packed, length = self.packed_format, self.block_length
         parts: dict[str, Part] = {}
         for width in packed.plane_widths:
@@ -115,6 +117,8 @@ class AffineCodec:
         parts["mid"] = Part(groups, packed.mid_dtype)
         if packed.has_exponent:
             parts["exponent"] = Part((), torch.int8)
+        if packed.has_units:
+            parts["units"] = Part((2,), torch.float32)
         if packed.has_factor:
             parts["factor"] = Part((length,), torch.uint8)
         return parts
@@ -204,6 +208,8 @@ class AffineCodec:
 
     def _round_metadata(self, scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tensor]:
         packed = self.packed_format
+        if packed.has_units:
+            return write_bytes(scale, mid)
         if not packed.has_exponent:
             return {"scale": scale.to(packed.scale_dtype), "mid": mid.to(packed.mid_dtype)}
         # float16 spans 30 binary orders of magnitude, states of bfloat16 and float32 far more: one power of two per

@@ -11,32 +11,21 @@ by comparing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
-
 import torch
 from torch.nn import functional
 
 from kvq.plugin_api.packed_format import FACTOR_STEPS
+from kvq.store.tables import Table
 
 LARGEST_EXPONENT = 100
 """Blocks with larger numbers are left as they are: a short token with one large element could overflow."""
 
 
-def _table(numbers: Iterable[float]) -> torch.Tensor:
-    # By name: the caller may have set another default device or dtype.
-    with torch.inference_mode(False):
-        return torch.tensor(list(numbers), dtype=torch.float32, device="cpu")
-
-
-FACTORS = _table(2 ** (-code / FACTOR_STEPS) for code in range(256))
-"""The factor of each code, fp32 `[256]` on the processor."""
-_TABLES = {
-    "factors": FACTORS,
-    "inverses": _table(2 ** (code / FACTOR_STEPS) for code in range(256)),
-    # Where a ratio of sums of squares passes from one code to the next.
-    "boundaries": _table(2 ** ((2 * code + 1) / FACTOR_STEPS) for code in range(255)),
-}
+FACTORS = Table(2 ** (-code / FACTOR_STEPS) for code in range(256))
+"""The factor of each code."""
+_INVERSES = Table(2 ** (code / FACTOR_STEPS) for code in range(256))
+# Where a ratio of sums of squares passes from one code to the next.
+_BOUNDARIES = Table(2 ** ((2 * code + 1) / FACTOR_STEPS) for code in range(255))
 
 
 def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,16 +43,16 @@ def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     unit = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-126, 126))
     squares = _sum_squares(finite * unit[..., None, None])
     ratio = squares.amax(-1, keepdim=True) / squares
-    codes = torch.bucketize(ratio.contiguous(), _on(blocks.device, "boundaries"))
+    codes = torch.bucketize(ratio.contiguous(), _BOUNDARIES.on(blocks.device))
     # Nothing but zeros has no ratio, and numbers at the end of fp32 have no room.
     is_left = ratio.isnan() | (exponent > LARGEST_EXPONENT)[..., None]
     codes = codes.masked_fill_(is_left, 0)
-    return blocks * _on(blocks.device, "inverses")[codes][..., None], codes.to(torch.uint8)
+    return blocks * _INVERSES.on(blocks.device)[codes][..., None], codes.to(torch.uint8)
 
 
 def read_factors(codes: torch.Tensor) -> torch.Tensor:
     """Return the factors `2 ** (-code / 32)` of tokens in fp32, new, in the shape of `codes`."""
-    return _on(codes.device, "factors")[codes.long()]
+    return FACTORS.on(codes.device)[codes.long()]
 
 
 def _sum_squares(states: torch.Tensor) -> torch.Tensor:
@@ -76,12 +65,3 @@ def _sum_squares(states: torch.Tensor) -> torch.Tensor:
         low, high = squares.chunk(2, dim=-1)
         squares = low + high
     return squares.squeeze(-1)
-
-
-@cache
-def _on(device: torch.device, name: str) -> torch.Tensor:
-    """Return a table on a device."""
-    if device.type == "cpu":
-        return _TABLES[name]
-    with torch.inference_mode(False):
-        return _TABLES[name].to(device)

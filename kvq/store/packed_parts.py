@@ -8,6 +8,7 @@ import torch
 
 from kvq.plugin_api.packed_format import PackedFormat
 from kvq.store.balance import read_factors
+from kvq.store.byte_metadata import read_bytes
 from kvq.store.packing import join_planes, unpack
 
 
@@ -21,6 +22,8 @@ def read_centred_codes(
 
 def read_metadata(layout: PackedFormat, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return scale and mid in fp32: `[B, H, blocks, D]` per channel, `[B, H, blocks, L, groups]` per token."""
+    if layout.has_units:
+        return read_bytes(parts["scale"], parts["mid"], parts["units"])
     scale, mid = parts["scale"].float(), parts["mid"].float()
     if layout.has_exponent:
         exponent = parts["exponent"].to(torch.int32).reshape(*scale.shape[:3], *[1] * (scale.dim() - 3))

@@ -114,6 +114,7 @@ KINDS = {
         dict(metadata_dtype="float32"),
         lambda request: packed(request.pair.key).scale_dtype == torch.float32,
     ),
+    "metadata in bytes": (dict(metadata_dtype="int8"), lambda request: packed(request.pair.key).has_units),
     "head dim": (dict(value_dim=64), lambda request: request.pair.value.like.shape[3] == 64),
     "queries per head": (dict(sharing=2), lambda request: request.queries_per_head == 2),
     "nothing stored": (dict(tokens=20), lambda request: not request.pair.key.store.segments),

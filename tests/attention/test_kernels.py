@@ -67,6 +67,11 @@ CASES = {
     "huge": dict(magnitude=1e20),
     "tiny": dict(magnitude=1e-20),
     "float32 metadata": dict(metadata_dtype="float32"),
+    "metadata in bytes": dict(metadata_dtype="int8"),
+    "metadata in bytes, the other way round": dict(
+        metadata_dtype="int8", axis_key="per_token", axis_value="per_channel", balance_v="rms", octaves=6.0, nbits_k=3
+    ),
+    "metadata in bytes, huge": dict(metadata_dtype="int8", magnitude=1e20),
 }
 
 

@@ -41,6 +41,7 @@ REQUESTS = {
     "huge": dict(magnitude=1e20),
     "tiny": dict(magnitude=1e-20),
     "float32 metadata": dict(metadata_dtype="float32"),
+    "metadata in bytes": dict(metadata_dtype="int8"),
     "window only": dict(tokens=40),
 }
 BOUNDS = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}

@@ -117,7 +117,7 @@ def list_tensors(request):
     for side in (pair.key, pair.value):
         found += [side.sinks.states, side.window, side.new]
         rotation = side.store.codec.rotation
-        found += [None if rotation is None else rotation.signs, FACTORS]
+        found += [None if rotation is None else rotation.signs, FACTORS.numbers]
         for segment in side.store.segments:
             found += [segment.rows, *segment.parts.values()]
     return [tensor for tensor in found if tensor is not None]

@@ -159,6 +159,7 @@ class Case:
     group_sizes: tuple[int, int]
     rotations: tuple[str, str]
     balances: tuple[str, str]
+    metadata: str | None
     magnitude: float
     bias: float
     seed: int
@@ -178,6 +179,7 @@ class Case:
             rotation_v=self.rotations[1],
             balance_k=self.balances[0],
             balance_v=self.balances[1],
+            metadata_dtype=self.metadata,
             backend_options={chosen.name: dict(chosen.options)} if chosen.options else {},
         )
 
@@ -241,6 +243,7 @@ def cases(draw: Any, quantization: Quantization, flushes: tuple[int, int] = (1, 
         group_sizes=(draw(GROUP_SIZES), draw(GROUP_SIZES)),
         rotations=(draw(rotations), draw(rotations)),
         balances=(balances[0], balances[1]),
+        metadata=draw(st.sampled_from([None, "int8"])),
         magnitude=draw(st.sampled_from([1.0, 1e-2, 30.0])),
         bias=draw(st.sampled_from([0.0, 3.0, 100.0])),
         seed=draw(st.integers(0, 2**31)),

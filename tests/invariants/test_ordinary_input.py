@@ -81,6 +81,9 @@ def rotate(states, signs):
     return (blocks @ matrix / math.sqrt(size)).flatten(-2)
 
 
+READ_DTYPES = {torch.float16, torch.float32, torch.uint8, torch.int8}
+
+
 def groups_of(states, axis, group_size):
     """Split `[B, H, T, D]` into its groups: a list of `[B, H, ..., G]`, the last of which may be shorter."""
     if axis is Granularity.PER_CHANNEL:
@@ -109,6 +112,10 @@ def storing_error(quantization, groups, layout):
     """Return what rounding scale and mid to their dtypes costs at most, and arithmetic in fp32."""
     largest = groups.abs().amax(-1)
     span = 2 * largest if is_symmetric(quantization) else groups.amax(-1) - groups.amin(-1)
+    if "units" in layout:
+        # A 64th of an octave at the ends of the range, or half of the smallest scale there is beside the largest.
+        of_scale = torch.maximum((2 ** (1 / 64) - 1) * span, 2.0**-9 * span.amax())
+        return 1.001 * of_scale + (largest.amax() + span) * (0.5 / 127 + 2.0**-20)
     eps = {name: torch.finfo(layout[name].dtype).eps for name in ("scale", "mid")}
     return span * eps["scale"] + (largest + span) * (eps["mid"] / 2 + 2.0**-20)
 
@@ -139,6 +146,7 @@ def test_a_last_group_that_is_shorter_keeps_its_own_range(head_dim, group_size, 
             group_sizes=(group_size, group_size),
             rotations=("none", "none"),
             balances=("none", "none"),
+            metadata=None,
             magnitude=1.0,
             bias=3.0,
             seed=0,
@@ -157,7 +165,7 @@ def assert_within_bounds(case):
         error = getattr(layer, f"{name}s")[:, :, :stored].double() - exact
         returned = torch.finfo(case.dtype).eps * exact.abs().amax()
         layout = side.codec.layout()
-        assert {layout["scale"].dtype, layout["mid"].dtype} <= {torch.float16, torch.float32}, "no bfloat16"
+        assert {layout["scale"].dtype, layout["mid"].dtype} <= READ_DTYPES, "no bfloat16"
         signs = side.codec.constants().get("rotation_signs")
         if signs is not None:
             exact, error = rotate(exact, signs), rotate(error, signs)

@@ -17,6 +17,7 @@ from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.packed_format import get_packed_format
 from kvq.plugin_api.quantizer import Quantizer, QuantSpec, Side
 from kvq.store.affine import AffineCodec, balanced_group_length
+from kvq.store.byte_metadata import LARGEST_MID
 from kvq.store.flush_length import common_flush_length
 from kvq.store.rotation import HadamardRotation
 from kvq.store.side import LayerSide
@@ -37,7 +38,7 @@ class Sample:
         bits: bits of keys and values.
         axes: how keys and values are grouped.
         group_size: elements of a group, for both sides.
-        metadata: dtype of the middles; scales are float16.
+        metadata: dtype of the middles; scales are float16, and bytes beside middles of int8.
         is_rotated: whether both sides are rotated.
         balanced: whether the tokens of keys and values have factors.
         sinks: exact tokens at the start.
@@ -121,6 +122,12 @@ class _Builder:
             if part.dtype is torch.uint8:
                 options = {"dtype": torch.uint8, "generator": self.generator, "device": "cpu"}
                 drawn[name] = torch.randint(256, (*shape, *part.shape), **options).to(self.device)  # type: ignore[call-overload]
+            elif name == "units":
+                units = torch.tensor([4 * 2.0 ** (1 - bits), 1 / LARGEST_MID], device=self.device)
+                drawn[name] = self._draw(*shape, 2, dtype=torch.float32).abs().add_(0.5).mul_(units)
+            elif name == "mid" and part.dtype is torch.int8:
+                multiples = self._draw(*shape, *part.shape, dtype=torch.float32).mul_(LARGEST_MID / 3)
+                drawn[name] = multiples.round_().clamp_(-LARGEST_MID, LARGEST_MID).to(torch.int8)
             elif name == "exponent":
                 drawn[name] = self._draw(*shape, dtype=torch.float32).clamp_(-2, 2).sub_(1).to(torch.int8)
             else:

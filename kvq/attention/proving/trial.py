@@ -50,6 +50,8 @@ CHECKS = (
     Sample(dtypes=(_F16, _F16, _F16), bits=(3, 5), axes=(_CHANNEL, _CHANNEL), balanced=(True, True), softcap=3.0),
     Sample(bits=(1, 7), head_dim=80, mask="additive", has_logits=True, sharing=1),
     Sample(bits=(6, 3), axes=(_TOKEN, _TOKEN), group_size=64, head_dim=64, sharing=8),
+    Sample(bits=(3, 2), axes=(_CHANNEL, _CHANNEL), balanced=(True, True), is_rotated=True, metadata=torch.int8),
+    Sample(dtypes=(_BF16, _BF16, _BF16), bits=(2, 4), axes=(_TOKEN, _TOKEN), metadata=torch.int8),
 )
 """The requests that are compared with the reference after `TIMED`, the most usual first."""
 TIMED = Sample(

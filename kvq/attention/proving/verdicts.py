@@ -31,7 +31,7 @@ _LOG = logging.getLogger("kvq")
 _FOLDER = "verdicts"
 _LIMIT_BYTES = 1 << 20
 """The longest file that is read; ours take about 1,000 bytes."""
-FORMAT = 3
+FORMAT = 4
 """The format of the files. It changes with the trial too: old verdicts then count no more."""
 
 

@@ -33,7 +33,9 @@ typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef uint16_t vh_any __attribute__((vector_size(2 * VL), aligned(2), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 
-enum { F32 = 0, F16 = 1, BF16 = 2, BOOL = 3 };
+enum { F32 = 0, F16 = 1, BF16 = 2, BOOL = 3, U8 = 4, I8 = 5 }; /* U8: a scale; I8: a mid, see PackedFormat */
+#define ZERO_SCALE 255
+#define LOST_MID -128
 
 /* These four structures are mirrored in structures.py; the fields must agree. */
 typedef struct {
@@ -45,6 +47,7 @@ typedef struct {
   const uint8_t *planes[3];
   const uint8_t *scale, *mid;
   const int8_t *exponent;
+  const float *units; /* [2] for each block, the largest scale and the step of mids; NULL: they are no bytes */
   const uint8_t *factor; /* a code for each token; NULL: none */
   const int64_t *rows; /* row of the chunk for each row of the batch; NULL: as they are */
   int64_t used, capacity;
@@ -53,7 +56,7 @@ typedef struct {
 typedef struct {
   const segment_t *segments;
   const int8_t *signs; /* of the rotation; NULL: none */
-  const float *factors; /* [256], what the codes of tokens stand for; NULL: none */
+  const float *factors; /* [256], what the codes of tokens and of scales stand for */
   int64_t segment_count, rotation_block;
   int64_t head_dim, block_length, group_length, groups; /* groups of one token; 1 per channel */
   int64_t bits, plane_count, widths[3];
@@ -158,6 +161,8 @@ static inline uint16_t float_to_half(float x) {
   }
   return sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
+
+static inline int64_t size_of(int64_t type) { return type == F32 ? 4 : type == F16 || type == BF16 ? 2 : 1; }
 
 /* Widen `count` numbers; may read and write up to a vector past the end, for which every buffer has room. */
 static inline float widen_one(const void *from, int64_t type, int64_t index) {
@@ -366,17 +371,27 @@ typedef struct {
   int64_t ahead_bytes;
 } block_t;
 
+/* Widen scales or mids, which may be bytes. */
+static void widen_numbers(float *to, const uint8_t *from, int64_t type, int64_t count, const side_t *side) {
+  const int8_t *mids = (const int8_t *)from;
+  if (type == U8)
+    for (int64_t i = 0; i < count; i++) to[i] = from[i] == ZERO_SCALE ? 0.0f : side->factors[from[i]];
+  else if (type == I8)
+    for (int64_t i = 0; i < count; i++) to[i] = mids[i] == LOST_MID ? NAN : (float)mids[i];
+  else widen(to, from, type, count);
+}
+
 static void read_numbers(float *to, const uint8_t *from, int64_t type, const side_t *side, float factor) {
   if (side->per_channel || side->groups == 1) {
     int64_t count = side->per_channel ? side->head_dim : side->block_length;
-    widen(to, from, type, count);
+    widen_numbers(to, from, type, count, side);
     if (factor != 1.0f)
       for (int64_t i = 0; i < count; i++) to[i] *= factor;
     return;
   }
   int64_t L = side->block_length, groups = side->groups;
   float *wide = to + L * groups + VL;
-  widen(wide, from, type, L * groups);
+  widen_numbers(wide, from, type, L * groups, side);
   if (groups == 2) {
     for (int64_t t = 0; t < L; t++) {
       to[t] = wide[2 * t] * factor;
@@ -406,11 +421,12 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
     shift += (int)width;
   }
   block->factor = segment->factor ? segment->factor + place * L : NULL;
-  float factor = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
-  int64_t scale_size = side->scale_type == F32 ? 4 : 2, mid_size = side->mid_type == F32 ? 4 : 2;
-  read_numbers(block->scale, segment->scale + place * numbers * scale_size, side->scale_type, side, factor);
-  read_numbers(block->mid, segment->mid + place * numbers * mid_size, side->mid_type, side,
-               side->shifts_mid ? factor : 1.0f);
+  float scale_unit = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
+  float mid_unit = side->shifts_mid ? scale_unit : 1.0f;
+  if (segment->units) scale_unit = segment->units[2 * place], mid_unit = segment->units[2 * place + 1];
+  read_numbers(block->scale, segment->scale + place * numbers * size_of(side->scale_type), side->scale_type, side,
+               scale_unit);
+  read_numbers(block->mid, segment->mid + place * numbers * size_of(side->mid_type), side->mid_type, side, mid_unit);
   if (++cursor->block == segment->used) cursor->segment++, cursor->block = 0;
 }
 
@@ -637,7 +653,7 @@ static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t pos
 }
 
 static const uint8_t *token_at(const work_t *w, const states_t *states, int64_t type, int64_t token) {
-  int64_t size = type == F32 ? 4 : 2;
+  int64_t size = size_of(type);
   return (const uint8_t *)states->data +
          size * (w->row * states->batch_stride + w->head * states->head_stride + token * states->token_stride);
 }
@@ -673,7 +689,7 @@ static void attend_exact(work_t *w, const states_t *keys, const states_t *values
 static void start_head(work_t *w, int is_first) {
   const request_t *q = w->q;
   const side_t *side = &q->key;
-  int64_t D = side->head_dim, Dv = q->value.head_dim, size = q->query_type == F32 ? 4 : 2;
+  int64_t D = side->head_dim, Dv = q->value.head_dim, size = size_of(q->query_type);
   for (int64_t r = 0; r < w->rows; r++) {
     int64_t query_head = w->head * q->queries_per_head + r / q->queries;
     float *query = w->query + r * D, *rotated = w->rotated + r * D;

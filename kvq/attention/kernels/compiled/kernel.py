@@ -85,9 +85,9 @@ def _why_unsupported_side(quantizer: Quantizer) -> str | None:
     packed = find_packed_format(quantizer)
     if packed is None:
         return f"serves affine quantizers, not {type(quantizer).__name__}"
-    for dtype in (packed.scale_dtype, packed.mid_dtype):
-        if dtype not in (torch.float16, torch.float32):
-            return f"does not read metadata of {dtype}"
+    dtypes = {packed.scale_dtype, packed.mid_dtype}
+    if not packed.has_units and not dtypes <= {torch.float16, torch.float32}:
+        return f"does not read metadata of {' and '.join(map(str, dtypes))}"
     if packed.block_length % 8:
         return f"serves groups along tokens in multiples of 8, not {packed.block_length}"
     return None

@@ -19,7 +19,7 @@ from kvq.store.balance import FACTORS
 from kvq.store.chunks import StoreView
 from kvq.store.segments import Segment
 
-TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3}
+TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3, torch.uint8: 4, torch.int8: 5}
 """As `attend.c` numbers them."""
 
 
@@ -75,8 +75,7 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
     if packed.rotation_block:
         side.signs = store.codec.constants()[ROTATION_SIGNS].data_ptr()
         side.rotation_block = packed.rotation_block
-    if packed.has_factor:
-        side.factors = FACTORS.data_ptr()
+    side.factors = FACTORS.numbers.data_ptr()
     side.segment_count = len(store.segments)
     array = (PackedSegment * max(1, len(store.segments)))()
     for described, segment in zip(array, store.segments, strict=False):
@@ -91,6 +90,8 @@ def _fill_segment(packed: PackedSegment, segment: Segment, widths: tuple[int, ..
     packed.scale, packed.mid = segment.parts["scale"].data_ptr(), segment.parts["mid"].data_ptr()
     if "exponent" in segment.parts:
         packed.exponent = segment.parts["exponent"].data_ptr()
+    if "units" in segment.parts:
+        packed.units = segment.parts["units"].data_ptr()
     if "factor" in segment.parts:
         packed.factor = segment.parts["factor"].data_ptr()
     if segment.rows is not None:

@@ -25,6 +25,7 @@ class PackedSegment(Structure):
         ("scale", c_void_p),
         ("mid", c_void_p),
         ("exponent", c_void_p),
+        ("units", c_void_p),
         ("factor", c_void_p),
         ("rows", c_void_p),
         ("used", c_int64),

@@ -28,7 +28,7 @@ class SideTable:
     Attributes:
         segments: the segments that the table was made from and points into, which it keeps alive.
         blocks: int64 `[stored blocks, 9]`, of the first row and head: the addresses of three code planes, scale, mid,
-            exponent and token factors; the capacity of the chunk in blocks; the address of its rows. 0: absent.
+            exponent or units, token factors; the capacity of the chunk in blocks; the address of its rows. 0: absent.
     """
 
     segments: tuple[Segment, ...]
@@ -37,8 +37,9 @@ class SideTable:
     @classmethod
     def of(cls, view: StoreView, device: torch.device) -> SideTable:
         """Return the table of the stored blocks."""
-        names = [f"codes_{width}" for width in get_packed_format(view.codec).plane_widths]
-        names += [""] * (MAX_PLANES - len(names)) + ["scale", "mid", "exponent", "factor"]
+        packed = get_packed_format(view.codec)
+        names = [f"codes_{width}" for width in packed.plane_widths] + [""] * (MAX_PLANES - len(packed.plane_widths))
+        names += ["scale", "mid", "units" if packed.has_units else "exponent", "factor"]
         return cls(view.segments, _upload(torch.cat([_blocks(segment, names) for segment in view.segments]), device))
 
 

@@ -98,7 +98,8 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     """Return a dtype of torch as Triton names it."""
     import triton.language as tl
 
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    names = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+    return getattr(tl, {**names, torch.uint8: "uint8", torch.int8: "int8"}[dtype])
 
 
 def is_interpreted() -> bool:

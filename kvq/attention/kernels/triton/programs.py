@@ -17,8 +17,10 @@ GROUPED = tl.constexpr(2)
 """How scales lie: one for each channel of a block, one for each token, several for each token."""
 
 TABLE_COLUMNS = tl.constexpr(9)
-"""Of the table of blocks: three planes, scale, mid, exponent, token factors, capacity of the chunk in blocks, rows."""
+"""Of the table of blocks: three planes, scale, mid, exponent or units, token factors, capacity of the chunk in blocks, rows."""
 FACTOR_STEPS = tl.constexpr(32)
+ZERO_SCALE = tl.constexpr(255)
+LOST_MID = tl.constexpr(-128)
 """As in `PackedFormat`."""
 LOG2E = tl.constexpr(1.4426950408889634)
 PARTS = tl.constexpr(16)
@@ -208,10 +210,18 @@ def _metadata(row, offset, place, COLUMN: tl.constexpr, DTYPE: tl.constexpr, SHI
     """Return scales or mids at places within their blocks, which hold `SIZE` of them, fp32 [BLOCKS, ..., ...]."""
     start = tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)) + offset * SIZE
     if exists is None:
-        metadata = tl.load(_spread(start, BLOCKS) + place).to(tl.float32)
+        stored = tl.load(_spread(start, BLOCKS) + place)
     else:
-        metadata = tl.load(_spread(start, BLOCKS) + place, mask=exists, other=0.0).to(tl.float32)
-    if SHIFTED:
+        stored = tl.load(_spread(start, BLOCKS) + place, mask=exists, other=0)
+    metadata = stored.to(tl.float32)
+    if DTYPE == tl.uint8:
+        units = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32)) + offset * 2)
+        factor = tl.exp2(metadata * (-1.0 / FACTOR_STEPS)) * _spread(units, BLOCKS)
+        metadata = tl.where(stored == ZERO_SCALE, 0.0, factor)
+    elif DTYPE == tl.int8:
+        units = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32)) + offset * 2 + 1)
+        metadata = tl.where(stored == LOST_MID, float("nan"), metadata * _spread(units, BLOCKS))
+    elif SHIFTED:
         exponent = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.int8)) + offset)
         metadata *= _spread(tl.exp2(exponent.to(tl.float32)), BLOCKS)
     return metadata
