@@ -99,6 +99,7 @@ def _print_summary(file: str, summary: ConfigSummary, head_dim: int) -> None:
         "group size",
         "rotation",
         "balance",
+        "clip",
         "effective bits",
     )
     print_table(columns, [_row(side, others=bool(config.layers)) for side in summary.sides])
@@ -109,7 +110,7 @@ def _print_summary(file: str, summary: ConfigSummary, head_dim: int) -> None:
 def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
     layers = one.layers or ("all others" if others else "all")
     if one.settings is None:
-        return layers, f"{one.side}s", "full precision", *["-"] * 6
+        return layers, f"{one.side}s", "full precision", *["-"] * 7
     bits = "unknown" if one.effective_bits is None else f"{one.effective_bits:.3f}"
     own = one.settings
     return (
@@ -121,5 +122,6 @@ def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
         str(own.group_size),
         one.rotation,
         one.balance,
+        one.clip,
         bits,
     )

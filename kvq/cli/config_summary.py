@@ -19,6 +19,7 @@ from kvq.errors import ConfigError
 from kvq.layers.savings import effective_bits
 from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Side
+from kvq.store.clipping import name_clip
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SideSummary:
         settings: its settings; None for layers in full precision.
         effective_bits: stored bits per element; None in full precision, or if the backend takes no device of this
             machine.
-        rotation, balance: as the setting says, or what `auto` means for it; empty in full precision.
+        rotation, balance, clip: as the setting says, or what `auto` means for it; empty in full precision.
     """
 
     layers: str
@@ -40,6 +41,7 @@ class SideSummary:
     effective_bits: float | None
     rotation: str = ""
     balance: str = ""
+    clip: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def _build_side(layers: str, side: Side, resolved: ResolvedLayer, head_dim: int)
         return SideSummary(layers, side, None, None)
     settings = resolved.side(side)
     if not runs_here(settings.backend):
-        return SideSummary(layers, side, settings, None, settings.rotation, settings.balance)
+        return SideSummary(layers, side, settings, None, settings.rotation, settings.balance, str(settings.clip))
     quantizer = build_sample(resolved, side, head_dim)
     packed = find_packed_format(quantizer)
     steps = ("none", "none") if packed is None else (packed.rotation, packed.balance)
-    return SideSummary(layers, side, settings, effective_bits(quantizer, head_dim), *steps)
+    return SideSummary(layers, side, settings, effective_bits(quantizer, head_dim), *steps, name_clip(quantizer))

@@ -36,7 +36,8 @@ def presets(
 def _print(facts: dict[str, Any]) -> None:
     listed = [*facts["presets"], facts["default"]]
     dims = list(listed[0]["effective_bits"])
-    columns = ("preset", "backend", "bits K / V", "granularity K / V", "group size", "rotation K / V", "balance K / V")
+    steps = ("rotation K / V", "balance K / V", "clip K / V")
+    columns = ("preset", "backend", "bits K / V", "granularity K / V", "group size", *steps)
     print_table(
         (*columns, *(f"head_dim {dim}" for dim in dims), "KL"),
         [(*_describe(one), *(_join_bits(one["effective_bits"][dim]) for dim in dims), _kl(one)) for one in listed],
@@ -61,6 +62,7 @@ def _describe(one: dict[str, Any]) -> tuple[str, ...]:
         str(fields["q_group_size"]),
         f"{fields['rotation_k']} / {fields['rotation_v']}",
         f"{fields['balance_k']} / {fields['balance_v']}",
+        f"{fields['clip_k']} / {fields['clip_v']}",
     )
 
 

@@ -7,6 +7,7 @@ not know how anything is quantized or stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from kvq.config.field_types import (
     Axis,
     Balance,
     Bits,
+    Clip,
     Device,
     Dtype,
     GroupSize,
@@ -36,7 +38,7 @@ from kvq.config.field_types import (
 )
 from kvq.config.files import load_mapping
 from kvq.config.frozen import FrozenDict, FrozenModel
-from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
+from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, CLIP_FIELDS, SIDE_OF_FIELD, LayerConfig, resolve_layers
 from kvq.config.layer_selector import LayerSelector, find_selector
 from kvq.config.plain_values import find_strange_values
 from kvq.config.presets import FIELD as PRESET_FIELD
@@ -100,6 +102,12 @@ class KVQCacheConfig(FrozenModel):
         "and `per_channel` groups); `none`; or `auto`: `rms` where it can be",
     )
     balance_v: Balance = Field(default="auto", description="the same for the values")
+    clip_k: Clip = Field(
+        default="auto",
+        description="the part of each group's range that codes are spread over, such as 0.9, elements beyond it being "
+        "cut (for affine backends); `none`: all of it; or `auto`: what suits the width, where keys are rotated",
+    )
+    clip_v: Clip = Field(default="auto", description="the same for the values")
     compute_dtype: Dtype | None = Field(
         default=None,
         description="dtype that dequantization computes in; default: float32, then rounded once to the states' dtype",
@@ -303,11 +311,18 @@ class KVQCacheConfig(FrozenModel):
         return ResolvedLayer.from_fields({**dict(self), **own})
 
 
+_LATER_STEPS = (BALANCE_FIELDS.values(), CLIP_FIELDS.values())
+"""Fields of steps in the order in which kvq learned them, after the other fields."""
+
+
 def _complete_older(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return fields as they were written before some of today's existed, with what these did not do then."""
-    younger = BALANCE_FIELDS.values()
-    has_all_older = KVQCacheConfig.model_fields.keys() - fields.keys() == set(younger)
-    return {**fields, **dict.fromkeys(younger, "none")} if has_all_older else fields
+    missing = KVQCacheConfig.model_fields.keys() - fields.keys()
+    for number in range(len(_LATER_STEPS)):
+        later = set(chain.from_iterable(_LATER_STEPS[number:]))
+        if missing == later:
+            return {**fields, **dict.fromkeys(later, "none")}
+    return fields
 
 
 def _backend_of_field(info: ValidationInfo) -> BackendSpec | None:

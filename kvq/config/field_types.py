@@ -124,6 +124,17 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 _METADATA_DTYPES = {**_DTYPES, "int8": torch.int8}
 
 
+_CLIP_WORDS = ("auto", "none")
+
+
+def _parse_clip(value: object) -> float | str:
+    if isinstance(value, str) and value in _CLIP_WORDS:
+        return value
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise not_accepted(value, "'auto', 'none', or the part of a group's range that is kept, such as 0.9")
+    return float(value)
+
+
 def _choose_dtype(value: object, accepted: Mapping[str, torch.dtype]) -> torch.dtype:
     dtype = accepted.get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if not isinstance(dtype, torch.dtype) or dtype not in accepted.values():
@@ -201,3 +212,10 @@ Device = Annotated[
 ]
 Rotation = Literal["auto", "none", "hadamard"]
 Balance = Literal["auto", "none", "rms"]
+Clip = Annotated[
+    float | str,
+    PlainValidator(_parse_clip),
+    WithJsonSchema(
+        {"anyOf": [{"enum": list(_CLIP_WORDS)}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]}
+    ),
+]

@@ -15,6 +15,7 @@ from kvq.config.field_types import (
     Axis,
     Balance,
     Bits,
+    Clip,
     Dtype,
     GroupSize,
     MetadataDtype,
@@ -31,6 +32,7 @@ NBITS_FIELDS: dict[Side, str] = {"key": "nbits_k", "value": "nbits_v"}
 AXIS_FIELDS: dict[Side, str] = {"key": "axis_key", "value": "axis_value"}
 ROTATION_FIELDS: dict[Side, str] = {"key": "rotation_k", "value": "rotation_v"}
 BALANCE_FIELDS: dict[Side, str] = {"key": "balance_k", "value": "balance_v"}
+CLIP_FIELDS: dict[Side, str] = {"key": "clip_k", "value": "clip_v"}
 SIDE_OF_FIELD: dict[str, Side] = {
     field: side
     for fields in (NBITS_FIELDS, AXIS_FIELDS, ROTATION_FIELDS, BALANCE_FIELDS)
@@ -55,6 +57,8 @@ class LayerConfig(FrozenModel):
     rotation_v: Rotation | None = Field(default=None, description="rotation of the values")
     balance_k: Balance | None = Field(default=None, description="balance of the keys")
     balance_v: Balance | None = Field(default=None, description="balance of the values")
+    clip_k: Clip | None = Field(default=None, description="clipping of the keys")
+    clip_v: Clip | None = Field(default=None, description="clipping of the values")
     compute_dtype: Dtype | None = Field(default=None, description="dtype that dequantization computes in")
     metadata_dtype: MetadataDtype | None = Field(default=None, description="dtype of scale and mid")
     full_precision: StrictBool = Field(default=False, description="keep these layers in full precision")

@@ -30,6 +30,8 @@ def _evened_out(nbits: int) -> FrozenDict[str, Any]:
         rotation_v="hadamard",
         balance_k="rms",
         balance_v="rms",
+        clip_k="auto",
+        clip_v="auto",
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kvq.config.backend_choice import get_side_backend
-from kvq.config.field_types import Balance, Rotation, of_side
-from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
+from kvq.config.field_types import Balance, Clip, Rotation, of_side
+from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, CLIP_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
 from kvq.plugin_api.backend_spec import BackendOptions, BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Side
@@ -28,6 +28,7 @@ class ResolvedSide:
         group_size: elements per scale, as configured.
         rotation: the rotation applied to the states before they are quantized; `auto`: where it can help.
         balance: how tokens are evened out between rotating and quantizing; `auto`: where it can help.
+        clip: the part of each group's range that codes are spread over, or `none`: all; `auto`: what suits the width.
         metadata_dtype: dtype of scale and mid, or None: the core chooses.
     """
 
@@ -38,6 +39,7 @@ class ResolvedSide:
     group_size: int
     rotation: Rotation
     balance: Balance
+    clip: Clip
     metadata_dtype: torch.dtype | None
 
     @classmethod
@@ -52,6 +54,7 @@ class ResolvedSide:
             group_size=of_side(fields["q_group_size"], side),
             rotation=fields[ROTATION_FIELDS[side]],
             balance=fields[BALANCE_FIELDS[side]],
+            clip=fields[CLIP_FIELDS[side]],
             metadata_dtype=fields["metadata_dtype"],
         )
 

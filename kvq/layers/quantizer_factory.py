@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
-from kvq.config.layer_config import BALANCE_FIELDS, ROTATION_FIELDS
+from kvq.config.layer_config import BALANCE_FIELDS, CLIP_FIELDS, ROTATION_FIELDS
 from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
 from kvq.layers.quantizer_kind import find_kind
 from kvq.layers.savings import check_savings
@@ -33,6 +33,9 @@ BYTE_METADATA_MAX_BITS = 4
 
 LEAST_ROTATION_BLOCK = 16
 """Elements of a transform from which `auto` rotates: a shorter one spreads little."""
+
+CLIP_SHARES = {2: 0.85, 3: 0.95}
+"""The part of a range that `auto` keeps, by bits of a code; at four bits clipping changes nothing, at more it hurts."""
 
 
 def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: torch.Tensor) -> Quantizer:
@@ -114,7 +117,24 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
     scale_dtype = _find_metadata_dtype(chosen) or torch.float16
     affine = cast(AffineQuantizer, quantizer)
     balanced = chosen.balance == "rms" or (chosen.balance == "auto" and spec.granularity is Granularity.PER_CHANNEL)
-    return AffineCodec(affine, spec, rotation, compute_dtype, scale_dtype, chosen.backend.name, balanced=balanced)
+    return AffineCodec(
+        affine,
+        spec,
+        rotation,
+        compute_dtype,
+        scale_dtype,
+        chosen.backend.name,
+        balanced=balanced,
+        clip_share=_find_clip_share(chosen, spec, is_rotated=rotation is not None),
+    )
+
+
+def _find_clip_share(chosen: ResolvedSide, spec: QuantSpec, *, is_rotated: bool) -> float:
+    if isinstance(chosen.clip, float):
+        return chosen.clip
+    # Without a rotation a group may have an outlier that matters more than all else in it.
+    is_suited = chosen.clip == "auto" and is_rotated and spec.granularity is Granularity.PER_CHANNEL
+    return CLIP_SHARES.get(math.ceil(spec.nbits), 1.0) if is_suited else 1.0
 
 
 def _rotates(chosen: ResolvedSide, spec: QuantSpec) -> bool:
@@ -126,7 +146,11 @@ def _rotates(chosen: ResolvedSide, spec: QuantSpec) -> bool:
 
 def _check_untouched(chosen: ResolvedSide, side: Side) -> None:
     """Refuse what the core does to states before it groups them, where the quantizer stores its own representation."""
-    given = {ROTATION_FIELDS[side]: (chosen.rotation, "rotate"), BALANCE_FIELDS[side]: (chosen.balance, "balance")}
+    given = {
+        ROTATION_FIELDS[side]: (chosen.rotation, "rotate"),
+        BALANCE_FIELDS[side]: (chosen.balance, "balance"),
+        CLIP_FIELDS[side]: (chosen.clip, "clip"),
+    }
     problem = "{} stores its own representation, which the core cannot {}; use 'none' or 'auto'"
     faults = [
         Fault((field,), problem.format(chosen.backend.name, verb))

@@ -29,6 +29,7 @@ class SidePlan:
         group_length: elements that share a scale; None where the backend has a representation of its own.
         rotation: the rotation before quantizing.
         balance: how tokens are evened out before quantizing.
+        clip: the part of each group's range that codes are spread over, or `none`.
         effective_bits: codes and metadata per stored element, without slack.
     """
 
@@ -40,13 +41,15 @@ class SidePlan:
     group_length: int | None = None
     rotation: str | None = None
     balance: str | None = None
+    clip: str | None = None
     effective_bits: float | None = None
 
     def __str__(self) -> str:
         if self.backend is None:
             return "full precision"
         group = f" by {self.group_length}" if self.group_length else ""
-        steps = "".join(f", {step}" for step in (self.rotation, self.balance) if step not in (None, "none"))
+        clip = "none" if self.clip in (None, "none") else f"clip {self.clip}"
+        steps = "".join(f", {step}" for step in (self.rotation, self.balance, clip) if step not in (None, "none"))
         return f"{self.backend} {self.nbits:g} bit {self.granularity}{group}{steps} ({self.effective_bits:.2f})"
 
 

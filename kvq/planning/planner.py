@@ -22,6 +22,7 @@ from kvq.planning.reasons import Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
 from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer, Side
+from kvq.store.clipping import name_clip
 from kvq.transformers_seams.layer_kinds import kind_of
 from kvq.units import format_bytes, format_ratio
 
@@ -171,6 +172,7 @@ def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, na
         group_length=None if packed is None else packed.group_length,
         rotation="none" if packed is None else packed.rotation,
         balance="none" if packed is None else packed.balance,
+        clip=name_clip(quantizer),
         effective_bits=effective_bits(quantizer, shape.head_dim),
     )
 

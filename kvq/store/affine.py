@@ -20,6 +20,7 @@ from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat
 from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
 from kvq.store.balance import even_out
 from kvq.store.byte_metadata import write_bytes
+from kvq.store.clipping import clip
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
 from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
@@ -54,6 +55,7 @@ class AffineCodec:
             int8 scales are bytes too.
         backend: name of what built the quantizer, for errors.
         balanced: whether each token is divided by a factor of its own after the rotation; per channel only.
+        clip_share: the part of each group's range, around its middle, that codes are spread over.
 
     Attributes:
         packed_format: where codes, scales and mids lie, for kernels, which read them without this class.
@@ -69,11 +71,13 @@ class AffineCodec:
         backend: str = "",
         *,
         balanced: bool = False,
+        clip_share: float = 1.0,
     ) -> None:
         self.quantizer = quantizer
         self.spec = spec
         self.rotation = rotation
         self.compute_dtype = compute_dtype
+        self.clip_share = clip_share
         self.bits = math.ceil(spec.nbits)
         self.per_channel = spec.granularity is Granularity.PER_CHANNEL
         self.block_length = spec.group_length if self.per_channel else PER_TOKEN_BLOCK_LENGTH
@@ -142,6 +146,8 @@ class AffineCodec:
         lost = groups.abs().amax(-1).isfinite().logical_not_()
         if lost.device.type != "cpu" or lost.any():  # elsewhere asking takes longer than filling
             groups = groups.masked_fill(lost[..., None], 0)
+        if self.clip_share < 1:
+            groups = clip(groups, self.clip_share)
         codes, scale, offset = self._encode_groups(groups, lost)
         for width, plane in split_planes(self._ungroup(codes), self.bits).items():
             parts[f"codes_{width}"] = pack(plane, width, self.packed_format.packed_dim)

@@ -12,7 +12,7 @@ import torch
 from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.eager.kernel import REFERENCE
-from kvq.testing.case import ContractCase, quantized_layer
+from kvq.testing.case import STEPS, ContractCase, quantized_layer
 
 FLUSHES = 2
 BATCH = 3
@@ -29,7 +29,7 @@ WAYS = {
     "5 queries at once, left padding and reordered rows": (5, True, (2, 0, 0)),
 }
 """Queries, whether there is padding, and the order of the rows of the batch."""
-DEFAULT_STEPS = dict.fromkeys(("rotation_k", "rotation_v", "balance_k", "balance_v"), "auto")
+DEFAULT_STEPS = dict.fromkeys(STEPS, "auto")
 """What the core does to states before it groups them, where a user does not say."""
 
 
@@ -39,7 +39,7 @@ def measure_attention(case: ContractCase) -> Iterator[tuple[str, float]]:
         yield from _measure(way, _request(case, queries, is_padded=is_padded, order=order))
     way, (queries, is_padded, order) = next(reversed(WAYS.items()))
     request = _request(case, queries, is_padded=is_padded, order=order, **DEFAULT_STEPS)
-    yield from _measure(f"{way}, rotated and balanced as by default", request)
+    yield from _measure(f"{way}, rotated, balanced and clipped as by default", request)
 
 
 def _measure(way: str, request: AttentionRequest) -> Iterator[tuple[str, float]]:

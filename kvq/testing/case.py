@@ -26,7 +26,9 @@ GROUP_SIZE = 64
 HEAD_DIM = 64
 RESIDUAL_LENGTH = 32
 """Tokens of the window in the caches of a case: few, for tokens to be stored early."""
-PLAIN = {"rotation_k": "none", "rotation_v": "none", "balance_k": "none", "balance_v": "none"}
+STEPS = ("rotation_k", "rotation_v", "balance_k", "balance_v", "clip_k", "clip_v")
+"""Fields of what the core does to states before a backend rounds them."""
+PLAIN = dict.fromkeys(STEPS, "none")
 """The backend is tried on the states themselves: what the core does to them before has tests of its own."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
