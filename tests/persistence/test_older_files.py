@@ -1,31 +1,40 @@
-"""Files in the folder `older`, which kvq wrote before it could balance: they keep their meaning."""
+"""Files in the folders of `older`, which kvq wrote before it had the step of that name: they keep their meaning."""
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from kvq import KVQ, KVQCacheConfig
 
 OLDER = Path(__file__).parent / "older"
+STEPS_THEN = {
+    "before-balance": ("none", "none", "none"),
+    "before-clipping": ("auto", "auto", "none"),
+}
+"""What the files say, or leave to kvq, of rotation, balance and clipping."""
 
 
-def test_a_saved_cache_gives_the_states_that_it_gave_then():
-    cache = KVQ.load(OLDER / "cache.kvq")
-    for states, expected in zip(cache.materialize(0), torch.load(OLDER / "states.pt", weights_only=True), strict=True):
-        torch.testing.assert_close(states, expected, rtol=1e-6, atol=1e-6)
-    assert (cache.config.balance_k, cache.config.balance_v) == ("none", "none")
+@pytest.mark.parametrize("folder", STEPS_THEN)
+def test_a_saved_cache_gives_the_states_that_it_gave_then(folder):
+    cache, expected = KVQ.load(OLDER / folder / "cache.kvq"), torch.load(OLDER / folder / "states.pt", weights_only=True)
+    for states, then in zip(cache.materialize(0), expected, strict=True):
+        torch.testing.assert_close(states, then, rtol=1e-6, atol=1e-6)
+    assert (cache.config.balance_v, cache.config.clip_k, cache.config.clip_v) == (STEPS_THEN[folder][1], "none", "none")
     more = torch.randn(1, 1, 100, 16)
     cache.update(more, more, 0)
     assert cache.get_seq_length() == 200
 
 
-def test_a_configuration_with_all_fields_of_its_time_gets_nothing_new():
-    config = KVQCacheConfig.from_file(OLDER / "config.yaml")
+@pytest.mark.parametrize("folder", STEPS_THEN)
+def test_a_configuration_with_all_fields_of_its_time_gets_nothing_new(folder):
+    config = KVQCacheConfig.from_file(OLDER / folder / "config.yaml")
     layer = config.for_layer(0)
     for side in (layer.key, layer.value):
-        assert (side.rotation, side.balance) == ("none", "none")
+        assert (side.rotation, side.balance, side.clip) == STEPS_THEN[folder]
     assert KVQCacheConfig.from_mapping(config.to_dict()) == config
 
 
 def test_one_that_leaves_fields_out_gets_the_defaults_of_today():
-    assert KVQCacheConfig.from_mapping({"version": 1, "backend": "native"}).balance_k == "auto"
+    config = KVQCacheConfig.from_mapping({"version": 1, "backend": "native"})
+    assert (config.balance_k, config.clip_k) == ("auto", "auto")
