@@ -152,6 +152,34 @@ def test_many_bits_and_layers_that_are_kept_are_not_hurt():
     assert "by how much only the weights tell" in text
 
 
+@pytest.mark.parametrize(("bits", "growth", "is_told"), [(4, 30.0, True), (2, 3.0, False)])
+def test_middles_in_bytes_are_too_coarse_for_a_large_bias(bits, growth, is_told):
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 1024, 64, generator=generator)
+    keys += 3 * (growth - 1) * torch.randn(64, generator=generator).sign()
+    errors = {}
+    for dtype in ("float16", "int8"):
+        cache = KVQ(backend="native", nbits_k=bits, nbits_v=2, metadata_dtype=dtype, residual_length=0, sink_length=0)
+        cache.update(keys, keys, 0)
+        errors[dtype] = float((cache.materialize(0)[0] - keys).square().mean())
+    assert (errors["int8"] > 1.2 * errors["float16"]) == is_told
+    text = text_of(growth, nbits_k=bits, nbits_v=2, metadata_dtype="int8")
+    assert (text is not None) == is_told
+
+
+def test_it_is_told_where_middles_are_bytes_and_the_bias_is_known():
+    in_bytes = dict(nbits_v=2, metadata_dtype="int8")
+    text = text_of(30.0, nbits_k=4, **in_bytes)
+    assert text.startswith("the keys of layers 0 have a bias (layers.0.k_proj.bias), too large for middles")
+    assert text_of(30.0, nbits_k=4, nbits_v=2) is None
+    assert text_of(30.0, nbits_k=8, **in_bytes) is None, "eight bits have no middles in bytes"
+    assert text_of(None, nbits_k=4, **in_bytes) is None
+
+
+def text_of(growth, **fields):
+    return explain_biased_keys([KeyBias(0, "layers.0.k_proj", growth)], settings(**fields))
+
+
 def test_weights_that_are_packed_leave_the_size_unknown():
     model, projection = build("qwen2")
     with torch.no_grad():

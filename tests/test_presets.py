@@ -56,6 +56,7 @@ class TestNames:
             rotation_v="hadamard",
             balance_k="rms",
             balance_v="rms",
+            metadata_dtype="int8" if nbits < 4 else None,
         )
 
     @pytest.mark.parametrize("name", ["5bit", "", "4BIT", 4, None, ["4bit"], {"name": "4bit"}])

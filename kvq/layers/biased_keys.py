@@ -10,7 +10,7 @@ Owns the judgement from a model's modules. It must not know who asks, nor warn b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvq.config import ResolvedLayer
+from kvq.layers.metadata_dtypes import are_bytes
 from kvq.plugin_api.granularity import Granularity
+from kvq.store.byte_metadata import LARGEST_MID
 from kvq.transformers_seams.key_projections import find_key_projections
 
 HALF_RANGE = 3
@@ -79,7 +81,7 @@ def find_biased_keys(model: PreTrainedModel, least_growth: float = LEAST_GROWTH)
 
 
 def explain_biased_keys(biases: Iterable[KeyBias], layers: Mapping[int, ResolvedLayer]) -> str | None:
-    """Return a warning about keys that a configuration quantizes inside tokens although they have a large bias.
+    """Return a warning about keys with a large bias whose groups lie inside tokens, or whose middles are bytes.
 
     Args:
         biases: the model's key biases, as `find_biased_keys` returns them.
@@ -88,27 +90,51 @@ def explain_biased_keys(biases: Iterable[KeyBias], layers: Mapping[int, Resolved
     Returns:
         One line, or None where there is nothing to warn of.
     """
-    hurt = [bias for bias in biases if bias.layer_idx in layers and _is_hurt(bias, layers[bias.layer_idx])]
-    if not hurt:
-        return None
-    indices = ", ".join(str(bias.layer_idx) for bias in hurt[:8]) + (f" and {len(hurt) - 8} more" * (len(hurt) > 8))
+    present = [bias for bias in biases if bias.layer_idx in layers]
+    inside = [bias for bias in present if _is_hurt_inside_tokens(bias, layers[bias.layer_idx])]
+    if inside:
+        return _explain_tokens(inside, layers)
+    in_bytes = [bias for bias in present if _is_hurt_in_bytes(bias, layers[bias.layer_idx])]
+    return _explain_bytes(in_bytes) if in_bytes else None
+
+
+def _explain_tokens(hurt: Sequence[KeyBias], layers: Mapping[int, ResolvedLayer]) -> str:
     known = [bias.growth for bias in hurt if bias.growth is not None]
     size = f"up to {max(known):.0f} times wider" if known else "wider, by how much only the weights tell"
     settings = layers[hurt[0].layer_idx].key
     has_channels = Granularity.PER_CHANNEL in settings.backend.capabilities.granularities
     remedy = "write axis_key: per_channel" if has_channels else "choose a backend with per_channel groups for the keys"
     return (
-        f"the keys of layers {indices} have a bias ({hurt[0].path}.bias), which makes the per_token groups of axis_key "
-        f"{size} and coarser by as much; {remedy}, or measure"
+        f"the keys of layers {_join_indices(hurt)} have a bias ({hurt[0].path}.bias), which makes the per_token groups "
+        f"of axis_key {size} and coarser by as much; {remedy}, or measure"
     )
 
 
-def _is_hurt(bias: KeyBias, layer: ResolvedLayer) -> bool:
+def _explain_bytes(hurt: Sequence[KeyBias]) -> str:
+    return (
+        f"the keys of layers {_join_indices(hurt)} have a bias ({hurt[0].path}.bias), too large for middles of groups "
+        "in a byte each; write metadata_dtype: float16, or measure"
+    )
+
+
+def _join_indices(biases: Sequence[KeyBias]) -> str:
+    return ", ".join(str(bias.layer_idx) for bias in biases[:8]) + f" and {len(biases) - 8} more" * (len(biases) > 8)
+
+
+def _is_hurt_inside_tokens(bias: KeyBias, layer: ResolvedLayer) -> bool:
     if layer.full_precision or layer.key.granularity is not Granularity.PER_TOKEN:
         return False
     if bias.growth is None:
         return True
     return bias.growth * 2 * HALF_RANGE / max(1.0, 2**layer.key.nbits - 1) >= FINE_STEP
+
+
+def _is_hurt_in_bytes(bias: KeyBias, layer: ResolvedLayer) -> bool:
+    """Return whether the step of middles in bytes is half of that of the codes or more."""
+    if bias.growth is None or layer.full_precision or not are_bytes(layer.key):
+        return False
+    step = 2 * HALF_RANGE / (2**layer.key.nbits - 1)
+    return (bias.growth - 1) * HALF_RANGE / LARGEST_MID >= step / 2
 
 
 def _find_keys(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
@@ -10,8 +9,10 @@ import torch
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.config.layer_config import BALANCE_FIELDS, CLIP_FIELDS, ROTATION_FIELDS
 from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
+from kvq.layers.metadata_dtypes import find_mid_dtype, find_scale_dtype
 from kvq.layers.quantizer_kind import find_kind
 from kvq.layers.savings import check_savings
+from kvq.layers.steps import choose_clip_share, is_balanced, is_rotated
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
@@ -19,23 +20,7 @@ from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import Origin
-from kvq.store.rotation import HadamardRotation, rotation_block
-
-HALF_METADATA_MAX_BITS = 4
-"""Widest codes whose error a float16 mid raises by less than a tenth at |mean| / std = 100; at 5 bits by up to 1.2.
-
-That holds where a group has two elements for each code value or more. The range of a shorter group, and with it the
-step, is smaller: 4 bits in groups of 16 raise the error by 1.11, in groups of 8 by 1.26.
-"""
-
-BYTE_METADATA_MAX_BITS = 4
-"""Widest codes whose scales may be bytes: these are off by up to 1.1 %, a twelfth of a step at the ends of 4 bits."""
-
-LEAST_ROTATION_BLOCK = 16
-"""Elements of a transform from which `auto` rotates: a shorter one spreads little."""
-
-CLIP_SHARES = {2: 0.85, 3: 0.95}
-"""The part of a range that `auto` keeps, by bits of a code; at four bits clipping changes nothing, at more it hurts."""
+from kvq.store.rotation import HadamardRotation
 
 
 def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: torch.Tensor) -> Quantizer:
@@ -67,7 +52,6 @@ def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.
     head_dim = states.shape[-1]
     per_token = chosen.granularity is Granularity.PER_TOKEN
     group_length = balanced_group_length(head_dim, chosen.group_size) if per_token else chosen.group_size
-    bits = math.ceil(chosen.nbits)
     return QuantSpec(
         side=side,
         layer_idx=layer_idx,
@@ -77,21 +61,10 @@ def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.
         num_heads=states.shape[1],
         head_dim=head_dim,
         states_dtype=states.dtype,
-        metadata_dtype=_find_metadata_dtype(chosen) or _default_mid_dtype(bits, group_length),
+        metadata_dtype=find_mid_dtype(chosen, group_length),
         device=states.device,
         seed=2 * layer_idx + (side == "value"),
     )
-
-
-def _find_metadata_dtype(chosen: ResolvedSide) -> torch.dtype | None:
-    """Return the dtype that was asked for, where it serves codes of this width."""
-    is_too_narrow = chosen.metadata_dtype is torch.int8 and chosen.nbits > BYTE_METADATA_MAX_BITS
-    return None if is_too_narrow else chosen.metadata_dtype
-
-
-def _default_mid_dtype(bits: int, group_length: int) -> torch.dtype:
-    half_suffices = bits <= HALF_METADATA_MAX_BITS and 2 ** (bits + 1) <= group_length
-    return torch.float16 if half_suffices else torch.float32
 
 
 def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:
@@ -112,36 +85,16 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
     if find_kind(quantizer, str(origin)) == "general":
         _check_untouched(chosen, spec.side)
         return GuardedQuantizer(cast(Quantizer, quantizer), origin, spec)
-    rotation = HadamardRotation(spec.head_dim, spec.seed, spec.device) if _rotates(chosen, spec) else None
-    # What a wide code demands of mid it does not demand of scale, whose error counts by the code, not by the mean.
-    scale_dtype = _find_metadata_dtype(chosen) or torch.float16
-    affine = cast(AffineQuantizer, quantizer)
-    balanced = chosen.balance == "rms" or (chosen.balance == "auto" and spec.granularity is Granularity.PER_CHANNEL)
     return AffineCodec(
-        affine,
+        cast(AffineQuantizer, quantizer),
         spec,
-        rotation,
+        HadamardRotation(spec.head_dim, spec.seed, spec.device) if is_rotated(chosen, spec) else None,
         compute_dtype,
-        scale_dtype,
+        find_scale_dtype(chosen),
         chosen.backend.name,
-        balanced=balanced,
-        clip_share=_find_clip_share(chosen, spec, is_rotated=rotation is not None),
+        balanced=is_balanced(chosen, spec),
+        clip_share=choose_clip_share(chosen, spec),
     )
-
-
-def _find_clip_share(chosen: ResolvedSide, spec: QuantSpec, *, is_rotated: bool) -> float:
-    if isinstance(chosen.clip, float):
-        return chosen.clip
-    # Without a rotation a group may have an outlier that matters more than all else in it.
-    is_suited = chosen.clip == "auto" and is_rotated and spec.granularity is Granularity.PER_CHANNEL
-    return CLIP_SHARES.get(math.ceil(spec.nbits), 1.0) if is_suited else 1.0
-
-
-def _rotates(chosen: ResolvedSide, spec: QuantSpec) -> bool:
-    if chosen.rotation != "auto":
-        return chosen.rotation == "hadamard"
-    # An offset that all channels share ends in one channel of a transform, where groups inside a token cannot hide it.
-    return spec.granularity is Granularity.PER_CHANNEL and rotation_block(spec.head_dim) >= LEAST_ROTATION_BLOCK
 
 
 def _check_untouched(chosen: ResolvedSide, side: Side) -> None:

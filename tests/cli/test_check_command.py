@@ -37,12 +37,12 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
     assert "newest 96 and the first 4 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
     # Codes of 4 bits; scale and mid, 16 bits each, for a group; a byte for a block; a byte for 64 elements of a token.
-    steps, others = ("hadamard", "rms"), f"{4 + 2 * 16 / 64 + 8 / (64 * 64) + 8 / 64:.3f}"
+    steps, others = ("hadamard", "rms", "none"), f"{4 + 2 * 16 / 64 + 8 / (64 * 64) + 8 / 64:.3f}"
     assert ["all", "others", "keys", "toy", "4", "per_channel", "64", *steps, others] in rows
-    assert ["0-1", "values", "full", "precision", *"------"] in rows
+    assert ["0-1", "values", "full", "precision", *"-------"] in rows
     last = f"{4 + 2 * 16 / 32 + 8 / (32 * 64) + 8 / 64:.3f}"
     assert ["last:2", "values", "toy", "4", "per_channel", "32", *steps, last] in rows
-    assert ["4", "values", "toy", "4", "per_token", "32", "none", "none", "5.004"] in rows, "8 / (32 * 64)"
+    assert ["4", "values", "toy", "4", "per_token", "32", "none", "none", "none", "5.004"] in rows, "8 / (32 * 64)"
 
 
 @pytest.mark.parametrize(

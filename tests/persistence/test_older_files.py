@@ -17,7 +17,8 @@ STEPS_THEN = {
 
 @pytest.mark.parametrize("folder", STEPS_THEN)
 def test_a_saved_cache_gives_the_states_that_it_gave_then(folder):
-    cache, expected = KVQ.load(OLDER / folder / "cache.kvq"), torch.load(OLDER / folder / "states.pt", weights_only=True)
+    cache = KVQ.load(OLDER / folder / "cache.kvq")
+    expected = torch.load(OLDER / folder / "states.pt", weights_only=True)
     for states, then in zip(cache.materialize(0), expected, strict=True):
         torch.testing.assert_close(states, then, rtol=1e-6, atol=1e-6)
     assert (cache.config.balance_v, cache.config.clip_k, cache.config.clip_v) == (STEPS_THEN[folder][1], "none", "none")

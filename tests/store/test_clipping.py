@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvq import KVQ, KVQCacheConfig
-from kvq.layers.quantizer_factory import CLIP_SHARES
+from kvq.layers.steps import CLIP_SHARES
 from kvq.store.clipping import clip
 
 
