@@ -189,7 +189,9 @@ class TestLists:
         [
             ({}, set()),
             ({"KVQ_PLUGINS": "one, two"}, {"three"}),
-            ({"KVQ_PLUGINS": ""}, {"one", "two", "three"}),
+            ({"KVQ_PLUGINS": ""}, set()),
+            ({"KVQ_PLUGINS": "  "}, set()),
+            ({"KVQ_PLUGINS": ","}, {"one", "two", "three"}),
             ({"KVQ_BLOCK_PLUGINS": "one,,absent,"}, {"one"}),
             ({"KVQ_BLOCK_PLUGINS": ""}, set()),
             ({"KVQ_PLUGINS": "one,two", "KVQ_BLOCK_PLUGINS": "two"}, {"two", "three"}),
@@ -217,7 +219,7 @@ class TestLists:
 
     def test_a_name_that_nobody_offers_is_unknown_not_blocked(self, site):
         with pytest.raises(UnknownBackendError):
-            site.registry(KVQ_PLUGINS="", KVQ_BLOCK_PLUGINS="absent").get_backend("absent")
+            site.registry(KVQ_PLUGINS=",", KVQ_BLOCK_PLUGINS="absent").get_backend("absent")
 
     def test_a_blocked_conflict_is_blocked(self, site):
         site.add_backend("one", "dist-a 1.0")
@@ -236,7 +238,7 @@ class TestLists:
         assert info_of(registry, "one", load=True).state == "blocked"
 
     def test_what_is_registered_from_code_is_no_plugin(self, site, spec):
-        registry = site.registry(KVQ_PLUGINS="", KVQ_BLOCK_PLUGINS="coded")
+        registry = site.registry(KVQ_PLUGINS=",", KVQ_BLOCK_PLUGINS="coded")
         registry.register_backend(spec)
         assert registry.get_backend("coded") is spec
 

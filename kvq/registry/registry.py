@@ -32,7 +32,7 @@ from kvq.registry.requirements import check_requirements
 from kvq.registry.spec_validation import check_spec
 
 ALLOW_VARIABLE = "KVQ_PLUGINS"
-"""Environment variable: the only names that may be loaded, separated by commas; set but empty: none may."""
+"""Environment variable: the only names that may be loaded, separated by commas; unset or empty: all may."""
 
 BLOCK_VARIABLE = "KVQ_BLOCK_PLUGINS"
 """Environment variable: names that may not be loaded, separated by commas; it wins over the other one."""
@@ -200,8 +200,9 @@ class BackendRegistry:
             raise BlockedBackendError(f"backend {name!r} is blocked: {ALLOW_VARIABLE} does not list it; add it there")
 
     def _find_listed(self, variable: str) -> set[str] | None:
-        text = self._environment.get(variable)
-        return None if text is None else {part.strip() for part in text.split(",") if part.strip()}
+        """Return the names in a list; None if the variable is unset or, as in a file of variables, left empty."""
+        text = self._environment.get(variable, "").strip()
+        return {part.strip() for part in text.split(",") if part.strip()} if text else None
 
     def _unknown_message(self, name: str) -> str:
         names = self._names()

@@ -324,3 +324,15 @@ def test_rows_have_a_cell_for_each_column(make_plan):
     failed = QualityRecord("x", {}, failure="no")
     assert len(table_rows([*records, failed])) == 3
     assert table_rows([failed]) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_first"), [({}, True), ({"RANK": "", "WORLD_SIZE": ""}, True), ({"RANK": "1"}, False)]
+)
+def test_an_empty_variable_of_a_launcher_is_not_set(monkeypatch, variables, is_first):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    assert Processes.is_first() is is_first
+    assert Processes.find() == Processes(0, 1)

@@ -25,7 +25,7 @@ class Processes:
     @classmethod
     def find(cls) -> Processes:
         """Return this process's place; it joins the group that `accelerate launch` or `torchrun` has set up."""
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        if int(os.environ.get("WORLD_SIZE") or 1) < 2:
             return cls()
         from accelerate import PartialState
 
@@ -35,7 +35,7 @@ class Processes:
     @staticmethod
     def is_first() -> bool:
         """Return whether this is the process that prints; it works before torch or accelerate is imported."""
-        return os.environ.get("RANK", "0") == "0"
+        return (os.environ.get("RANK") or "0") == "0"
 
     @property
     def is_main(self) -> bool:
