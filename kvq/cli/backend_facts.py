@@ -14,7 +14,7 @@ from pydantic_core import to_jsonable_python
 
 from kvq.cli.console import one_line
 from kvq.cli.requirement_state import describe_requirements
-from kvq.cli.sample_block import GROUP_SIZE, HEAD_DIM, measure_effective_bits, plain_settings
+from kvq.cli.sample_block import HEAD_DIM, measure_effective_bits, plain_settings, proposed_group_sizes
 from kvq.errors import BackendError, UnknownBackendError
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
@@ -82,8 +82,18 @@ def describe_spec(spec: BackendSpec) -> dict[str, Any]:
         "requirements": describe_requirements(spec.requires),
         "options": [_describe_option(name, field) for name, field in spec.options.model_fields.items()],
         "head_dim": HEAD_DIM,
-        "group_size": GROUP_SIZE,
+        "group_size": _group_size(spec),
+        "uses_group_size": spec.uses_group_size,
+        "defaults": to_jsonable_python(dict(spec.defaults)),
     }
+
+
+def _group_size(spec: BackendSpec) -> int | dict[str, int] | None:
+    """Return the group size where a user sets none, one each if the sides differ; None if the backend ignores it."""
+    sizes = proposed_group_sizes(spec)
+    if not spec.uses_group_size:
+        return None
+    return sizes["key"] if sizes["key"] == sizes["value"] else sizes
 
 
 def _describe_option(name: str, field: FieldInfo) -> dict[str, Any]:

@@ -29,8 +29,10 @@ def backends(
 
     With NAME one such object, and where the plugin can be loaded "device_types" and "states_dtypes" (empty: any),
     "axis_names" (integer axis to granularity), "requirements" ("name", "required", "installed", "met"), "options"
-    ("name", "type", "required", "default", "description"), "head_dim", "group_size", and "effective_bits", a list with
-    "nbits", "granularity", "key" and "value" (stored bits per element, null where "reason" says why not).
+    ("name", "type", "required", "default", "description"), "defaults" (what the backend proposes for fields that are
+    not set), "uses_group_size", "head_dim", "group_size" (null where it is not used, one each under "key" and "value"
+    where they differ), and "effective_bits", a list with "nbits", "granularity", "key" and "value" (stored bits per
+    element, null where "reason" says why not).
     """
     from kvq.cli.backend_facts import collect_backend, collect_backends
 
@@ -81,6 +83,8 @@ def _print_one(facts: dict[str, Any]) -> None:
     rows += [
         ("bits", _join_bits(facts["nbits"])),
         ("granularities", ", ".join(facts["granularities"])),
+        ("defaults", ", ".join(f"{field}: {value}" for field, value in facts["defaults"].items()) or "those of kvq"),
+        ("group size", _group_size_text(facts)),
         ("axis names", ", ".join(f"{axis} = {word}" for axis, word in facts["axis_names"].items())),
         ("devices", ", ".join(facts["device_types"]) or "any"),
         ("dtypes of states", ", ".join(facts["states_dtypes"]) or "any"),
@@ -109,12 +113,19 @@ def _print_effective_bits(facts: dict[str, Any]) -> None:
     if not facts["effective_bits"]:
         print_line("no effective bits: the backend cannot be built here")
         return
-    print_line(f"effective bits at head_dim {facts['head_dim']}, group size {facts['group_size']}")
+    print_line(f"effective bits at head_dim {facts['head_dim']}, group size {_group_size_text(facts)}")
     rows = [
         (f"{one['nbits']:g}", one["granularity"], *(_bits_text(one[side]) for side in ("key", "value")), one["reason"])
         for one in facts["effective_bits"]
     ]
     print_table(("bits", "granularity", "keys", "values", ""), rows)
+
+
+def _group_size_text(facts: dict[str, Any]) -> str:
+    size = facts["group_size"]
+    if size is None:
+        return "not used"
+    return ", ".join(f"{own} for the {side}s" for side, own in size.items()) if isinstance(size, dict) else str(size)
 
 
 def _requirement_text(one: dict[str, Any]) -> str:

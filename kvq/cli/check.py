@@ -119,7 +119,7 @@ def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
         own.backend.name,
         f"{own.nbits:g}",
         str(own.granularity),
-        str(own.group_size),
+        str(own.group_size) if own.backend.uses_group_size else "-",
         one.rotation,
         one.balance,
         one.clip,

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 
 from kvq.config import KVQCacheConfig, ResolvedLayer
+from kvq.config.backend_defaults import find_group_size
+from kvq.config.cache_config import DEFAULT_GROUP_SIZE
+from kvq.config.field_types import SIDES
 from kvq.errors import KVQError
 from kvq.layers.quantizer_factory import build_codec
 from kvq.layers.savings import effective_bits
@@ -16,7 +19,6 @@ from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Quantizer, Side
 
 HEAD_DIM = 128
-GROUP_SIZE = 64
 
 
 def plain_settings(backend: BackendSpec, nbits: float, granularity: Granularity) -> ResolvedLayer:
@@ -27,9 +29,14 @@ def plain_settings(backend: BackendSpec, nbits: float, granularity: Granularity)
         nbits_v=nbits,
         axis_key=granularity,
         axis_value=granularity,
-        q_group_size=GROUP_SIZE,
+        q_group_size=proposed_group_sizes(backend),
     )
     return config.for_layer(0)
+
+
+def proposed_group_sizes(backend: BackendSpec) -> dict[str, int]:
+    """Return the group size of each side where a user sets none."""
+    return {side: find_group_size(backend, side, DEFAULT_GROUP_SIZE) for side in SIDES}
 
 
 def measure_effective_bits(settings: ResolvedLayer, side: Side, head_dim: int = HEAD_DIM) -> float:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from kvq.config.backend_choice import get_side_backend
 from kvq.config.faults import shown
+from kvq.config.field_types import SIDES, KeyValue, of_side
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import TRANSFORMERS_AXIS_NAMES, Granularity
 from kvq.user_warnings import warn_user
@@ -94,3 +98,23 @@ def check_balance(balance: str, granularity: Granularity) -> None:
             f"{shown(balance)} does not fit {str(granularity)!r} groups, whose scales are those of single tokens "
             "already; choose 'none', or 'per_channel' groups"
         )
+
+
+def warn_of_unused_group_size(place: str, choice: Any, sizes: Any, usual: int) -> None:
+    """Warn if a group size was set for a side whose backend groups numbers in a way of its own.
+
+    Args:
+        place: where the field stands, before its name.
+        choice: the backend, or one a side.
+        sizes: the group size, or one a side; one for both may be meant for the other side.
+        usual: the size that nobody has set: a file that was written out holds it.
+    """
+    backends = [(side, get_side_backend(choice, side)) for side in SIDES]
+    is_split = isinstance(sizes, KeyValue)
+    if not is_split and any(backend.uses_group_size for _, backend in backends):
+        return
+    for side, backend in backends if is_split else backends[:1]:
+        size = of_side(sizes, side)
+        if size != usual and not backend.uses_group_size:
+            field = f"{place}q_group_size{f'.{side}' if is_split else ''}"
+            warn_user(f"{field}={size} has no effect: backend {backend.name!r} has groups of its own; leave it out")

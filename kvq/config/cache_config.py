@@ -15,7 +15,15 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from kvq.config.backend_choice import BackendChoice, check_backends, check_writable, get_side_backend
-from kvq.config.backend_limits import check_balance, check_granularity, check_group_size, check_nbits, resolve_axis
+from kvq.config.backend_defaults import fill_in_defaults
+from kvq.config.backend_limits import (
+    check_balance,
+    check_granularity,
+    check_group_size,
+    check_nbits,
+    resolve_axis,
+    warn_of_unused_group_size,
+)
 from kvq.config.backend_options import resolve_options
 from kvq.config.faults import FaultCollector, not_accepted, shown
 from kvq.config.field_types import (
@@ -53,6 +61,7 @@ if TYPE_CHECKING:
     from dataclasses import InitVar
 
 DEFAULT_BACKEND = "quanto"
+DEFAULT_GROUP_SIZE = 64
 
 
 class KVQCacheConfig(FrozenModel):
@@ -86,7 +95,7 @@ class KVQCacheConfig(FrozenModel):
     )
     axis_value: Axis = Field(default=Granularity.PER_CHANNEL, description="the same for the values")
     q_group_size: GroupSize = Field(
-        default=64, description="elements per scale; one number or `{key: ..., value: ...}`"
+        default=DEFAULT_GROUP_SIZE, description="elements per scale; one number or `{key: ..., value: ...}`"
     )
     residual_length: Tokens = Field(default=32, description="how many of the newest tokens stay exact")
     sink_length: Tokens = Field(default=4, description="how many of the first real tokens of each row stay exact")
@@ -208,13 +217,15 @@ class KVQCacheConfig(FrozenModel):
         return resolve_options(value, [info.data.get("backend"), *(layer.backend for layer in layers.values())])
 
     def model_post_init(self, context: Any) -> None:  # noqa: ARG002  # pydantic passes it
-        """Warn if keys get fewer bits than values, which is usually the wrong way round."""
+        """Warn of group sizes without effect, and of keys with fewer bits than values, usually the wrong way round."""
         places = {
             "": LayerConfig(nbits_k=self.nbits_k),
             **{f"layers[{text!r}].": own for text, own in self.layers.items()},
         }
         for place, own in places.items():
             fields = {**dict(self), **own.given}
+            if place == "" or "q_group_size" in own.given:
+                warn_of_unused_group_size(place, fields["backend"], fields["q_group_size"], DEFAULT_GROUP_SIZE)
             nbits_k, nbits_v = fields["nbits_k"], fields["nbits_v"]
             if nbits_k < nbits_v and own.given.keys() & {"nbits_k", "nbits_v"}:
                 warn_user(
@@ -226,7 +237,7 @@ class KVQCacheConfig(FrozenModel):
         faults = find_strange_values(fields)
         if faults:
             raise ConfigError(faults, source)
-        super()._fill(_complete_older(expand_preset(fields, source)), source)
+        super()._fill(_add_defaults(_complete_older(expand_preset(fields, source))), source)
 
     @classmethod
     def _known_names(cls) -> list[str]:
@@ -323,6 +334,10 @@ def _complete_older(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         if missing == later:
             return {**fields, **dict.fromkeys(later, "none")}
     return fields
+
+
+def _add_defaults(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    return fill_in_defaults(fields, backend=DEFAULT_BACKEND, group_size=DEFAULT_GROUP_SIZE)
 
 
 def _backend_of_field(info: ValidationInfo) -> BackendSpec | None:

@@ -15,6 +15,13 @@ API_VERSION = 1
 """Version of the plugin contract; a backend built for another one is refused."""
 
 
+DEFAULT_FIELDS = (
+    *("nbits_k", "nbits_v", "axis_key", "axis_value", "q_group_size"),
+    *("rotation_k", "rotation_v", "balance_k", "balance_v"),
+)
+"""The fields of a configuration for which a backend may propose its own values."""
+
+
 class BackendOptions(BaseModel):
     """Base of a backend's own options: frozen, unknown keys forbidden; give every field a description."""
 
@@ -51,6 +58,9 @@ class BackendSpec:
         axis_names: what integer axes mean in the backend's own library.
         requires: requirement strings (PEP 508) of what `build` imports, checked from metadata before it is called.
         summary: one line for `kvq backends`.
+        defaults: what users get where they set nothing, by the name of the field: any of `DEFAULT_FIELDS`, with values
+            as in a file. They rank below what a user or a preset says, and above kvq's own defaults.
+        uses_group_size: whether `q_group_size` changes anything; where False, kvq warns of a value that was set.
         url: where to read more.
     """
 
@@ -63,6 +73,8 @@ class BackendSpec:
     requires: tuple[str, ...] = ()
     summary: str = ""
     url: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    uses_group_size: bool = True
 
     def build_options(self, options: Mapping[str, Any] | None = None) -> BackendOptions:
         """Return validated options.

@@ -13,6 +13,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from kvq.errors import BrokenBackendError
 from kvq.plugin_api.backend_spec import API_VERSION, BackendOptions, BackendSpec, Capabilities
 from kvq.plugin_api.granularity import Granularity
+from kvq.registry.default_faults import find_default_faults
 
 
 def check_spec(spec: object, name: str, origin: str) -> BackendSpec:
@@ -60,6 +61,9 @@ def _find_faults(spec: BackendSpec, name: str) -> Iterator[str]:
         if not isinstance(getattr(spec, field), str):
             yield f"{field}={getattr(spec, field)!r} is not a string"
     yield from _find_requirement_faults(spec.requires)
+    if not isinstance(spec.uses_group_size, bool):
+        yield f"uses_group_size={spec.uses_group_size!r} is not True or False"
+    yield from find_default_faults(spec)
 
 
 def _find_capability_faults(capabilities: object) -> Iterator[str]:

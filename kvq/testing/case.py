@@ -109,7 +109,13 @@ class ContractCase:
         return cache
 
     def quantizer(
-        self, side: Side = "key", layer_idx: int = 0, *, like: torch.Tensor | None = None, head_dim: int = HEAD_DIM
+        self,
+        side: Side = "key",
+        layer_idx: int = 0,
+        *,
+        like: torch.Tensor | None = None,
+        head_dim: int = HEAD_DIM,
+        group_size: int = GROUP_SIZE,
     ) -> Quantizer:
         """Build the codec that a cache would build for one side of one layer.
 
@@ -118,9 +124,10 @@ class ContractCase:
             layer_idx: index of the layer.
             like: states whose heads, head dim, dtype and device to take; default: those of `states`.
             head_dim: elements of one head of the default states.
+            group_size: elements that share a scale.
         """
         like = self.states(0, head_dim=head_dim) if like is None else like
-        settings = self.config().for_layer(layer_idx)
+        settings = self.config(q_group_size=group_size).for_layer(layer_idx)
         with warnings.catch_warnings():
             # The kit chooses the head: that little is saved of a short one says nothing about the backend.
             warnings.filterwarnings("ignore", message="q_group_size: ")

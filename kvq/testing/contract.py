@@ -12,6 +12,7 @@ from kvq.testing.accuracy import check_accuracy, check_bias, check_more_bits
 from kvq.testing.case import ContractCase, list_cases
 from kvq.testing.declaration import (
     check_configuration,
+    check_defaults,
     check_light_import,
     check_options,
     check_requirements,
@@ -42,6 +43,7 @@ BACKEND_CHECKS: tuple[Check, ...] = (
     check_light_import,
     check_options,
     check_requirements,
+    check_defaults,
 )
 """Checks of the backend as such: run on its first case."""
 DIRECTION_CHECKS: tuple[Check, ...] = (check_more_bits,)

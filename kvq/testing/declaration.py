@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from kvq.config import KVQCacheConfig
+from kvq.config.field_types import SIDES
 from kvq.errors import BrokenBackendError, CheckNotApplicableError, ConfigError, KVQError
+from kvq.layers.quantizer_factory import build_codec
 from kvq.plugin_api.backend_spec import API_VERSION, BackendSpec
 from kvq.registry import get_registry
 from kvq.registry.discovery import find_entry_points, group_claims
 from kvq.registry.spec_validation import check_spec as validate_spec
-from kvq.testing.case import ContractCase, require
+from kvq.testing.case import ContractCase, encode_blocks, is_same, list_cases, require
 
+UNUSED_GROUP_SIZES = (32, 128)
+"""Two group sizes that would give other bytes if they were used."""
+DEFAULTS_HEAD_DIM = 128
 UNKNOWN_OPTION = "no_such_option_of_any_backend"
 _PROBE = """
 import json, sys
@@ -87,6 +93,44 @@ def check_options(case: ContractCase) -> None:
     fault = _find_fault(case, backend_options={backend.name: {UNKNOWN_OPTION: 1}})
     expected = ("backend_options", backend.name, UNKNOWN_OPTION)
     require(fault == expected, f"an unknown option is not refused at {'.'.join(expected)}, but at {fault}")
+
+
+def check_defaults(case: ContractCase) -> None:
+    """What the backend proposes works alone, and one that says it uses no group size stores the same bytes at any."""
+    backend = case.backend
+    if not (backend.defaults or not backend.uses_group_size):
+        fault = _find_refusal(case)
+        raise CheckNotApplicableError(f"it proposes nothing{fault and f', and alone it is refused: {fault}'}")
+    fault = _find_refusal(case)
+    require(not fault, f"backend={backend.name!r} alone is refused, with the defaults that it proposes: {fault}")
+    if not backend.uses_group_size:
+        _check_group_size_is_unused(case)
+
+
+def _check_group_size_is_unused(case: ContractCase) -> None:
+    for one in list_cases(case.backend, case.options):
+        small, large = (one.quantizer(group_size=size) for size in UNUSED_GROUP_SIZES)
+        require(dict(small.layout()) == dict(large.layout()), f"{one}: the layout depends on q_group_size")
+        states = one.states(2 * small.block_length)
+        parts = encode_blocks(small, states)
+        for name, part in encode_blocks(large, states).items():
+            require(
+                is_same(part, parts[name]), f"{one}: {name!r} depends on q_group_size, and uses_group_size is False"
+            )
+
+
+def _find_refusal(case: ContractCase) -> str:
+    """Return why a configuration that sets nothing but the backend is refused, or an empty string."""
+    options = {"backend_options": {case.backend.name: dict(case.options)}} if case.options else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = KVQCacheConfig(backend=case.backend, **options)
+            for side in SIDES:
+                build_codec(config.for_layer(0), side, 0, case.states(0, head_dim=DEFAULTS_HEAD_DIM))
+    except KVQError as error:
+        return str(error)
+    return ""
 
 
 def check_configuration(case: ContractCase) -> None:

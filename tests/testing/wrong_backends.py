@@ -355,6 +355,10 @@ WRONG = {
     "check_spec": [make_spec(RightOpaque, summary="")],
     "check_options": [make_spec(RightOpaque, options=Undescribed), make_spec(RightOpaque, options=Demanding)],
     "check_requirements": [make_spec(RightOpaque, requires=("no-such-distribution>=1",)), make_spec(HiddenCopy)],
+    "check_defaults": [
+        make_spec(RightAffine, uses_group_size=False, defaults={"nbits_v": 8}),
+        make_spec(RightOpaque, defaults={"nbits_k": 8}),  # values would get 2 bits, which it lacks
+    ],
     "check_configuration": [
         make_spec(RightOpaque, capabilities=Capabilities(AnyWidth((8,)), (Granularity.PER_TOKEN,)))
     ],

@@ -24,4 +24,5 @@ def kvq_backend() -> BackendSpec:
         options=Float8Options,
         summary="float8 e4m3 or e5m2, one scale for each token's vector or for each channel of a block",
         url="https://arxiv.org/abs/2209.05433",
+        defaults={"nbits_k": 8, "nbits_v": 8},
     )

@@ -24,4 +24,5 @@ def kvq_backend() -> BackendSpec:
         build=build,
         options=TemplateOptions,
         summary="symmetric absmax rounding, an example to copy",
+        defaults={"nbits_k": 4, "nbits_v": 4},
     )

@@ -34,10 +34,12 @@ def kvq_backend() -> BackendSpec:
     return BackendSpec(
         name="turboquant",
         api_version=API_VERSION,
-        # A vector is always a token's. Both axis words are accepted, since the defaults have one of each.
+        # A vector is always a token's. Both axis words are accepted: neither makes a difference.
         capabilities=Capabilities(nbits=NBITS),
         build=build,
         options=TurboQuantOptions,
         summary="TurboQuant: random rotation, per-vector norm, optimal scalar codebook; axes make no difference",
         url="https://arxiv.org/abs/2504.19874",
+        defaults={"nbits_k": 4, "nbits_v": 2.5},
+        uses_group_size=False,
     )
