@@ -15,8 +15,12 @@ from __future__ import annotations
 
 from kvq.errors import KVQError, QuantizerContractError
 from kvq.plugin_api.backend_spec import API_VERSION, BackendOptions, BackendSpec, Capabilities
+from kvq.plugin_api.dtype_range import clamp_to_dtype
 from kvq.plugin_api.granularity import AxisNames, Granularity
+from kvq.plugin_api.hadamard import hadamard_transform
 from kvq.plugin_api.hooks import hookimpl, hookspec
+from kvq.plugin_api.packed_format import PackedFormat
+from kvq.plugin_api.packing import pack_codes, packed_length, unpack_codes
 from kvq.plugin_api.quantizer import AffineQuantizer, FusedScores, Part, Quantizer, QuantSpec, Side
 
 __all__ = [
@@ -29,11 +33,17 @@ __all__ = [
     "FusedScores",
     "Granularity",
     "KVQError",
+    "PackedFormat",
     "Part",
     "QuantSpec",
     "Quantizer",
     "QuantizerContractError",
     "Side",
+    "clamp_to_dtype",
+    "hadamard_transform",
     "hookimpl",
     "hookspec",
+    "pack_codes",
+    "packed_length",
+    "unpack_codes",
 ]

@@ -1,7 +1,7 @@
 """The layout of packed codes that kernels of attention read by themselves, without the quantizer that wrote it.
 
-A quantizer that stores its codes in this layout says so by an attribute `packed_format`. Without one a kernel knows its
-blocks only by `decode_into`. A plugin may not declare it yet: no check of the contract kit compares the two.
+The core's storage of affine quantizers says by an attribute `packed_format` that its codes lie so. Without one a kernel
+knows the blocks of a quantizer only by `decode_into`. What a plugin declares is not read yet: nothing compares the two.
 """
 
 from __future__ import annotations

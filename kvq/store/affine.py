@@ -17,6 +17,7 @@ from torch.nn import functional
 from kvq.errors import QuantizerContractError
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat
+from kvq.plugin_api.packing import pack, plane_widths, split_planes
 from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
 from kvq.store.balance import even_out
 from kvq.store.byte_metadata import write_bytes
@@ -24,7 +25,6 @@ from kvq.store.clipping import clip
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
 from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
-from kvq.store.packing import pack, plane_widths, split_planes
 from kvq.store.rotation import HadamardRotation
 
 PER_TOKEN_BLOCK_LENGTH = 32

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from kvq.plugin_api.packed_format import PackedFormat
+from kvq.plugin_api.packing import join_planes, unpack
 from kvq.store.balance import read_factors
 from kvq.store.byte_metadata import read_bytes
-from kvq.store.packing import join_planes, unpack
 
 
 def read_centred_codes(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvq.store.packing import join_planes, pack, plane_widths, split_planes, unpack
+from kvq.plugin_api.packing import join_planes, pack, plane_widths, split_planes, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

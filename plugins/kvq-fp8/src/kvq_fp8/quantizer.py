@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kvq.plugin_api import Granularity, Part
+from kvq.plugin_api import Granularity, Part, clamp_to_dtype
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 SCALE_DTYPE = torch.bfloat16
@@ -52,14 +52,13 @@ class Float8Quantizer:
         limit = torch.finfo(self.dtype).max
         scale = (largest / limit).to(SCALE_DTYPE)
         divisor = self._spread(scale.float().masked_fill(scale == 0, 1))
-        codes = (blocks / divisor).clamp(-limit, limit).to(self.dtype)
+        codes = clamp_to_dtype(blocks / divisor, self.dtype).to(self.dtype)
         return {"codes": codes, "scale": scale.masked_fill(~scale.isfinite(), math.nan)}
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Write code times scale into `out` `[B, H, T, D]`; a number past the dtype's largest one becomes that."""
         states = parts["codes"].float() * self._spread(parts["scale"].float())
-        largest = torch.finfo(out.dtype).max
-        out.unflatten(2, (-1, self.block_length)).copy_(states.clamp_(-largest, largest))
+        out.unflatten(2, (-1, self.block_length)).copy_(clamp_to_dtype(states, out.dtype))
 
     def _spread(self, scale: torch.Tensor) -> torch.Tensor:
         return scale.unsqueeze(-2 if self.per_channel else -1)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kvq.plugin_api import Part
-from kvq_turboquant.packing import pack, packed_length, unpack
+from kvq.plugin_api import Part, clamp_to_dtype, pack_codes, packed_length, unpack_codes
 from kvq_turboquant.vector_code import VectorCode
 
 BLOCK_LENGTH = 32
@@ -67,7 +66,7 @@ class TurboQuantizer:
         mask = self._find_outliers(blocks)
         outliers, plain = _part_channels(blocks, mask, self.outliers)
         return {
-            "outlier_mask": pack(mask.to(torch.uint8), 1),
+            "outlier_mask": pack_codes(mask.to(torch.uint8), 1),
             **_name("outlier", self.codes["outlier"].encode(outliers)),
             **_name("plain", self.codes["plain"].encode(plain)),
         }
@@ -77,10 +76,9 @@ class TurboQuantizer:
         decoded = [code.decode(_unname(name, parts)) for name, code in self.codes.items()]
         blocks = torch.cat(decoded, dim=-1)
         if self.outliers:
-            mask = unpack(parts["outlier_mask"], self.head_dim, 1)
+            mask = unpack_codes(parts["outlier_mask"], 1, self.head_dim)
             blocks = blocks.gather(-1, _order(mask).argsort(-1).unsqueeze(-2).expand_as(blocks))
-        largest = torch.finfo(out.dtype).max
-        out.unflatten(2, (-1, BLOCK_LENGTH)).copy_(blocks.clamp_(-largest, largest))
+        out.unflatten(2, (-1, BLOCK_LENGTH)).copy_(clamp_to_dtype(blocks, out.dtype))
 
     def _find_outliers(self, blocks: torch.Tensor) -> torch.Tensor:
         """Return bool `[B, H, blocks, D]`: the channels with the largest energy, the first ones where equal."""

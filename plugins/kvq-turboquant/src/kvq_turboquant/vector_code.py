@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from kvq.plugin_api import Part
+from kvq.plugin_api import Part, pack_codes, packed_length, unpack_codes
 from kvq_turboquant.codebook import find_levels
-from kvq_turboquant.packing import pack, packed_length, unpack
 from kvq_turboquant.random_matrices import random_projection, random_rotation
 
 LENGTH_DTYPE = torch.bfloat16
@@ -61,20 +60,20 @@ class VectorCode:
         rotated = _multiply(vectors / divisor, self.rotation)
         boundaries = (self.levels[1:] + self.levels[:-1]) / 2
         codes = torch.bucketize(rotated, boundaries)
-        parts = {"length": length, "codes": pack(codes.to(torch.uint8), self.code_bits)}
+        parts = {"length": length, "codes": pack_codes(codes.to(torch.uint8), self.code_bits)}
         if self.projection is not None:
             residual = rotated - self.levels[codes]
             signs = _multiply(residual, self.projection.T) >= 0
             parts["residual_length"] = _root_mean_square(residual).to(LENGTH_DTYPE)
-            parts["residual_signs"] = pack(signs.to(torch.uint8), 1)
+            parts["residual_signs"] = pack_codes(signs.to(torch.uint8), 1)
         return parts
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the vectors, fp32 `[..., tokens, n]`."""
-        codes = unpack(parts["codes"], self.dimension, self.code_bits)
+        codes = unpack_codes(parts["codes"], self.code_bits, self.dimension)
         rotated = self.levels[codes.long()]
         if self.projection is not None:
-            signs = unpack(parts["residual_signs"], self.dimension, 1).float().mul_(2).sub_(1)
+            signs = unpack_codes(parts["residual_signs"], 1, self.dimension).float().mul_(2).sub_(1)
             # sqrt(pi / 2) / n * |r| * S^T sign(S r), with |r| = sqrt(n) times the root mean square.
             factor = math.sqrt(math.pi / (2 * self.dimension)) * parts["residual_length"].float()
             rotated = rotated + _multiply(signs, self.projection) * factor.unsqueeze(-1)

@@ -1,0 +1,63 @@
+"""The Hadamard transform of the last elements of a head, in steps of one addition for each element."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+
+def hadamard_block(length: int) -> int:
+    """Return the elements of one transform: the largest power of two that divides `length`, at least 1."""
+    return length & -length
+
+
+def hadamard_transform(states: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Multiply blocks along a dimension by the orthonormal Hadamard matrix (Sylvester's), which is its own inverse.
+
+    A length that is no power of two is transformed in blocks of `hadamard_block(length)` elements; an odd one stays as
+    it is.
+
+    Args:
+        states: floating-point, any shape; along `dim` at least one element; not written to.
+        dim: -1 or -2.
+
+    Returns:
+        A new tensor of the shape, dtype and device of `states`.
+
+    Raises:
+        ValueError: `dim` is neither -1 nor -2.
+        TypeError: `states` is not floating-point.
+
+    The transform of rotation-based quantizers, there behind random signs (QuIP#, arXiv 2402.04396; QuaRot, arXiv
+    2404.00456). Multiply by signs of your own first: without them a constant vector ends in one element.
+    """
+    if dim not in (-1, -2):
+        raise ValueError(f"dim={dim!r} is not supported; choose -1 or -2")
+    if not states.is_floating_point():
+        raise TypeError(f"states of {states.dtype} have no transform; give floating-point ones")
+    block = hadamard_block(states.shape[dim])
+    transformed: torch.Tensor = add_and_subtract(states, block, dim) * block**-0.5
+    return transformed
+
+
+def add_and_subtract(states: torch.Tensor, block: int, dim: int = -1) -> torch.Tensor:
+    """Return blocks of `dim`, -1 or -2, times a matrix of 1 and -1: the transform before it is scaled; may alias."""
+    blocks: torch.Tensor = states.unflatten(dim, (-1, block))
+    # Two buffers in turn; autograd wants each step to have its own.
+    rooms = itertools.cycle([None] if states.requires_grad else [torch.empty_like(blocks) for _ in range(2)])
+    for _ in range(block.bit_length() - 1):
+        blocks = _add_neighbours(blocks, dim, next(rooms))
+    return blocks.flatten(dim - 1, dim)
+
+
+def _add_neighbours(blocks: torch.Tensor, dim: int, room: torch.Tensor | None) -> torch.Tensor:
+    """Return the sums of neighbours along `dim`, then their differences, in `room` if there is one."""
+    pairs = blocks.unflatten(dim, (-1, 2))
+    first, second = pairs.select(dim, 0), pairs.select(dim, 1)
+    if room is None:
+        return torch.cat([first + second, first - second], dim=dim)
+    half = blocks.shape[dim] // 2
+    torch.add(first, second, out=room.narrow(dim, 0, half))
+    torch.sub(first, second, out=room.narrow(dim, half, half))
+    return room
