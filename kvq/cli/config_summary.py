@@ -17,9 +17,8 @@ from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
 from kvq.config.faults import FaultCollector
 from kvq.errors import ConfigError
 from kvq.layers.savings import effective_bits
-from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Side
-from kvq.store.clipping import name_clip
+from kvq.store.steps import find_steps
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,4 @@ def _build_side(layers: str, side: Side, resolved: ResolvedLayer, head_dim: int)
     if not runs_here(settings.backend):
         return SideSummary(layers, side, settings, None, settings.rotation, settings.balance, str(settings.clip))
     quantizer = build_sample(resolved, side, head_dim)
-    packed = find_packed_format(quantizer)
-    steps = ("none", "none") if packed is None else (packed.rotation, packed.balance)
-    return SideSummary(layers, side, settings, effective_bits(quantizer, head_dim), *steps, name_clip(quantizer))
+    return SideSummary(layers, side, settings, effective_bits(quantizer, head_dim), *find_steps(quantizer))

@@ -101,8 +101,8 @@ class KVQCacheConfig(FrozenModel):
     sink_length: Tokens = Field(default=4, description="how many of the first real tokens of each row stay exact")
     rotation_k: Rotation = Field(
         default="auto",
-        description="`hadamard` (for affine backends), `none`, or `auto`: `hadamard` where it helps and is safe: "
-        "for affine backends, `per_channel` groups and head dims that 16 divides",
+        description="`hadamard`, `none`, or `auto`: `hadamard` where it helps and is safe: for affine backends, "
+        "`per_channel` groups and head dims that 16 divides",
     )
     rotation_v: Rotation = Field(default="auto", description="the same for the values")
     balance_k: Balance = Field(

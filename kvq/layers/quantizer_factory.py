@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
-from kvq.config.layer_config import BALANCE_FIELDS, CLIP_FIELDS, ROTATION_FIELDS
+from kvq.config.layer_config import BALANCE_FIELDS, CLIP_FIELDS
 from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
 from kvq.layers.metadata_dtypes import find_mid_dtype, find_scale_dtype
 from kvq.layers.quantizer_kind import find_kind
@@ -20,6 +20,7 @@ from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import Origin
+from kvq.store.rotated import RotatedQuantizer
 from kvq.store.rotation import HadamardRotation
 
 
@@ -84,11 +85,11 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
     origin = Origin.of(chosen.backend.name, spec)
     if find_kind(quantizer, str(origin)) == "general":
         _check_untouched(chosen, spec.side)
-        return GuardedQuantizer(cast(Quantizer, quantizer), origin, spec)
+        return _guard(cast(Quantizer, quantizer), chosen, origin, spec)
     return AffineCodec(
         cast(AffineQuantizer, quantizer),
         spec,
-        HadamardRotation(spec.head_dim, spec.seed, spec.device) if is_rotated(chosen, spec) else None,
+        _make_rotation(spec) if is_rotated(chosen, spec) else None,
         compute_dtype,
         find_scale_dtype(chosen),
         chosen.backend.name,
@@ -97,13 +98,20 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
     )
 
 
+def _guard(quantizer: Quantizer, chosen: ResolvedSide, origin: Origin, spec: QuantSpec) -> Quantizer:
+    """Wrap a backend's own quantizer; it is rotated where that is asked for, since `auto` leaves it as it is."""
+    if chosen.rotation == "hadamard":
+        return RotatedQuantizer(quantizer, origin, spec, _make_rotation(spec))
+    return GuardedQuantizer(quantizer, origin, spec)
+
+
+def _make_rotation(spec: QuantSpec) -> HadamardRotation:
+    return HadamardRotation(spec.head_dim, spec.seed, spec.device)
+
+
 def _check_untouched(chosen: ResolvedSide, side: Side) -> None:
-    """Refuse what the core does to states before it groups them, where the quantizer stores its own representation."""
-    given = {
-        ROTATION_FIELDS[side]: (chosen.rotation, "rotate"),
-        BALANCE_FIELDS[side]: (chosen.balance, "balance"),
-        CLIP_FIELDS[side]: (chosen.clip, "clip"),
-    }
+    """Refuse the steps for which a representation of its own has no room, or no groups."""
+    given = {BALANCE_FIELDS[side]: (chosen.balance, "balance"), CLIP_FIELDS[side]: (chosen.clip, "clip")}
     problem = "{} stores its own representation, which the core cannot {}; use 'none' or 'auto'"
     faults = [
         Fault((field,), problem.format(chosen.backend.name, verb))

@@ -9,8 +9,8 @@ import math
 
 from kvq.config import ResolvedSide
 from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.hadamard import hadamard_block
 from kvq.plugin_api.quantizer import QuantSpec
-from kvq.store.rotation import rotation_block
 
 LEAST_ROTATION_BLOCK = 16
 """Elements of a transform from which `auto` rotates: a shorter one spreads little."""
@@ -24,7 +24,7 @@ def is_rotated(chosen: ResolvedSide, spec: QuantSpec) -> bool:
     if chosen.rotation != "auto":
         return chosen.rotation == "hadamard"
     # An offset that all channels share ends in one channel of a transform, where groups inside a token cannot hide it.
-    return spec.granularity is Granularity.PER_CHANNEL and rotation_block(spec.head_dim) >= LEAST_ROTATION_BLOCK
+    return spec.granularity is Granularity.PER_CHANNEL and hadamard_block(spec.head_dim) >= LEAST_ROTATION_BLOCK
 
 
 def is_balanced(chosen: ResolvedSide, spec: QuantSpec) -> bool:

@@ -22,7 +22,7 @@ from kvq.planning.reasons import Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
 from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer, Side
-from kvq.store.clipping import name_clip
+from kvq.store.steps import find_steps
 from kvq.transformers_seams.layer_kinds import kind_of
 from kvq.units import format_bytes, format_ratio
 
@@ -162,7 +162,7 @@ def _plan_side(one: Rehearsal, name: Side) -> SidePlan | None:
 
 def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, name: Side) -> SidePlan:
     chosen = settings.side(name)
-    packed = find_packed_format(quantizer)
+    packed, (rotation, balance, clip) = find_packed_format(quantizer), find_steps(quantizer)
     return SidePlan(
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
@@ -170,9 +170,9 @@ def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, na
         nbits=chosen.nbits,
         granularity=str(chosen.granularity),
         group_length=None if packed is None else packed.group_length,
-        rotation="none" if packed is None else packed.rotation,
-        balance="none" if packed is None else packed.balance,
-        clip=name_clip(quantizer),
+        rotation=rotation,
+        balance=balance,
+        clip=clip,
         effective_bits=effective_bits(quantizer, shape.head_dim),
     )
 

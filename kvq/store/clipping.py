@@ -15,9 +15,3 @@ def clip(groups: torch.Tensor, share: float) -> torch.Tensor:
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     cut = high * margin - low * margin  # in this order: the whole range may be past the largest fp32
     return groups.clamp(low + cut, high - cut)
-
-
-def name_clip(quantizer: object) -> str:
-    """Return what `clip_k` stands for in a quantizer: a number below 1, or `none`."""
-    share = float(getattr(quantizer, "clip_share", 1.0))  # a general quantizer has none: it is not for the core to say
-    return f"{share:g}" if share < 1 else "none"

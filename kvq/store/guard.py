@@ -32,6 +32,8 @@ class GuardedQuantizer:
 
     packed_format: None = None
     """Always None: nothing compares a format that the backend declares with its `decode_into`."""
+    rotation_word = "none"
+    """What was done to the states first, in the words of `rotation_k`."""
 
     def __init__(self, quantizer: Quantizer, origin: Origin, spec: QuantSpec) -> None:
         self._inner = quantizer

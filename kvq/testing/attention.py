@@ -29,8 +29,8 @@ WAYS = {
     "5 queries at once, left padding and reordered rows": (5, True, (2, 0, 0)),
 }
 """Queries, whether there is padding, and the order of the rows of the batch."""
-DEFAULT_STEPS = dict.fromkeys(STEPS, "auto")
-"""What the core does to states before it groups them, where a user does not say."""
+CORE_STEPS = {**dict.fromkeys(STEPS, "auto"), "rotation_k": "hadamard", "rotation_v": "hadamard"}
+"""All that the core can do to states before a quantizer gets them."""
 
 
 def measure_attention(case: ContractCase) -> Iterator[tuple[str, float]]:
@@ -38,8 +38,8 @@ def measure_attention(case: ContractCase) -> Iterator[tuple[str, float]]:
     for way, (queries, is_padded, order) in WAYS.items():
         yield from _measure(way, _request(case, queries, is_padded=is_padded, order=order))
     way, (queries, is_padded, order) = next(reversed(WAYS.items()))
-    request = _request(case, queries, is_padded=is_padded, order=order, **DEFAULT_STEPS)
-    yield from _measure(f"{way}, rotated, balanced and clipped as by default", request)
+    request = _request(case, queries, is_padded=is_padded, order=order, **CORE_STEPS)
+    yield from _measure(f"{way}, rotated, and balanced and clipped where that can be", request)
 
 
 def _measure(way: str, request: AttentionRequest) -> Iterator[tuple[str, float]]:

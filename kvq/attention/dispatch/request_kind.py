@@ -80,4 +80,5 @@ def _storage(quantizer: Quantizer) -> Hashable:
     if packed is not None:
         return packed
     parts = sorted((name, tuple(part.shape), str(part.dtype)) for name, part in quantizer.layout().items())
-    return getattr(quantizer, "kind", type(quantizer)), quantizer.block_length, tuple(parts)
+    kind = type(quantizer), getattr(quantizer, "kind", None)  # the same one is rotated by another wrapper
+    return kind, quantizer.block_length, tuple(parts)
