@@ -21,6 +21,7 @@ from kvq.cli.console import print_error
 from kvq.cli.demo import demo
 from kvq.cli.doctor import doctor
 from kvq.cli.eval import evaluate
+from kvq.cli.new_backend import new_backend
 from kvq.cli.plan import plan
 from kvq.cli.presets import presets
 from kvq.errors import KVQError
@@ -40,6 +41,7 @@ app.command()(bench)
 app.command()(backends)
 app.command()(presets)
 app.command()(check)
+app.command("new-backend")(new_backend)
 app.command()(plan)
 app.command()(doctor)
 

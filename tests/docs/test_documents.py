@@ -135,9 +135,11 @@ def test_a_command_exists(path, text):
         if program == "make":
             assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments), arguments
         elif program == "pip":
-            folders = [word for word in arguments if "/" in word]
+            folders = [path.parent if word == "." else ROOT / word for word in arguments if "/" in word or word == "."]
             assert folders
-            assert all((ROOT / word / "pyproject.toml").is_file() for word in folders), arguments
+            assert all((folder / "pyproject.toml").is_file() for folder in folders), arguments
+        elif program == "pytest":
+            assert (path.parent / "tests").is_dir()
         elif program == "python":
             assert arguments[0] == "-m"
             assert importlib.util.find_spec(arguments[1])

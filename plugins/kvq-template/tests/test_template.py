@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kvq_template.quantizer import AbsmaxQuantizer
+from kvq_template.quantizer import TemplateQuantizer
 
 from kvq.testing import parametrize_contract
 
@@ -15,7 +15,7 @@ def test_contract(contract):
 @pytest.mark.parametrize("nbits", range(2, 9))
 def test_the_error_is_at_most_half_a_step(nbits):
     groups = torch.randn(5, 64) * torch.logspace(-3, 3, 5)[:, None]
-    codes, scale, offset = AbsmaxQuantizer(nbits).encode(groups)
+    codes, scale, offset = TemplateQuantizer(nbits).encode(groups)
     error = (codes * scale[:, None] + offset[:, None] - groups).abs()
     step = 2 * groups.abs().amax(-1, keepdim=True) / (2**nbits - 2)
     assert (error <= step / 2 * 1.001).all(), "up to the rounding of float32"

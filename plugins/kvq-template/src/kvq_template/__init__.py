@@ -1,1 +1,1 @@
-"""The smallest complete backend for kvq."""
+"""The backend template for kvq."""

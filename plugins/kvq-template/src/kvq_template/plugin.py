@@ -8,9 +8,9 @@ from kvq_template.options import TemplateOptions
 
 def build(spec: QuantSpec, options: TemplateOptions) -> AffineQuantizer:
     """Build the quantizer of one side of one layer; import a vendor's library here."""
-    from kvq_template.quantizer import AbsmaxQuantizer
+    from kvq_template.quantizer import TemplateQuantizer
 
-    return AbsmaxQuantizer(nbits=int(spec.nbits), clip=options.clip)
+    return TemplateQuantizer(nbits=int(spec.nbits), clip=options.clip)
 
 
 @hookimpl
@@ -23,6 +23,7 @@ def kvq_backend() -> BackendSpec:
         capabilities=Capabilities(nbits=(3, 4, 5, 6, 7, 8)),
         build=build,
         options=TemplateOptions,
-        summary="symmetric absmax rounding, an example to copy",
+        summary="symmetric absmax rounding of each group",
+        # What users get where they set nothing; other fields have kvq's own defaults.
         defaults={"nbits_k": 4, "nbits_v": 4},
     )

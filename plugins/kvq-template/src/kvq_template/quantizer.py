@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class AbsmaxQuantizer:
+class TemplateQuantizer:
     """Rounds each group to `2 ** nbits - 1` levels that are symmetric about zero.
 
     Args:
@@ -13,7 +13,7 @@ class AbsmaxQuantizer:
         clip: share of the largest magnitude that the outermost level stands for.
     """
 
-    group_local = True
+    group_local = True  # the codes of a group depend on that group alone
 
     def __init__(self, nbits: int, clip: float = 1.0) -> None:
         self.largest_code = 2 ** (nbits - 1) - 1
