@@ -28,6 +28,13 @@ def check(
         list[str] | None,
         typer.Option("--option", metavar="KEY=VALUE", help="For NAME: an option of the backend; repeatable."),
     ] = None,
+    bits: Annotated[
+        list[float] | None,
+        typer.Option("--bits", metavar="NUMBER", help="For NAME: only codes of so many bits; repeatable."),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="For NAME: only the fewest and the most bits, in each direction of groups.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For NAME: print JSON, and nothing else, on stdout.")] = False,
 ) -> None:
     """Check a configuration file, or a backend against the contract.
@@ -35,20 +42,24 @@ def check(
     FILE: prints every fault at once, with its place. The backends are built: a missing library is a fault, and so are
     groups that would take as much memory as full precision.
 
-    NAME: runs the checks of kvq.testing at every width and granularity of the backend (a minute or two). An argument
-    that has a suffix or a slash, or exists, is a file.
+    NAME: runs the checks of kvq.testing at every width and granularity of the backend (a minute or more; --fast takes
+    less). A check is shown as soon as it has been run on all of them. Ctrl-C ends the run, with what is known by then.
+    An argument that has a suffix or a slash, or exists, is a file.
 
-    Exit codes: 0 no faults; 1 the file has faults, or the backend fails a check; 2 there is no such file or backend.
+    Exit codes: 0 no faults; 1 the file has faults, or the backend fails a check; 2 there is no such file or backend;
+    130 the run was interrupted.
 
-    Keys of --json: "backend", "passed" (true or false), and "results", a list of objects with "check", "case",
-    "outcome" ("passed", "failed" or "not applicable") and "reason".
+    Keys of --json: "backend", "passed" (true or false; false if it was interrupted), "interrupted", and "results", a
+    list of objects with "check", "case", "outcome" ("passed", "failed" or "not applicable") and "reason".
     """
     if _is_name(target):
         from kvq.cli.contract import check_backend
 
-        check_backend(target, only=only or [], options=option or [], as_json=as_json)
+        check_backend(target, only=only or [], options=option or [], nbits=bits or [], fast=fast, as_json=as_json)
         return
-    _refuse_backend_options(target, {"--only": only, "--option": option, "--json": as_json})
+    _refuse_backend_options(
+        target, {"--only": only, "--option": option, "--bits": bits, "--fast": fast, "--json": as_json}
+    )
     path = find_config_file(target)
     try:
         with show_progress(f"reading {target}"):

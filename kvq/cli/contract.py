@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,35 +20,48 @@ from kvq.errors import BackendError, CheckNotApplicableError, ConfigError
 if TYPE_CHECKING:
     from kvq.testing import BoundCheck, CheckResult
 
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C has ended: 128 and the number of the signal."""
 SHOWN_CASES = 3
 """How many failing cases of one check the table shows; the JSON has all."""
 
 
-def check_backend(name: str, *, only: Sequence[str], options: Sequence[str], as_json: bool) -> None:
+def check_backend(
+    name: str, *, only: Sequence[str], options: Sequence[str], nbits: Sequence[float], fast: bool, as_json: bool
+) -> None:
     """Run the contract on a backend and print the results.
 
     Args:
         name: the backend's name.
         only: names of checks; empty: all.
         options: the backend's options, each `KEY=VALUE` with a value as in YAML.
+        nbits: bits per code to try; empty: all.
+        fast: try only the fewest and the most of them.
         as_json: print JSON rather than a table.
 
     Raises:
-        typer.Exit: code 1 if a check fails, 2 if there is no such backend, check or option.
+        typer.Exit: code 1 if a check fails, 2 if there is no such backend, check, option or number of bits, 130 if the
+            run was interrupted.
     """
     with show_progress(f"loading {name}") as progress:
-        checks = _list_checks(name, only, options)
+        checks = _list_checks(name, only, options, nbits, fast=fast)
         results = _run(checks, progress, as_table=not as_json)
     failed = [result for result in results if result.outcome == "failed"]
+    is_cut = len(results) < len(checks)
     if as_json:
-        print_json({"backend": name, "passed": not failed, "results": [asdict(result) for result in results]})
+        outcome = {"backend": name, "passed": not (failed or is_cut), "interrupted": is_cut}
+        print_json({**outcome, "results": [asdict(result) for result in results]})
     else:
-        _print_verdict(name, results)
+        _print_verdict(name, results, len(checks))
+    if is_cut:
+        raise typer.Exit(INTERRUPTED)
     if failed:
         raise typer.Exit(1)
 
 
-def _list_checks(name: str, only: Sequence[str], options: Sequence[str]) -> list[BoundCheck]:
+def _list_checks(
+    name: str, only: Sequence[str], options: Sequence[str], nbits: Sequence[float], *, fast: bool
+) -> list[BoundCheck]:
     from kvq.config import KVQCacheConfig
     from kvq.testing import list_checks
 
@@ -56,7 +69,7 @@ def _list_checks(name: str, only: Sequence[str], options: Sequence[str]) -> list
         given = dict(_parse_option(text) for text in options)
         if given:
             KVQCacheConfig(backend_options={name: given})
-        return list_checks(name, given, only=only)
+        return list_checks(name, given, only=only, nbits=nbits, fast=fast)
     except (BackendError, CheckNotApplicableError, ConfigError) as error:
         print_usage_error(error)
         raise typer.Exit(2) from error
@@ -73,15 +86,23 @@ def _parse_option(text: str) -> tuple[str, Any]:
 
 
 def _run(checks: list[BoundCheck], progress: Progress, *, as_table: bool) -> list[CheckResult]:
-    """Run the checks; print a row as soon as a check has been run on all its cases."""
+    """Run the checks until they are done or somebody presses Ctrl-C.
+
+    A row is printed as soon as a check has been run on all its cases, and at the end for one that was cut off.
+    """
     table = _begin_table(checks) if as_table else None
     progress.begin("", len(checks), "runs")
-    results = []
-    for check, group in groupby(_run_quietly(checks, progress), lambda result: result.check):
-        found = list(group)
-        results += found
-        if table is not None:
-            table.add(_row(check, found))
+    results: list[CheckResult] = []
+    open_rows = Counter(one.name for one in checks)
+    with contextlib.suppress(KeyboardInterrupt):
+        for result in _run_quietly(checks, progress):
+            results.append(result)
+            open_rows[result.check] -= 1
+            if table is not None and not open_rows[result.check]:
+                table.add(_row(result.check, [one for one in results if one.check == result.check]))
+    cut_off = [one for one in results if open_rows[one.check]]
+    if table is not None and cut_off:
+        table.add(_row(cut_off[0].check, cut_off))
     return results
 
 
@@ -104,11 +125,13 @@ def _begin_table(checks: list[BoundCheck]) -> GrowingTable:
     return GrowingTable(("check", "result", "cases", ""), widths)
 
 
-def _print_verdict(name: str, results: list[CheckResult]) -> None:
+def _print_verdict(name: str, results: list[CheckResult], runs: int) -> None:
     checks = {result.check for result in results}
     failed = {result.check for result in results if result.outcome == "failed"}
     print_line()
-    if failed:
+    if len(results) < runs:
+        print_line(f"{name}: interrupted after {len(results)} of {runs} runs, {len(failed)} checks failed by then")
+    elif failed:
         print_line(f"{name} fails {len(failed)} of {len(checks)} checks")
     else:
         print_line(f"{name} keeps the contract: {len(checks)} checks, {len(results)} runs")

@@ -123,7 +123,12 @@ class BoundCheck:
 
 
 def list_checks(
-    backend: BackendSpec | str, options: Mapping[str, Any] | None = None, *, only: Iterable[str] = ()
+    backend: BackendSpec | str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    only: Iterable[str] = (),
+    nbits: Iterable[float] = (),
+    fast: bool = False,
 ) -> list[BoundCheck]:
     """Return every check with every case that it is run on.
 
@@ -131,10 +136,12 @@ def list_checks(
         backend: a spec, or the name of an installed or registered backend.
         options: the backend's options, as under `backend_options`.
         only: names of checks; empty: all.
+        nbits: bits per code to try; empty: all of the backend's.
+        fast: of these, only the fewest and the most in each direction.
 
     Raises:
         BackendError: the backend is unavailable.
-        LookupError: `only` names a check that does not exist.
+        LookupError: `only` names a check that does not exist, or `nbits` has bits that the backend lacks.
     """
     wanted = set(only)
     unknown = wanted - {check.__name__ for check in CHECKS}
@@ -142,11 +149,23 @@ def list_checks(
         known = ", ".join(check.__name__ for check in CHECKS)
         shown = ", ".join(map(repr, sorted(unknown)))
         raise CheckNotApplicableError(f"there is no check {shown}; there are {known}")
-    cases = list_cases(backend, options)
+    cases = _choose_cases(list_cases(backend, options), set(nbits), fast=fast)
     firsts = list({case.granularity: case for case in reversed(cases)}.values())
     chosen = [(BACKEND_CHECKS, cases[:1]), (DIRECTION_CHECKS, firsts[::-1]), (CASE_CHECKS, cases)]
     bound = [BoundCheck(check, case) for checks, some in chosen for check in checks for case in some]
     return [one for one in bound if not wanted or one.name in wanted]
+
+
+def _choose_cases(cases: list[ContractCase], nbits: set[float], *, fast: bool) -> list[ContractCase]:
+    offered = {case.nbits for case in cases}
+    if absent := nbits - offered:
+        shown, choices = (", ".join(f"{bits:g}" for bits in sorted(some)) for some in (absent, offered))
+        raise CheckNotApplicableError(f"{cases[0].backend.name} has no codes of {shown} bits; choose among {choices}")
+    chosen = [case for case in cases if not nbits or case.nbits in nbits]
+    if not fast:
+        return chosen
+    widths = {case.nbits for case in chosen}
+    return [case for case in chosen if case.nbits in (min(widths), max(widths))]
 
 
 def run_checks(checks: Iterable[BoundCheck]) -> Iterator[CheckResult]:

@@ -147,3 +147,90 @@ class TestContract:
         (row,) = found["results"]
         assert (row["check"], row["outcome"]) == ("check_deterministic", "failed")
         assert row["reason"]
+
+
+class TestParts:
+    """Only some of the runs, chosen or because somebody has waited long enough."""
+
+    def runs_of(self, done):
+        return [(one["check"], one["case"]) for one in json.loads(done.stdout)["results"]]
+
+    def test_fast_takes_the_fewest_and_the_most_bits(self, call_kvq):
+        done = call_kvq("check", "native", "--fast", "--only", "check_codes", "--only", "check_spec", "--json")
+        assert done.returncode == 0, done.stderr
+        assert self.runs_of(done) == [
+            ("check_spec", "1-per_token"),
+            *(("check_codes", f"{bits}-{axis}") for bits in (1, 8) for axis in ("per_token", "per_channel")),
+        ]
+
+    def test_bits_are_chosen(self, call_kvq):
+        chosen = ("--bits", "4", "--bits", "3", "--bits", "6")
+        done = call_kvq("check", "native", *chosen, "--only", "check_codes", "--json")
+        assert [case for _, case in self.runs_of(done)] == [
+            f"{n}-per_{w}" for n in (3, 4, 6) for w in ("token", "channel")
+        ]
+        done = call_kvq("check", "native", "--fast", *chosen, "--only", "check_codes", "--json")
+        assert {case[0] for _, case in self.runs_of(done)} == {"3", "6"}
+
+    def test_bits_that_it_lacks_are_refused(self, call_kvq):
+        done = call_kvq("check", "quanto", "--bits", "4", "--bits", "5", "--bits", "2.5")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "quanto has no codes of 2.5, 5 bits; choose among 2, 4, 8" in done.stderr
+
+    def test_neither_is_for_a_file(self, call_kvq, tmp_path):
+        (tmp_path / "good.yaml").write_text("nbits_k: 4")
+        done = call_kvq("check", "good.yaml", "--fast", "--bits", "4")
+        assert done.returncode == 2
+        assert "--bits and --fast can be given for a backend only" in done.stderr
+
+    @pytest.fixture
+    def interrupted(self, monkeypatch):
+        """Ctrl-C in the fourth run: the first check has two, so the second is cut off."""
+        from kvq.testing import contract
+
+        count = iter(range(100))
+
+        def run(check):
+            if next(count) == 3:
+                raise KeyboardInterrupt
+            return ("failed", "too coarse") if check.name == "check_codes" else ("passed", "")
+
+        monkeypatch.setattr(contract, "_run", run)
+        return "check", "native", "--bits", "4", "--only", "check_layout", "--only", "check_codes"
+
+    @pytest.mark.case("Ctrl-C during `kvq check NAME`", "the results so far are printed, and the exit code is 130")
+    def test_ctrl_c_keeps_the_results(self, call_kvq, interrupted):
+        done = call_kvq(*interrupted)
+        assert done.returncode == 130
+        rows = [line.split() for line in done.stdout.splitlines()]
+        assert rows[1] == ["check_layout", "passed", "2/2"]
+        assert rows[2] == ["check_codes", "failed", "0/1", "4-per_token:", "too", "coarse"]
+        assert done.stdout.splitlines()[-1] == "native: interrupted after 3 of 4 runs, 1 checks failed by then"
+        assert done.stderr == ""
+
+    def test_ctrl_c_keeps_the_json_whole(self, call_kvq, interrupted):
+        done = call_kvq(*interrupted, "--json")
+        assert done.returncode == 130
+        found = json.loads(done.stdout)
+        assert (found["passed"], found["interrupted"], len(found["results"])) == (False, True, 3)
+
+    def test_a_row_is_there_as_soon_as_its_check_is_done(self, call_kvq, monkeypatch, capsys):
+        from kvq.testing import contract
+
+        shown = []
+
+        def run(check):
+            shown.append(capsys.readouterr().out)
+            return "passed", ""
+
+        monkeypatch.setattr(contract, "_run", run)
+        call_kvq("check", "native", "--bits", "4", "--only", "check_layout", "--only", "check_codes")
+        assert ["check_layout" in text for text in shown] == [False, False, True, False]
+
+
+def test_the_embedded_model_is_no_reason_for_a_word(call_kvq):
+    """Its keys have a bias, which per-token groups mind; the kit chose it."""
+    checks = ("--only", "check_generation", "--only", "check_fused_attention")
+    done = call_kvq("check", "native", "--bits", "4", *checks)
+    assert done.returncode == 0, done.stdout
+    assert done.stderr == ""
