@@ -13,8 +13,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from kvq.cli.console import one_line
+from kvq.cli.reader_facts import list_readers
 from kvq.cli.requirement_state import describe_requirements
-from kvq.cli.sample_block import HEAD_DIM, measure_effective_bits, plain_settings, proposed_group_sizes
+from kvq.cli.sample_block import HEAD_DIM, measure_effective_bits, plain_settings, proposed_group_sizes, runs_here
 from kvq.errors import BackendError, UnknownBackendError
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
@@ -38,7 +39,9 @@ def collect_backend(name: str) -> dict[str, Any]:
         facts = summarize(info)
         if info.spec is not None:
             facts |= describe_spec(info.spec)
-            facts["effective_bits"] = _effective_bits(info.spec) if info.state == "ready" else []
+            is_ready = info.state == "ready"
+            facts["effective_bits"] = _effective_bits(info.spec) if is_ready else []
+            facts["readers"] = list_readers(info.spec) if is_ready and runs_here(info.spec) else []
         return facts
 
 

@@ -32,7 +32,9 @@ def backends(
     ("name", "type", "required", "default", "description"), "defaults" (what the backend proposes for fields that are
     not set), "uses_group_size", "head_dim", "group_size" (null where it is not used, one each under "key" and "value"
     where they differ), and "effective_bits", a list with "nbits", "granularity", "key" and "value" (stored bits per
-    element, null where "reason" says why not).
+    element, null where "reason" says why not); and "readers", a list with "granularity", "kernels" (how each kernel of
+    attention reads what is stored: "codes" as they are, the backend's own "FusedScores", "decoded" block by block, or
+    null) and "reasons" (why a kernel does not).
     """
     from kvq.cli.backend_facts import collect_backend, collect_backends
 
@@ -93,6 +95,7 @@ def _print_one(facts: dict[str, Any]) -> None:
     print_fields(rows)
     _print_options(facts)
     _print_effective_bits(facts)
+    _print_readers(facts["readers"])
 
 
 def _print_options(facts: dict[str, Any]) -> None:
@@ -119,6 +122,25 @@ def _print_effective_bits(facts: dict[str, Any]) -> None:
         for one in facts["effective_bits"]
     ]
     print_table(("bits", "granularity", "keys", "values", ""), rows)
+
+
+def _print_readers(readers: list[dict[str, Any]]) -> None:
+    if not readers:
+        return
+    print_line()
+    print_line(
+        "how kernels of attention read it: codes as they are, the backend's FusedScores, or decoded block by block"
+    )
+    names = list(dict.fromkeys(name for one in readers for name in one["kernels"]))
+    rows = [
+        (
+            one["granularity"],
+            *(one["kernels"].get(name) or "-" for name in names),
+            "; ".join(f"{name}: {reason}".removeprefix(": ") for name, reason in one["reasons"].items()),
+        )
+        for one in readers
+    ]
+    print_table(("granularity", *names, ""), rows)
 
 
 def _group_size_text(facts: dict[str, Any]) -> str:

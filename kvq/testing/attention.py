@@ -6,6 +6,7 @@ It must not know how a difference is judged.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -36,9 +37,9 @@ CORE_STEPS = {**dict.fromkeys(STEPS, "auto"), "rotation_k": "hadamard", "rotatio
 def measure_attention(case: ContractCase) -> Iterator[tuple[str, float]]:
     """Yield each kind of request, and the error of its output as a share of the largest number of float64."""
     for way, (queries, is_padded, order) in WAYS.items():
-        yield from _measure(way, _request(case, queries, is_padded=is_padded, order=order))
+        yield from _measure(way, make_request(case, queries, is_padded=is_padded, order=order))
     way, (queries, is_padded, order) = next(reversed(WAYS.items()))
-    request = _request(case, queries, is_padded=is_padded, order=order, **CORE_STEPS)
+    request = make_request(case, queries, is_padded=is_padded, order=order, **CORE_STEPS)
     yield from _measure(f"{way}, rotated, and balanced and clipped where that can be", request)
 
 
@@ -49,10 +50,18 @@ def _measure(way: str, request: AttentionRequest) -> Iterator[tuple[str, float]]
         yield f"{way}, kernel {kernel.name!r}", float(difference)
 
 
-def _request(
-    case: ContractCase, queries: int, *, is_padded: bool, order: tuple[int, ...] | None, **fields: str
+def make_request(
+    case: ContractCase, queries: int, *, is_padded: bool, order: tuple[int, ...] | None, **fields: Any
 ) -> AttentionRequest:
-    """Return a step of `queries` tokens on a layer with some tokens stored and some in the window."""
+    """Return a step of `queries` tokens on a layer with some tokens stored and some in the window.
+
+    Args:
+        case: whose backend stores them.
+        queries: tokens of the step.
+        is_padded: whether a mask hides the first tokens of the first row.
+        order: the rows of the batch in their new order, or None.
+        fields: fields of the configuration of the cache.
+    """
     layer = quantized_layer(case.filled_cache(case.tokens_for(FLUSHES), batch=BATCH, seed=90, **fields))
     if order is not None:
         layer.reorder_cache(torch.tensor(order))

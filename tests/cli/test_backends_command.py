@@ -69,6 +69,10 @@ def test_one_backend_as_json(call_kvq, toy_path):
     assert figures[4, "per_token"]["key"] == 4 + 2 * 16 / 64 + 8 / (32 * 128)
     assert figures[4, "per_channel"]["value"] == 4 + 2 * 16 / 64 + 8 / (64 * 128) + 8 / 128
     assert figures[8, "per_channel"]["key"] == 8 + (16 + 32) / 64 + 8 / (64 * 128) + 8 / 128
+    kernels = {"compiled": "codes", "triton": "codes", "blockwise": "decoded", "eager": "codes"}
+    assert facts["readers"] == [
+        {"granularity": word, "kernels": kernels, "reasons": {}} for word in ("per_token", "per_channel")
+    ]
 
 
 def test_one_backend_for_people(call_kvq, toy_path):
@@ -79,6 +83,7 @@ def test_one_backend_for_people(call_kvq, toy_path):
     assert "https://toy.example" in fields["url"]
     assert fields["strength"].split() == ["strength", "int", "3", "how", "strong", "[bold]it[/bold]", "is"]
     assert ["4", "per_token", "4.502", "4.502"] in [line.split() for line in done.stdout.splitlines()]
+    assert ["per_channel", "codes", "codes", "decoded", "codes"] in [line.split() for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
