@@ -34,6 +34,7 @@ def parametrize_contract(
     backend: BackendSpec | str,
     *,
     options: Mapping[str, Any] | None = None,
+    fast: bool = False,
     expected_failures: Mapping[str, str] | None = None,
 ) -> pytest.MarkDecorator:
     """Return a decorator that makes a test of one argument, `contract`, into one for every check and case.
@@ -41,6 +42,7 @@ def parametrize_contract(
     Args:
         backend: a spec, or the name of an installed or registered backend.
         options: the backend's options, as under `backend_options`.
+        fast: try only the fewest and the most bits, in each direction.
         expected_failures: reasons by name, of a check (`check_bias`) or of one case of it (`check_bias[4-per_token]`).
             They are strict: one that passes fails the test.
 
@@ -56,7 +58,7 @@ def parametrize_contract(
     import pytest
 
     reasons = dict(expected_failures or {})
-    checks = list_checks(backend, options)
+    checks = list_checks(backend, options, fast=fast)
     unknown = reasons.keys() - {name for one in checks for name in (one.name, str(one))}
     if unknown:
         raise CheckNotApplicableError(f"expected failures name no check or case: {', '.join(sorted(unknown))}")
