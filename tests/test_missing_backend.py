@@ -24,14 +24,15 @@ HINT = "; backends that need nothing more: "
 PROGRAM = """
 import torch
 from kvq import KVQ
-from kvq.errors import MissingRequirementError
+from kvq.errors import BackendError
 states = torch.randn(1, 1, 256, 64)
-cache = KVQ()
-try:
-    cache.update(states, states, 0)
-except MissingRequirementError as error:
-    print(error)
-print(cache.get_seq_length(), cache.config.backend)
+for fields in ({}, {"backend": "hqq"}):
+    cache = KVQ(**fields)
+    try:
+        cache.update(states, states, 0)
+    except BackendError as error:
+        print(type(error).__name__, error)
+    print(cache.get_seq_length(), cache.config.backend)
 other = KVQ(backend="native")
 other.update(states, states, 0)
 print(other.get_seq_length(), other.memory().compression > 1)
@@ -72,29 +73,76 @@ def make_plugin(spec):
     return Plugin
 
 
+LIBRARIES = {"quanto": "optimum", "hqq": "hqq"}
+"""Backends, and how the names of what their vendors install begin."""
+FAULTS = {
+    "ImportError": "from torch import a_name_that_a_new_torch_lacks",
+    "AttributeError": "import torch; torch.library.a_name_that_a_new_torch_lacks",
+}
+
+
 @pytest.fixture
-def site_without_quanto(tmp_path):
-    """A directory of links to all that is installed but optimum-quanto, whose metadata and files are thus absent."""
-    for entry in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
-        for path in entry.iterdir():
-            if not path.name.startswith("optimum") and not (tmp_path / path.name).exists():
-                (tmp_path / path.name).symlink_to(path)
-    return tmp_path
+def run_program(tmp_path):
+    """Return a function that runs the program with all that is installed but what begins with some names."""
+
+    def run(absent, *first):
+        site = tmp_path / "site"
+        site.mkdir()
+        for entry in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
+            for path in entry.iterdir():
+                if not path.name.startswith(tuple(absent)) and not (site / path.name).exists():
+                    (site / path.name).symlink_to(path)
+        # -S: without it the interpreter adds its own site-packages again.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*first, ROOT, site]))}
+        done = subprocess.run([sys.executable, "-S", "-c", PROGRAM], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
 
 
 @pytest.mark.costly
-def test_the_default_cache_says_what_is_missing_and_names_what_is_there(site_without_quanto):
-    # -S: without it the interpreter adds its own site-packages again.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site_without_quanto), str(ROOT)])}
-    result = subprocess.run([sys.executable, "-S", "-c", PROGRAM], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    message, refused, other = result.stdout.splitlines()
-    assert "backend 'quanto' requires 'optimum-quanto" in message
+@pytest.mark.case("optimum-quanto and hqq are both uninstalled", "the error says what to install, and names native")
+def test_the_default_cache_says_what_is_missing_and_names_what_is_there(run_program):
+    message, refused, other_message, other_refused, native = run_program(LIBRARIES.values())
+    assert message.startswith("MissingRequirementError backend 'quanto' requires 'optimum-quanto")
     assert "it is not installed" in message
     assert "pip install 'optimum-quanto" in message
     assert message.endswith(f"{HINT}native")
-    assert refused == "0 quanto"
-    assert other == "256 True"
+    assert other_message.startswith("MissingRequirementError backend 'hqq' requires 'hqq")
+    assert other_message.endswith(f"{HINT}native")
+    assert (refused, other_refused, native) == ("0 quanto", "0 hqq", "256 True")
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.case("A new torch breaks optimum-quanto", "the error has the reason, and names native; hqq works")
+def test_a_library_that_a_new_torch_breaks_is_named_with_what_still_works(run_program, tmp_path, fault):
+    (tmp_path / "broken" / "optimum" / "quanto").mkdir(parents=True)
+    (tmp_path / "broken" / "optimum" / "quanto" / "__init__.py").write_text(FAULTS[fault])
+    message, refused, other, native = run_program([], tmp_path / "broken")
+    kind = "BrokenBackendError" if fault == "ImportError" else "BackendFailedError"
+    assert message.startswith(f"{kind} backend 'quanto'")
+    assert "a_name_that_a_new_torch_lacks" in message
+    assert message.endswith(f"{HINT}native")
+    assert (refused, other, native) == ("0 quanto", "256 hqq", "256 True")
+
+
+@pytest.mark.costly
+@pytest.mark.case(
+    "A new torch breaks hqq, which transformers imports where it is installed", "`kvq doctor` names hqq and the remedy"
+)
+def test_doctor_names_the_library_that_breaks_transformers(tmp_path):
+    broken = tmp_path / "site-packages"
+    (broken / "hqq").mkdir(parents=True)
+    (broken / "hqq" / "__init__.py").write_text(FAULTS["AttributeError"])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [broken, ROOT]))}
+    command = [sys.executable, "-m", "kvq", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "kvq.cache cannot be imported" in line]
+    assert "AttributeError: module 'torch.library' has no attribute 'a_name_that_a_new_torch_lacks'" in line
+    assert "update hqq, in whose code that is raised, or uninstall it if you can do without" in done.stdout
 
 
 def test_a_refused_update_swaps_nothing(monkeypatch):

@@ -13,7 +13,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from kvq.cli.console import one_line
-from kvq.cli.reader_facts import list_readers
 from kvq.cli.requirement_state import describe_requirements
 from kvq.cli.sample_block import HEAD_DIM, measure_effective_bits, plain_settings, proposed_group_sizes, runs_here
 from kvq.errors import BackendError, UnknownBackendError
@@ -41,6 +40,8 @@ def collect_backend(name: str) -> dict[str, Any]:
             facts |= describe_spec(info.spec)
             is_ready = info.state == "ready"
             facts["effective_bits"] = _effective_bits(info.spec) if is_ready else []
+            from kvq.cli.reader_facts import list_readers  # imports transformers, which `kvq doctor` may find broken
+
             facts["readers"] = list_readers(info.spec) if is_ready and runs_here(info.spec) else []
         return facts
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module, metadata
@@ -146,9 +147,29 @@ def _can_import(module: str, found: Diagnosis) -> bool:
         import_module(module)
     except Exception as error:  # noqa: BLE001  # a broken installation raises anything; telling is what this is for
         remedy = "repair or reinstall the module that it names; the versions above say which are supported"
-        found.add_error(f"{module} cannot be imported: {type(error).__name__}: {error}", remedy)
+        told, origin = f"{module} cannot be imported: {type(error).__name__}: {error}", _find_origin(error)
+        if origin is not None and origin is not error:
+            told = f"{told} ({type(origin).__name__}: {origin})"
+            if package := _find_package(origin):
+                remedy = f"update {package}, in whose code that is raised, or uninstall it if you can do without"
+        found.add_error(told, remedy)
         return False
     return True
+
+
+def _find_origin(error: BaseException) -> BaseException:
+    """Return the error that an error comes from, first of all; libraries that import lazily hide it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _find_package(error: BaseException) -> str | None:
+    """Return the name of the installed package whose code raised an error, or None."""
+    frames = traceback.extract_tb(error.__traceback__)
+    parts = Path(frames[-1].filename).parts if frames else ()
+    places = [place for place, part in enumerate(parts) if part in ("site-packages", "dist-packages")]
+    return parts[places[-1] + 1].removesuffix(".py") if places and len(parts) > places[-1] + 1 else None
 
 
 def _examine_devices(found: Diagnosis) -> None:

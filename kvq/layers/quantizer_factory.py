@@ -74,11 +74,14 @@ def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:
         with origin.naming("build"):
             return chosen.backend.build(spec, chosen.options)
     except BackendFailedError as error:
-        if isinstance(cause := error.__cause__, ImportError):
-            raise BrokenBackendError(
-                f"backend {chosen.backend.name!r} is installed, but a library that it needs cannot be imported: {cause}"
-            ) from cause
-        raise
+        # A library may be there and still not work with a new torch: its import then fails in any way.
+        cause, others = error.__cause__, get_registry().describe_alternatives()
+        if not isinstance(cause, ImportError):
+            raise BackendFailedError(f"{error}{others}") from cause
+        raise BrokenBackendError(
+            f"backend {chosen.backend.name!r} is installed, but a library that it needs cannot be imported: "
+            f"{cause}{others}"
+        ) from cause
 
 
 def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtype: torch.dtype) -> Quantizer:

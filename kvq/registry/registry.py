@@ -143,6 +143,11 @@ class BackendRegistry:
             with self._lock:
                 raise MissingRequirementError(f"{error}{self._alternatives()}") from None
 
+    def describe_alternatives(self) -> str:
+        """Return the end of a message about an unavailable backend: those that need nothing more, if there are any."""
+        with self._lock:
+            return self._alternatives()
+
     def _load_backend(self, name: str) -> BackendSpec:
         if name in self._registered:
             return self._registered[name]

@@ -85,7 +85,9 @@ def test_every_language_is_one_that_is_checked():
     assert languages - {"python", "yaml", "console", "toml", *NOT_RUN} == set()
 
 
-@pytest.mark.parametrize(("path", "text"), [one for one in blocks("python") if one.values[0] not in RUN_BY_READER | RUN_BY_PLUGIN])
+@pytest.mark.parametrize(
+    ("path", "text"), [one for one in blocks("python") if one.values[0] not in RUN_BY_READER | RUN_BY_PLUGIN]
+)
 def test_a_python_block_runs(path, text, namespace, plugins_registered):
     names = dict(namespace)
     exec(text.replace("max_new_tokens=1024", "max_new_tokens=20"), names)  # noqa: S102  # our own documents
