@@ -15,6 +15,8 @@ import torch
 from torch.utils.weak import TensorWeakRef
 from transformers import PretrainedConfig
 
+from kvq.transformers_seams.private_names import read_attention
+
 
 class AttentionDetector:
     """Belongs to one cache.
@@ -30,7 +32,7 @@ class AttentionDetector:
     @property
     def name(self) -> str | None:
         """The attention that is active now, or None where the model is not known yet."""
-        return None if self.config is None else getattr(self.config, "_attn_implementation", None)
+        return None if self.config is None else read_attention(self.config)
 
     def expect(self, keys: torch.Tensor) -> None:
         """Learn from the attention that is given these keys, in this thread and before the next keys; keeps no tensor.

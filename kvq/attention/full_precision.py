@@ -83,7 +83,7 @@ def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
 def find_option_beyond(known: Set[str], options: Mapping[str, Any]) -> str | None:
     """Return the first argument that is set, means something to attention and is not known."""
     for name, value in options.items():
-        if name not in known and name not in WITHOUT_EFFECT and value is not None and value is not False:
+        if value is not None and value is not False and name not in known and name not in WITHOUT_EFFECT:
             return name
     return None
 

@@ -35,7 +35,7 @@ class PackedPair:
     def handles(self) -> tuple[PackedStates, PackedStates]:
         """Return the two tensors that stand for the pair until the layer changes."""
         version = self.kernel_cache.version
-        return PackedStates(self, self.key, version), PackedStates(self, self.value, version)
+        return PackedStates.of(self, self.key, version), PackedStates.of(self, self.value, version)
 
 
 class PackedStates(torch.Tensor):
@@ -46,11 +46,14 @@ class PackedStates(torch.Tensor):
     _stamp: int
 
     @staticmethod
-    def __new__(cls: type[PackedStates], pair: PackedPair, side: SideView, version: int) -> PackedStates:
-        """Make a handle with the shape, dtype and device of the states that `side` stands for."""
+    def of(pair: PackedPair, side: SideView, version: int) -> PackedStates:
+        """Return a handle with the shape, dtype and device of the states that `side` stands for."""
         like = side.like
-        shape = (*like.shape[:2], side.length, like.shape[3])
-        handle: PackedStates = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        batch, heads, _, head_dim = like.shape
+        shape = (batch, heads, side.length, head_dim)
+        # Not by `PackedStates(...)`: calling the class of a tensor takes longer than making the tensor.
+        made: Any = torch.Tensor._make_wrapper_subclass(PackedStates, shape, dtype=like.dtype, device=like.device)
+        handle: PackedStates = made
         handle.pair, handle._side, handle._stamp = pair, side, version
         return handle
 

@@ -121,15 +121,19 @@ class KVQ(CarriedStates, KnownTokens):
                 "torch.export cannot record what a KVQ does; export with a cache of transformers: "
                 "DynamicCache(list(cache)) has the same tokens, cache.materialize(layer_idx) those of one layer"
             )
-        with self._thread_guard.hold(layer_idx, is_in_step=self._is_in_step):
-            count = len(self.layers)
+        # Not a context manager: every layer comes by here at every step.
+        self._thread_guard.enter(layer_idx, self._is_in_step)
+        count, succeeded = len(self.layers), False
+        try:
             self._grow(layer_idx)
-            try:
-                states = self._update_layer(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
-            except BaseException:
+            states = self._update_layer(self.layers[layer_idx], key_states, value_states, *args, **kwargs)
+            succeeded = True
+        finally:
+            if not succeeded:
                 del self.layers[count:]
-                raise
-        self._padding.settle(value_states)
+            self._thread_guard.leave(layer_idx, succeeded=succeeded)
+        if not self._padding.is_settled:
+            self._padding.settle(value_states)
         self.attention_detector.expect(states[0])
         return states
 
@@ -352,9 +356,9 @@ class KVQ(CarriedStates, KnownTokens):
         self._check_order(layer, key_states)
         packed = self._reads_packed() and not _needs_gradients(key_states, value_states)
         if not layer.is_offloaded:
-            return layer.update(key_states, value_states, packed=packed)
+            return layer.add(key_states, value_states, packed=packed)
         with reading_ahead(self.layers, layer.layer_idx):
-            return layer.update(key_states, value_states, packed=packed)
+            return layer.add(key_states, value_states, packed=packed)
 
     def _is_in_step(self) -> bool:
         """Whether all quantized layers that hold tokens hold equally many."""

@@ -7,8 +7,7 @@ thread interrupts: the layers would hold the tokens of both. It must not know wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from kvq.errors import CacheStateError
 
@@ -21,9 +20,8 @@ class ThreadGuard:
         self._thread: int | None = None
         self._first_layer = -1
 
-    @contextmanager
-    def hold(self, layer_idx: int, *, is_in_step: Callable[[], bool]) -> Iterator[None]:
-        """Keep other threads out for the time of one update.
+    def enter(self, layer_idx: int, is_in_step: Callable[[], bool]) -> None:
+        """Keep other threads out from now until `leave`, which has to follow.
 
         Args:
             layer_idx: the layer that is updated.
@@ -36,14 +34,18 @@ class ThreadGuard:
         if not self._lock.acquire(blocking=False):
             raise CacheStateError(_refusal(layer_idx))
         try:
-            thread = threading.get_ident()
-            if thread != self._thread and self._thread is not None:
+            if self._thread is not None and threading.get_ident() != self._thread:
                 self._check_turn(layer_idx, is_in_step)
-            yield
-            self._first_layer = layer_idx if self._thread is None else min(layer_idx, self._first_layer)
-            self._thread = thread
-        finally:
+        except BaseException:
             self._lock.release()
+            raise
+
+    def leave(self, layer_idx: int, *, succeeded: bool) -> None:
+        """Let others in; where the update succeeded, the forward is this thread's."""
+        if succeeded:
+            self._first_layer = layer_idx if self._thread is None else min(layer_idx, self._first_layer)
+            self._thread = threading.get_ident()
+        self._lock.release()
 
     def _check_turn(self, layer_idx: int, is_in_step: Callable[[], bool]) -> None:
         if layer_idx > self._first_layer or not is_in_step():

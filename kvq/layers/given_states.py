@@ -72,6 +72,14 @@ def check_continuity(what: str, states: torch.Tensor, held: torch.Tensor) -> Non
             )
 
 
+def goes_on(states: object, held: torch.Tensor) -> bool:
+    """Return whether states `[B, H, T, D]` go on from `held`; where they do not, `check_continuity` says why."""
+    if not isinstance(states, torch.Tensor) or states.dtype is not held.dtype or states.device != held.device:
+        return False
+    new, old = states.shape, held.shape
+    return len(new) == 4 and new[0] == old[0] and new[1] == old[1] and new[3] == old[3]
+
+
 def check_rows(what: str, states: torch.Tensor, held: int | None) -> None:
     """Check that states have as many rows as a layer holds.
 

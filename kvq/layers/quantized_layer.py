@@ -13,7 +13,7 @@ from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import StatesError
-from kvq.layers.given_states import check_continuity, check_pair, check_states
+from kvq.layers.given_states import check_continuity, check_pair, check_states, goes_on
 from kvq.layers.quantizer_factory import build_codec
 from kvq.layers.store_device import choose_store_device
 from kvq.plugin_api.quantizer import Quantizer, Side
@@ -142,18 +142,26 @@ class KVQLayer(CacheLayerMixin):
             KVQError: the states do not fit; the layer is then as it was before.
         """
         del args, kwargs
-        was_initialized = self.is_initialized
         self.check_states(key_states, value_states)
+        return self.add(key_states, value_states, packed=packed)
+
+    def add(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *, packed: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do as `update` with states that `check_states` has accepted."""
+        was_initialized = self.is_initialized
         if not was_initialized:
             self.lazy_initialization(key_states, value_states)
-        views = self._sides["key"].view(key_states), self._sides["value"].view(value_states)
-        deferred = DEFERRED_LENGTH if self.record_past else 0
+        keys, values = self._sides["key"], self._sides["value"]
+        before = keys.contents, values.contents
+        views = keys.view(key_states), values.view(value_states)
         try:
-            with self._undone_on_error():
-                flush_count = self._flush_count(self.get_seq_length() + key_states.shape[2] - deferred)
-                self._sides["key"].append(key_states, flush_count)
-                self._sides["value"].append(value_states, flush_count)
+            deferred = DEFERRED_LENGTH if self.record_past else 0
+            flush_count = self._flush_count(keys.length + key_states.shape[2] - deferred)
+            keys.append(key_states, flush_count)
+            values.append(value_states, flush_count)
         except BaseException:
+            keys.contents, values.contents = before
             if not was_initialized:
                 self._sides, self.is_initialized = {}, False
             raise
@@ -309,8 +317,9 @@ class KVQLayer(CacheLayerMixin):
 
     def _flush_count(self, total: int) -> int:
         """Return how many tokens leave the window when the layer holds `total` tokens that will stay."""
-        target = (total - self.settings.residual_length) // self.flush_length * self.flush_length
-        return max(0, target - self._sides["key"].store.length)
+        keys = self._sides["key"]
+        target = (total - self.settings.residual_length) // keys.flush_length * keys.flush_length
+        return max(0, target - keys.store.length)
 
     def check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check that states can be added.
@@ -318,7 +327,14 @@ class KVQLayer(CacheLayerMixin):
         Raises:
             StatesError: rank, dtype or shape do not fit.
         """
+        if self.is_initialized and self._go_on(key_states, value_states):
+            return  # as at nearly every step: what follows says at length why not
         check_states(f"layer {self.layer_idx}", key_states, value_states)
         for states, (name, side) in zip((key_states, value_states), self.sides(), strict=False):
             check_continuity(f"layer {self.layer_idx}: {name} states", states, side.window.view())
         check_pair(f"layer {self.layer_idx}", key_states, value_states)  # last: the others know what to do
+
+    def _go_on(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        keys, values = self._sides["key"].contents.window, self._sides["value"].contents.window
+        is_fit = goes_on(key_states, keys.buffer) and goes_on(value_states, values.buffer)
+        return is_fit and key_states.shape[2] == value_states.shape[2]

@@ -43,19 +43,21 @@ class StoreView:
         codec: the quantizer that decodes the segments.
         segments: the chunks in order of their tokens.
         length: tokens in the view.
+        device: where the chunks are, or None where there are none.
+        is_reordered: whether the rows of the batch are in another order than in some chunk.
     """
 
     codec: Quantizer
     segments: tuple[Segment, ...]
     length: int
+    device: torch.device | None = field(init=False)
+    is_reordered: bool = field(init=False)
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where the chunks are, or None where there are none."""
-        for segment in self.segments:  # no generator: asked in every layer at every step
-            for part in segment.parts.values():
-                return part.device
-        return None
+    def __post_init__(self) -> None:
+        # Found once: asked in every layer at every step.
+        parts = (part for segment in self.segments for part in segment.parts.values())
+        object.__setattr__(self, "device", next((part.device for part in parts), None))
+        object.__setattr__(self, "is_reordered", any(segment.rows is not None for segment in self.segments))
 
     def decode_into(self, out: torch.Tensor, start: int = 0) -> None:
         """Write the states of the tokens from `start`, a multiple of the block length, into `out` `[B, H, T, D]`."""
@@ -86,6 +88,7 @@ class ChunkedStore:
         prefetched: copies of chunks on another device, which views read instead.
         blocks: stored blocks.
         length: stored tokens.
+        seen: the tokens stored now, which kernels know again by this very object.
     """
 
     writer: ChunkWriter
@@ -95,11 +98,14 @@ class ChunkedStore:
     prefetched: Mapping[Segment, Segment] = field(default_factory=dict)
     blocks: int = field(init=False)
     length: int = field(init=False)
+    seen: StoreView = field(init=False)
 
     def __post_init__(self) -> None:
-        # Counted once: every update asks for the length, and few of them change it.
+        # Found once: every update asks for them, and few of them change anything.
         object.__setattr__(self, "blocks", sum(segment.used for segment in self.segments))
         object.__setattr__(self, "length", self.blocks * self.block_length)
+        read = tuple(self.prefetched.get(segment, segment) for segment in self.segments)
+        object.__setattr__(self, "seen", StoreView(self.codec, read if self.prefetched else self.segments, self.length))
 
     @property
     def codec(self) -> Quantizer:
@@ -123,10 +129,7 @@ class ChunkedStore:
 
     def view(self) -> StoreView:
         """Return the tokens stored now, without copying."""
-        if not self.prefetched:  # the very same tuple, by which a kernel knows that nothing has changed
-            return StoreView(self.codec, self.segments, self.length)
-        found = tuple(self.prefetched.get(segment, segment) for segment in self.segments)
-        return StoreView(self.codec, found, self.length)
+        return self.seen
 
     def append(self, states: torch.Tensor, following: int = 0) -> ChunkedStore:
         """Quantize and store whole blocks.

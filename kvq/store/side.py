@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -29,26 +30,38 @@ class SideView:
     """The tokens of one side at one moment: those held, then the states of the current forward, exact.
 
     Attributes:
-        sinks: exact states that are laid over the stored tokens.
-        store: the quantized tokens.
-        window: the newest tokens, `[B, H, W, D]`.
+        contents: the tokens held.
         new: the states that the current update brought, `[B, H, T, D]`, or None.
     """
 
-    sinks: SinkTokens
-    store: StoreView
-    window: torch.Tensor
+    contents: SideContents
     new: torch.Tensor | None
+
+    @property
+    def sinks(self) -> SinkTokens:
+        """Exact states that are laid over the stored tokens."""
+        return self.contents.sinks
+
+    @property
+    def store(self) -> StoreView:
+        """The quantized tokens."""
+        return self.contents.store.seen
+
+    @cached_property
+    def window(self) -> torch.Tensor:
+        """The newest tokens, `[B, H, W, D]`."""
+        return self.contents.window.view()
 
     @property
     def length(self) -> int:
         """Tokens in the view."""
-        return self.store.length + self.window.shape[2] + (0 if self.new is None else self.new.shape[2])
+        held = self.contents
+        return held.store.length + held.window.length + (0 if self.new is None else self.new.shape[2])
 
     @property
     def like(self) -> torch.Tensor:
         """A tensor with the batch, heads, head dim, dtype and device of the states."""
-        return self.window
+        return self.contents.window.buffer
 
     def materialize(self) -> torch.Tensor:
         """Return `[B, H, length, D]` in the dtype of the states; never aliases a tensor of the cache.
@@ -176,8 +189,7 @@ class LayerSide:
 
     def view(self, new: torch.Tensor | None = None) -> SideView:
         """Return the tokens held now, followed by `new`."""
-        held = self.contents
-        return SideView(held.sinks, held.store.view(), held.window.view(), new)
+        return SideView(self.contents, new)
 
     def append(self, new: torch.Tensor, flush_count: int) -> None:
         """Add tokens at the end and quantize the oldest `flush_count` of window and new ones.
@@ -186,8 +198,12 @@ class LayerSide:
             new: `[B, H, T, D]`, copied; the caller keeps its tensor.
             flush_count: a multiple of the flush length.
         """
+        new = new.detach() if new.requires_grad else new
+        if not flush_count:  # copies at most
+            self.contents = self.contents.appended(new, 0, self.flush_length)
+            return
         with without_autocast(new.device):
-            self.contents = self.contents.appended(new.detach(), flush_count, self.flush_length)
+            self.contents = self.contents.appended(new, flush_count, self.flush_length)
 
     def append_encoded(self, parts: Mapping[str, torch.Tensor], rows: torch.Tensor | None = None) -> None:
         """Store blocks that were encoded before; see `ChunkedStore.append_encoded`."""

@@ -61,6 +61,8 @@ class SideContents:
             flush_count: how many of these tokens and those in the window to quantize, a multiple of `flush_length`.
             flush_length: tokens that are flushed together.
         """
+        if not flush_count:  # nearly every step of decoding
+            return SideContents(self.store, self.window.extended(new), self.sinks, self.cropped)
         store, sinks = self.store, self.sinks
         kept = self.window.length + new.shape[2] - flush_count
         for piece in self._flushed_pieces(new, flush_count, flush_length):

@@ -54,6 +54,15 @@ class TokenBuffer:
         buffer[:, :, kept:count].copy_(added)
         return TokenBuffer(self.step, buffer, count)
 
+    def extended(self, new: torch.Tensor) -> TokenBuffer:
+        """Return a buffer with `new` `[B, H, T, D]` behind the tokens held, copied."""
+        added = new.shape[2]
+        count = self.length + added
+        if count > self.buffer.shape[2]:
+            return self.keep_last(count, new)
+        self.buffer.narrow(2, self.length, added).copy_(new)
+        return TokenBuffer(self.step, self.buffer, count)
+
     def truncate(self, length: int) -> TokenBuffer:
         """Return a buffer without the tokens from `length` on."""
         return TokenBuffer.of(self.step, self.view()[:, :, :length]) if length < self.length else self

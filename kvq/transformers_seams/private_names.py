@@ -60,8 +60,8 @@ SEAMS = (
         "_attn_implementation",
         "a configuration names in it the attention that its modules call, and each module reads it at every forward",
         (
-            "attention/attention_detector.py",
             "attention/entry.py",
+            "transformers_seams/private_names.py",
             "attaching/attention_switch.py",
             "benchmark/setting.py",
         ),
@@ -167,6 +167,16 @@ def cache_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in arguments.items()
         if isinstance(value, Cache) or (name in CACHE_NAMES and value is not None)
     }
+
+
+def read_attention(config: PretrainedConfig) -> str | None:
+    """Return the attention implementation of a configuration, or None.
+
+    Past `__getattribute__`, which in a configuration of transformers looks a name up in several tables first.
+    """
+    known: dict[str, Any] = object.__getattribute__(config, "__dict__")
+    name: str | None = known[ATTENTION] if ATTENTION in known else getattr(config, "_attn_implementation", None)
+    return name
 
 
 def restore_attention(config: PretrainedConfig, implementation: str | None) -> None:

@@ -56,7 +56,7 @@ def elsewhere(monkeypatch):
 @pytest.fixture
 def events(monkeypatch):
     seen = []
-    for name in ("update", "prefetch"):
+    for name in ("add", "prefetch"):
         call = getattr(KVQLayer, name)
 
         def logged(layer, *args, call=call, name=name, **kwargs):
@@ -85,11 +85,11 @@ def test_each_layer_is_brought_while_the_one_before_it_computes(elsewhere, copie
     forward(cache, 300, 0)
     forward(cache, 1, 1)
     assert events[-6:] == [
-        ("update", 0),
+        ("add", 0),
         ("prefetch", 1),
-        ("update", 1),
+        ("add", 1),
         ("prefetch", 2),
-        ("update", 2),
+        ("add", 2),
         ("prefetch", 0),
     ]
     before = len(copied)

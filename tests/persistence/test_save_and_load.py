@@ -209,7 +209,7 @@ KNOWN_STATE = {
     "SideContents": {"store", "window", "sinks", "cropped"},
     "ChunkedStore": {
         "writer", "batch_size", "segments",
-        "blocks", "length",  # counted from the segments
+        "blocks", "length", "seen",  # found from the segments
         "owns_last", "prefetched",  # what is loaded is owned, and read from where it is
     },
     "ChunkWriter": {"codec", "num_heads", "device", "pinned", "block_length", "layout"},

@@ -64,7 +64,7 @@ class KernelRegistry:
 
     def is_distrusted(self, kernel: Kernel, device: torch.device) -> bool:
         """Return whether a kernel was disabled on a device."""
-        return (kernel.name, device) in self._distrusted
+        return bool(self._distrusted) and (kernel.name, device) in self._distrusted
 
     def is_verified(self, kernel: Kernel, kind: Hashable) -> bool:
         """Return whether a kernel has answered a request of this kind as the reference does."""

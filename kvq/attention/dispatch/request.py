@@ -59,11 +59,7 @@ class AttentionRequest:
     @property
     def is_reordered(self) -> bool:
         """Whether the rows of the batch are in another order than in some chunk of the store."""
-        for side in (self.pair.key, self.pair.value):
-            for segment in side.store.segments:
-                if segment.rows is not None:
-                    return True
-        return False
+        return self.pair.key.store.is_reordered or self.pair.value.store.is_reordered
 
     def kind(self) -> RequestKind:
         """Return the facts of this call by which a kernel may choose its code; a layer keeps a choice for each."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torch
 
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.compiled.library import Library, get_library, why_unavailable
-from kvq.attention.kernels.compiled.store_addresses import TYPE_NUMBERS, StoreAddresses
-from kvq.attention.kernels.compiled.structures import PackedRequest, States
+from kvq.attention.kernels.compiled.store_addresses import StoreAddresses
+from kvq.attention.kernels.compiled.structures import TYPE_NUMBERS, PackedRequest
 from kvq.attention.machine.source_digest import digest_files
 from kvq.attention.visibility import with_four_dims
 from kvq.plugin_api.packed_format import find_packed_format
@@ -70,8 +69,8 @@ class CompiledKernel:
         output = request.query.new_empty((batch, queries, query_heads, request.pair.value.like.shape[3]))
         packed = addresses.request
         packed.output = output.data_ptr()
-        kept = _fill(packed, request), _fill_mask(packed, request), _divide(packed, library, request)
-        if library.attend(ctypes.addressof(packed)):
+        kept = addresses.call.write(request), _fill_mask(packed, request), _divide(addresses, library, request)
+        if library.attend(addresses.place):
             raise MemoryError("attention: no memory for the sums of a thread")
         del kept
         return output
@@ -102,38 +101,6 @@ def _get_addresses(request: AttentionRequest) -> StoreAddresses:
     return addresses
 
 
-def _fill(packed: PackedRequest, request: AttentionRequest) -> list[torch.Tensor]:
-    """Write everything but the mask; return the tensors that must live until the call is over."""
-    query, pair = _with_contiguous_head(request.query), request.pair
-    kept = [query]
-    packed.query, packed.query_type = query.data_ptr(), TYPE_NUMBERS[query.dtype]
-    packed.key_type, packed.value_type = TYPE_NUMBERS[pair.key.like.dtype], TYPE_NUMBERS[pair.value.like.dtype]
-    packed.query_strides[:] = query.stride()[:3]
-    packed.queries_per_head, packed.queries = request.queries_per_head, query.shape[2]
-    packed.scaling, packed.softcap = request.scaling, request.softcap or 0.0
-    packed.is_causal = request.is_causal and query.shape[2] > 1
-    for states, side in ((packed.keys, pair.key), (packed.values, pair.value)):
-        for place, tensor in enumerate((side.sinks.states if side.store.segments else None, side.window, side.new)):
-            if tensor is not None:
-                kept.append(_fill_states(states[place], tensor))
-            else:
-                states[place].data, states[place].length = None, 0
-    if request.sink_logits is None:
-        packed.sink_logits = None
-    else:
-        kept.append(request.sink_logits.float().contiguous())
-        packed.sink_logits = kept[-1].data_ptr()
-    return kept
-
-
-def _fill_states(states: States, tensor: torch.Tensor) -> torch.Tensor:
-    tensor = _with_contiguous_head(tensor)
-    states.data = tensor.data_ptr()
-    states.batch_stride, states.head_stride, states.token_stride, _ = tensor.stride()
-    states.length = tensor.shape[2]
-    return tensor
-
-
 def _fill_mask(packed: PackedRequest, request: AttentionRequest) -> torch.Tensor | None:
     mask = request.mask
     if mask is None:
@@ -146,27 +113,22 @@ def _fill_mask(packed: PackedRequest, request: AttentionRequest) -> torch.Tensor
     return mask
 
 
-def _divide(packed: PackedRequest, library: Library, request: AttentionRequest) -> list[torch.Tensor]:
+def _divide(addresses: StoreAddresses, library: Library, request: AttentionRequest) -> list[torch.Tensor]:
     """Decide threads and pieces of work; return the room for partial results."""
+    packed = addresses.request
     batch, query_heads, queries, head_dim = request.query.shape
     products = batch * query_heads * queries * head_dim * request.pair.key.length
     threads = torch.get_num_threads() if library.run_parallel and products >= MIN_PARALLEL_PRODUCTS else 1
     packed.threads, packed.run_parallel = threads, library.run_parallel
-    items = batch * packed.heads
-    tiles = packed.stored // packed.tile_length
-    wanted = 1 if threads == 1 else -(-threads * ITEMS_PER_THREAD // items)
-    packed.splits = splits = max(1, min(wanted, tiles // MIN_SPLIT_TILES))
+    wanted = 1 if threads == 1 else -(-threads * ITEMS_PER_THREAD // addresses.items)
+    packed.splits = splits = max(1, min(wanted, addresses.tiles // MIN_SPLIT_TILES))
     if splits == 1:
         return []
-    rows = items * splits * request.row_count
+    rows = addresses.items * splits * request.row_count
     # The device is named: the caller may have set another one for tensors that say nothing.
     sums = torch.empty(rows * request.pair.value.like.shape[3], dtype=torch.float32, device=request.query.device)
     state = torch.empty(rows * 2, dtype=torch.float32, device=request.query.device)
-    finished = torch.zeros(items, dtype=torch.int64, device=request.query.device)
+    finished = torch.zeros(addresses.items, dtype=torch.int64, device=request.query.device)
     packed.partial_sums, packed.partial_state = sums.data_ptr(), state.data_ptr()
     packed.finished = finished.data_ptr()
     return [sums, state, finished]
-
-
-def _with_contiguous_head(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -10,17 +10,13 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
-import torch
-
 from kvq.attention.handle import PackedPair
-from kvq.attention.kernels.compiled.structures import PackedRequest, PackedSegment, PackedSide
+from kvq.attention.kernels.compiled.call_fields import CallFields
+from kvq.attention.kernels.compiled.structures import TYPE_NUMBERS, PackedRequest, PackedSegment, PackedSide
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
 from kvq.store.balance import FACTORS
 from kvq.store.chunks import StoreView
 from kvq.store.segments import Segment
-
-TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3, torch.uint8: 4, torch.int8: 5}
-"""As `attend.c` numbers them."""
 
 
 @dataclass
@@ -29,15 +25,21 @@ class StoreAddresses:
 
     Attributes:
         request: the structure; the caller writes the fields that change from call to call.
-        key_segments: the segments that the addresses of the keys point into.
-        value_segments: the same for the values.
+        place: address of the structure.
+        call: writes most of these fields.
+        items: pieces of work, one for each key-value head of each row of the batch.
+        tiles: tiles of stored tokens.
+        stores: the stores of keys and values that the addresses point into.
         starts: positions of the first real tokens, as a tuple and as the array that the request points to.
         kept: other objects that must live as long.
     """
 
     request: PackedRequest
-    key_segments: tuple[Segment, ...]
-    value_segments: tuple[Segment, ...]
+    place: int
+    call: CallFields
+    items: int
+    tiles: int
+    stores: tuple[StoreView, StoreView]
     starts: tuple[tuple[int, ...], Any]
     kept: tuple[Any, ...]
 
@@ -53,13 +55,21 @@ class StoreAddresses:
         starts = pair.key.sinks.starts
         array = (ctypes.c_int64 * len(starts))(*starts)
         request.sink_starts = ctypes.addressof(array)
-        return cls(request, pair.key.store.segments, pair.value.store.segments, (starts, array), kept)
+        return cls(
+            request,
+            ctypes.addressof(request),
+            CallFields(request),
+            items=request.batch * request.heads,
+            tiles=request.stored // request.tile_length,
+            stores=(pair.key.store, pair.value.store),
+            starts=(starts, array),
+            kept=kept,
+        )
 
     def serve(self, pair: PackedPair) -> bool:
         """Return whether they still describe what the pair holds."""
-        if self.key_segments is not pair.key.store.segments or self.value_segments is not pair.value.store.segments:
-            return False
-        return self.starts[0] == pair.key.sinks.starts
+        keys, values = self.stores
+        return keys is pair.key.store and values is pair.value.store and self.starts[0] == pair.key.sinks.starts
 
 
 def _fill_side(side: PackedSide, store: StoreView) -> Any:

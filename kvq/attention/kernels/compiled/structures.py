@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 
+import torch
+
+TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3, torch.uint8: 4, torch.int8: 5}
+"""As `attend.c` numbers them."""
+
 
 class States(Structure):
     """Tokens in full precision, `[B, H, T, D]` with D contiguous; strides in elements."""
