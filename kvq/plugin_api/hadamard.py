@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 
@@ -44,20 +42,31 @@ def hadamard_transform(states: torch.Tensor, dim: int = -1) -> torch.Tensor:
 def add_and_subtract(states: torch.Tensor, block: int, dim: int = -1) -> torch.Tensor:
     """Return blocks of `dim`, -1 or -2, times a matrix of 1 and -1: the transform before it is scaled; may alias."""
     blocks: torch.Tensor = states.unflatten(dim, (-1, block))
-    # Two buffers in turn; autograd wants each step to have its own.
-    rooms = itertools.cycle([None] if states.requires_grad else [torch.empty_like(blocks) for _ in range(2)])
-    for _ in range(block.bit_length() - 1):
-        blocks = _add_neighbours(blocks, dim, next(rooms))
+    steps = block.bit_length() - 1
+    if states.requires_grad:  # autograd wants each step to have a room of its own
+        for _ in range(steps):
+            first, second = _neighbours(blocks, dim)
+            blocks = torch.cat([first + second, first - second], dim=dim)
+    elif steps:
+        blocks = _add_in_turn(blocks, dim, steps)
     return blocks.flatten(dim - 1, dim)
 
 
-def _add_neighbours(blocks: torch.Tensor, dim: int, room: torch.Tensor | None) -> torch.Tensor:
-    """Return the sums of neighbours along `dim`, then their differences, in `room` if there is one."""
+def _add_in_turn(blocks: torch.Tensor, dim: int, steps: int) -> torch.Tensor:
+    """Replace neighbours along `dim` by their sums, then their differences, `steps` times, in two rooms in turn."""
+    rooms = [torch.empty_like(blocks) for _ in range(min(2, steps))]
+    # Views take as long as sums where there are few tokens: they are made once a room.
+    sources, halves = [_neighbours(room, dim) for room in rooms], [room.chunk(2, dim=dim) for room in rooms]
+    first, second = _neighbours(blocks, dim)
+    for step in range(steps):
+        low, high = halves[step % 2]
+        torch.add(first, second, out=low)
+        torch.sub(first, second, out=high)
+        first, second = sources[step % 2]
+    return rooms[(steps - 1) % 2]
+
+
+def _neighbours(blocks: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return every other element along `dim`, and those between."""
     pairs = blocks.unflatten(dim, (-1, 2))
-    first, second = pairs.select(dim, 0), pairs.select(dim, 1)
-    if room is None:
-        return torch.cat([first + second, first - second], dim=dim)
-    half = blocks.shape[dim] // 2
-    torch.add(first, second, out=room.narrow(dim, 0, half))
-    torch.sub(first, second, out=room.narrow(dim, half, half))
-    return room
+    return pairs.select(dim, 0), pairs.select(dim, 1)

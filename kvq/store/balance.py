@@ -11,6 +11,8 @@ by comparing.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 
@@ -35,12 +37,13 @@ def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     peak = torch.maximum(blocks.amax((-2, -1)), -blocks.amin((-2, -1)))
     finite = blocks
-    if peak.device.type != "cpu" or not peak.isfinite().all():  # elsewhere asking takes longer than filling
+    # Elsewhere asking takes longer than filling. The sum of finite numbers may be infinite, which costs time only.
+    if peak.device.type != "cpu" or not math.isfinite(peak.sum().item()):
         finite = blocks.masked_fill(~blocks.isfinite(), 0)
         peak = finite.abs().amax((-2, -1))
-    exponent = torch.frexp(peak)[1]
-    # By a power of two first, else squares would end before the numbers do.
-    unit = torch.ldexp(torch.ones_like(peak), -exponent.clamp(-126, 126))
+    mantissa, exponent = torch.frexp(peak)
+    # By a power of two first, else squares would end before the numbers do. A block of zeros has none: NaN, as its ratio.
+    unit = (mantissa / peak).clamp_(2.0**-126, 2.0**126)
     squares = _sum_squares(finite * unit[..., None, None])
     ratio = squares.amax(-1, keepdim=True) / squares
     codes = torch.bucketize(ratio.contiguous(), _BOUNDARIES.on(blocks.device))

@@ -33,8 +33,7 @@ class HadamardRotation:
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Rotate fp32 `[..., D]`; returns a new tensor."""
-        rotated: torch.Tensor = add_and_subtract(states * self.signs, self.block_size) * self.block_size**-0.5
-        return rotated
+        return add_and_subtract(states * self.signs, self.block_size).mul_(self.block_size**-0.5)
 
     def undo(self, states: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Rotate fp32 states whose heads run along `dim`, -1 or -2, back; returns a new tensor.

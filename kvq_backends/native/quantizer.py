@@ -78,14 +78,14 @@ class Frame:
     Attributes:
         rows: the groups, fp32 `[..., G]`, from 0 to `extent`.
         extent: fp32 `[..., 1]`, 0 or from 2 ** -23 to 4; from 1 to 2 but for denormal and enormous ranges.
-        low: the least element as it is, fp32 `[..., 1]`.
+        start: the least element in units, fp32 `[..., 1]`.
         unit: a power of two, fp32 `[..., 1]`.
         largest_code: levels less one.
     """
 
     rows: torch.Tensor
     extent: torch.Tensor
-    low: torch.Tensor
+    start: torch.Tensor
     unit: torch.Tensor
     largest_code: int
 
@@ -97,7 +97,7 @@ class Frame:
         bounded = torch.maximum(high - low, low.abs() * 2.0**-24).clamp(_LEAST_UNIT, _LARGEST)
         unit = bounded / (2 * torch.frexp(bounded).mantissa)
         start = low / unit
-        return cls((groups / unit).sub_(start), high / unit - start, low, unit, largest_code)
+        return cls((groups / unit).sub_(start), high / unit - start, start, unit, largest_code)
 
     def line_between(self, shrink: float) -> Line:
         """Return the line through the middle `shrink` of the range, a fraction of it."""
@@ -120,7 +120,7 @@ class Frame:
         scale = step * self.unit
         # Among denormal numbers a scale that was rounded down would leave the top of the range out of reach.
         scale = torch.where(scale / self.unit < step, torch.nextafter(scale, torch.full_like(scale, _LARGEST)), scale)
-        offset = (self.low / self.unit + start) * self.unit
+        offset = (self.start + start) * self.unit
         return Line(scale.clamp(max=_LARGEST), offset.clamp(-_LARGEST, _LARGEST))
 
     def find_codes(self, line: Line) -> torch.Tensor:
@@ -135,7 +135,7 @@ class Frame:
         return sum_pairwise(values.sub_(self.rows).square_())
 
     def _find_start(self, line: Line) -> torch.Tensor:
-        return line.offset / self.unit - self.low / self.unit
+        return line.offset / self.unit - self.start
 
 
 def search_line(frame: Frame, line: Line, candidates: int) -> Line:

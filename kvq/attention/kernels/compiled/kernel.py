@@ -29,6 +29,9 @@ MIN_SPLIT_TILES = 8
 STATES_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that query, keys and values in full precision may have; under autocast they differ."""
 
+MASK_DTYPES = (*STATES_DTYPES, torch.bool)
+"""Dtypes that a mask may have."""
+
 _DATA_NAME = "compiled"
 
 
@@ -57,7 +60,7 @@ class CompiledKernel:
                 return f"does not read states of {dtype}"
         if any(part.device != query.device for part in _parts(pair.key.store, pair.value.store)):
             return "reads no store on another device than the query"
-        if request.mask is not None and request.mask.dtype not in TYPE_NUMBERS:
+        if request.mask is not None and request.mask.dtype not in MASK_DTYPES:
             return f"does not read masks of {request.mask.dtype}"
         return _why_unsupported_side(pair.key.store.codec) or _why_unsupported_side(pair.value.store.codec)
 
