@@ -58,8 +58,14 @@ QUICK: dict[str, Any] = {
     "steps": 0,
 }
 """The settings that `--quick` measures."""
-DEEP_LENGTH = 16384
+DEEP_LENGTHS = (4096, 16384, 32768)
 """Tokens of history in the random model of many cheap layers."""
+MODEL_LENGTHS = (256, 4096, 8192)
+"""Tokens of history in a model of the user's, unless others are asked for; as many as fit it of the longest."""
+MIN_LENGTH = 64
+"""Fewest tokens of history that are measured."""
+UNLIMITED = 1 << 20
+"""Tokens that a model takes which does not say."""
 MAX_THREADS = 1024
 SPARE = 512
 """Positions that a run may take behind the history: rounds, and the tokens between flushes."""
@@ -72,7 +78,11 @@ _QUIET_LIBRARIES = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 def bench(
     length: Annotated[
         list[int] | None,
-        typer.Option(metavar="INTEGER", min=64, help="Tokens of history; repeatable. Default: 2048, 8192, 32768."),
+        typer.Option(
+            metavar="INTEGER",
+            min=MIN_LENGTH,
+            help="Tokens of history; repeatable. Default: 2048, 8192, 32768; of a model 256, 4096, 8192.",
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(metavar="INTEGER", min=1, help="Rows of the batch; repeatable. Default: 1, 4.")
@@ -117,7 +127,7 @@ def bench(
         typer.Option(
             metavar="INTEGER",
             min=0,
-            help="Also time a model of this many small layers, after 16,384 tokens; 0: none. Default: 32.",
+            help="Also time a model of this many small layers, at 4,096 to 32,768 tokens; 0: none. Default: 32.",
         ),
     ] = None,
     prompt: Annotated[
@@ -186,7 +196,7 @@ def bench(
             _quieten_libraries()
             where = _find_device(device, threads)
             choice = _choose_contenders(backend, config, bits, peers=peers)
-            loaded = _load(model, where, asked, progress)
+            loaded = _load(model, where, asked, given, progress)
             plans = _make_plans(choice, asked, where, loaded)
         options = {**asked, "model": model, "configs": dict(choice.configs)}
         parts = _Parts(where, options, list(plans), out)
@@ -240,8 +250,10 @@ def _usable_backends(bits: int) -> list[str]:
     return [info.name for info in infos if info.spec and info.state == "ready" and bits in info.spec.capabilities.nbits]
 
 
-def _load(name: str | None, device: torch.device, asked: dict[str, Any], progress: Progress) -> PreTrainedModel | None:
-    """Return the user's model, if there is one; then its dtype and layers are measured."""
+def _load(
+    name: str | None, device: torch.device, asked: dict[str, Any], given: dict[str, Any], progress: Progress
+) -> PreTrainedModel | None:
+    """Return the user's model, if there is one; then its dtype and layers are measured, at lengths that fit it."""
     if name is None:
         return None
     from kvq.benchmark.setting import Shape
@@ -252,10 +264,28 @@ def _load(name: str | None, device: torch.device, asked: dict[str, Any], progres
     dtype = str(model.dtype).removeprefix("torch.")
     asked |= {"dtype": [dtype], "layers": Shape.of(model.config).layers, "deep": 0}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    asked |= choose_lengths(asked, given, longest)
     too_long = [length for length in (*asked["length"], *asked["prompt"]) if longest and length + SPARE > longest]
     if too_long:
         raise EvaluationError(f"{max(too_long):,} tokens and the steps after them exceed the model's {longest:,}")
     return model
+
+
+def choose_lengths(asked: dict[str, Any], given: dict[str, Any], longest: int | None) -> dict[str, list[int]]:
+    """Return the lengths of history and of prompts that are measured in a model of the user's.
+
+    Args:
+        asked: the lengths that random models are measured at, or those given.
+        given: the lengths that were given, or None.
+        longest: tokens that the model takes, or None where it does not say.
+    """
+    room = (longest or UNLIMITED) - SPARE
+    fitting = sorted({max(MIN_LENGTH, min(one, room)) for one in MODEL_LENGTHS})
+    prompts = [one for one in asked["prompt"] if one <= room]
+    return {
+        "length": fitting if given["length"] is None else asked["length"],
+        "prompt": prompts if given["prompt"] is None else asked["prompt"],
+    }
 
 
 def _make_plans(
@@ -279,7 +309,7 @@ def _make_plans(
         in_models = [one for one in contenders if one.kernel is None]
         plans["model"] = BenchmarkPlan(in_models, settings, make_trial=ModelTrials(model), **sizes)
     if asked["deep"]:
-        first = {**asked, "length": [DEEP_LENGTH], "batch": asked["batch"][:1], "dtype": asked["dtype"][:1]}
+        first = {**asked, "length": list(DEEP_LENGTHS), "batch": asked["batch"][:1], "dtype": asked["dtype"][:1]}
         settings = _list_settings(Shape.deep(asked["deep"]), first, device)
         plans["deep"] = BenchmarkPlan(choose_for_forwards(contenders), settings, make_trial=ModelTrials(), **sizes)
     return plans

@@ -42,7 +42,7 @@ def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         finite = blocks.masked_fill(~blocks.isfinite(), 0)
         peak = finite.abs().amax((-2, -1))
     mantissa, exponent = torch.frexp(peak)
-    # By a power of two first, else squares would end before the numbers do. A block of zeros has none: NaN, as its ratio.
+    # By a power of two first, else squares would end before the numbers do. For nothing but zeros it is NaN.
     unit = (mantissa / peak).clamp_(2.0**-126, 2.0**126)
     squares = _sum_squares(finite * unit[..., None, None])
     ratio = squares.amax(-1, keepdim=True) / squares

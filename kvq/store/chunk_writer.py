@@ -83,7 +83,7 @@ class ChunkWriter:
         if isinstance(self.codec, GuardedQuantizer):
             self.codec.look_at_first(states, encoded)
         for name, part in segment.parts.items():
-            part[rows, :, first : first + count].copy_(encoded[name])
+            part[rows].narrow(2, first, count).copy_(encoded[name])
 
     def _check_encoded(self, encoded: object, rows: int, blocks: int) -> None:
         name = name_quantizer(self.codec)

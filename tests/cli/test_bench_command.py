@@ -7,6 +7,8 @@ from importlib import import_module
 
 import pytest
 
+from kvq.cli.bench import choose_lengths
+
 SMALL = (
     "bench",
     "--length",
@@ -60,15 +62,33 @@ def test_a_whole_model_is_measured_in_single_steps_chunks_drafts_and_many_steps(
 
 
 def test_many_cheap_layers_are_measured_beside_full_precision(call_kvq, monkeypatch, tmp_path):
-    monkeypatch.setattr(import_module("kvq.cli.bench"), "DEEP_LENGTH", 300)
+    monkeypatch.setattr(import_module("kvq.cli.bench"), "DEEP_LENGTHS", (300, 200))
     out = tmp_path / "speed.json"
     done = call_kvq(*SMALL, "--deep", "5", "--dtype", "float32", "--backend", "native", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "a model of 5 layers, 300 tokens, batch 1, float32" in done.stdout
-    (facts,) = json.loads(out.read_text())["deep"]
+    facts, longer = json.loads(out.read_text())["deep"]
+    assert (facts["length"], longer["length"]) == (200, 300)
     assert facts["shape"]["heads"] * facts["shape"]["head_dim"] == 128
     labels = {one["label"]: len(one["samples_ms"]["step"]) for one in facts["contenders"]}
     assert labels == {"DynamicCache": 3, "buffer, packed queries": 3, "kvq native 4, fused": 3}
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths", "prompts"),
+    [
+        (8192, [256, 4096, 7680], [2048]),
+        (None, [256, 4096, 8192], [2048, 8192]),
+        (2048, [256, 1536], []),
+        (300, [64], []),
+    ],
+)
+def test_a_model_is_measured_at_lengths_that_fit_it(longest, lengths, prompts):
+    given = {"length": None, "prompt": None}
+    usual = {"length": [2048, 32768], "prompt": [2048, 8192]}
+    assert choose_lengths(usual, given, longest) == {"length": lengths, "prompt": prompts}
+    asked = {"length": [100_000], "prompt": [90_000]}
+    assert choose_lengths(asked, asked, longest) == asked
 
 
 @pytest.mark.parametrize(
