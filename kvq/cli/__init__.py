@@ -24,6 +24,7 @@ from kvq.cli.eval import evaluate
 from kvq.cli.new_backend import new_backend
 from kvq.cli.plan import plan
 from kvq.cli.presets import presets
+from kvq.cli.tune import tune
 from kvq.errors import KVQError
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app = typer.Typer(
 # One line a command, in the order of the help.
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(tune)
 app.command()(bench)
 app.command()(backends)
 app.command()(presets)

@@ -39,13 +39,18 @@ class Parts:
         path = self._path(candidate, index)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        torch.save(_describe(result), unfinished)
-        unfinished.replace(path)
+        save_whole(_describe(result), path)
 
     def _path(self, candidate: Candidate, index: int) -> Path | None:
         return self._folder / f"{self._digest}-{candidate.digest}-{index}.pt" if self._folder else None
+
+
+def save_whole(content: object, path: Path) -> None:
+    """Write tensors and plain values by way of another file: the file is whole, or there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    torch.save(content, unfinished)
+    unfinished.replace(path)
 
 
 def _describe(result: BatchResult) -> dict[str, Any]:

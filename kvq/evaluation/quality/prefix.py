@@ -50,12 +50,22 @@ class Prefix:
         Chunks would not do: a cache that quantizes would read the earlier ones from codes. A layer that carries a sum
         of its tokens cannot be given their states, so such a model reads all tokens again, at once.
         """
-        if any(type(layer) not in _GIVEN for layer in self.cache.layers):
+        found = self.states()
+        if found is None:
             self._read(self._tokens, cache)
             return
-        for index, layer in enumerate(self.cache.layers):
-            if layer.keys is not None:
-                cache.update(*self._states(index), index)
+        for index, states in enumerate(found):
+            if states is not None:
+                cache.update(*states, index)
+
+    def states(self) -> list[tuple[torch.Tensor, torch.Tensor] | None] | None:
+        """Return keys and values of all tokens, `[B, H, T, D]`, in each layer, or None for a layer without any.
+
+        None instead of a list where a layer holds something else; the tensors are those of the cache.
+        """
+        if any(type(layer) not in _GIVEN for layer in self.cache.layers):
+            return None
+        return [None if layer.keys is None else self._states(index) for index, layer in enumerate(self.cache.layers)]
 
     def forget(self) -> None:
         """Drop the states that sliding layers have forgotten: no other cache will be given the tokens."""

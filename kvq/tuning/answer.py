@@ -1,0 +1,91 @@
+"""The answer of tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvq.config import KVQCacheConfig
+from kvq.evaluation.quality.plan import EvaluationPlan
+from kvq.evaluation.quality.record import QualityRecord
+from kvq.planning import CachePlan
+from kvq.plugin_api.quantizer import Side
+from kvq.tuning.sensitivity import Probe, Sensitivity
+from kvq.tuning.side_setting import Assignment, SideSetting
+from kvq.tuning.tuning_plan import TuningPlan
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration, with its size and its divergence on the calibration text.
+
+    Attributes:
+        config: the configuration.
+        assignment: the settings of each quantized layer.
+        num_bytes: bytes of the whole cache at the goal's context.
+        bits: the same for each element of the states.
+        predicted: divergence by the sum of single effects, in nats.
+        measured: divergence of the whole cache, in nats.
+    """
+
+    config: KVQCacheConfig
+    assignment: Assignment
+    num_bytes: int
+    bits: float
+    predicted: float
+    measured: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        figures = {"bytes": self.num_bytes, "bits": self.bits, "predicted": self.predicted, "measured": self.measured}
+        return {**figures, "config": self.config.to_dict()}
+
+
+@dataclass(frozen=True)
+class TunedCache:
+    """The answer.
+
+    Attributes:
+        plan: what was tuned.
+        tuned: the configuration that was chosen.
+        uniform: the best one with the same settings in all layers and no more bytes; None if none fits.
+        before: the divergence before settings were exchanged between layers.
+        tries: whole configurations that were measured for that.
+        exchanges: how many exchanges were kept.
+        sensitivities: what every setting costs alone.
+        front: configurations along the whole range, smallest first.
+        memory: the plan of the cache at the goal's context.
+        held_out: how the held-out text was read.
+        records: what was measured there: of the tuned configuration, then of the uniform one.
+        weight_norms: norms of the key and value projections, by layer.
+        skips: whether probes could leave out the layers before theirs.
+        warnings: reasons to mistrust the answer.
+    """
+
+    plan: TuningPlan
+    tuned: Point
+    uniform: Point | None
+    before: float
+    tries: int
+    exchanges: int
+    sensitivities: Sequence[Sensitivity]
+    front: Sequence[Point]
+    memory: CachePlan
+    held_out: EvaluationPlan
+    records: Sequence[QualityRecord]
+    weight_norms: Mapping[int, tuple[float, float]]
+    skips: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> KVQCacheConfig:
+        """The configuration that was chosen."""
+        return self.tuned.config
+
+    def single_effect(self, layers: tuple[int, ...], side: Side, setting: SideSetting | None) -> float:
+        """Return what a setting of a group of layers costs alone; 0 in full precision."""
+        if setting is None:
+            return 0.0
+        probe = Probe(layers, side, setting)
+        return next(one.kl for one in self.sensitivities if one.probe == probe)

@@ -1,0 +1,126 @@
+"""What may be chosen: the settings of a side, the groups of layers that share one, and the layers left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from kvq.config import PRESETS
+from kvq.errors import EvaluationError
+from kvq.plugin_api.backend_spec import BackendSpec
+from kvq.plugin_api.granularity import Granularity
+from kvq.registry import get_registry
+from kvq.tuning.side_setting import Pair, SideSetting
+
+DEFAULT_BACKEND: str = PRESETS["4bit"]["backend"]
+DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of some values; what a backend does not have is left out.
+
+    Attributes:
+        backends: names of backends.
+        bits: bits per code.
+        axes: granularities.
+        group_sizes: elements per scale.
+        rotations: as in a configuration.
+        balances: as in a configuration.
+    """
+
+    backends: Sequence[str] = (DEFAULT_BACKEND,)
+    bits: Sequence[float] = DEFAULT_BITS
+    axes: Sequence[str] = ("per_channel",)
+    group_sizes: Sequence[int] = (64,)
+    rotations: Sequence[str] = ("auto",)
+    balances: Sequence[str] = ("auto",)
+
+    def settings(self) -> list[SideSetting]:
+        """Return the settings that the backends have.
+
+        Raises:
+            EvaluationError: a backend has none of them.
+            BackendError: a backend is unavailable.
+        """
+        found: dict[SideSetting, None] = {}
+        for backend in dict.fromkeys(self.backends):
+            spec = get_registry().get_backend(backend)
+            own = list(self._settings_of(spec))
+            if not own:
+                raise EvaluationError(_describe_lack(spec, self))
+            found |= dict.fromkeys(own)
+        return list(found)
+
+    def _settings_of(self, spec: BackendSpec) -> Iterator[SideSetting]:
+        has = spec.capabilities
+        for bits, axis, size, rotation, balance in product(
+            self.bits, self.axes, self.group_sizes, self.rotations, self.balances
+        ):
+            if bits in has.nbits and Granularity(axis) in has.granularities:
+                yield SideSetting(spec.name, bits, axis, size, rotation, balance)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What an allocation chooses from.
+
+    Attributes:
+        keys: settings of the keys.
+        values: settings of the values.
+        groups: the layers that are quantized, those that share a setting together.
+        kept: layers that stay in full precision although they could be quantized.
+        most_pairs: most different pairs of settings in one configuration; None: any number.
+    """
+
+    keys: tuple[SideSetting, ...]
+    values: tuple[SideSetting, ...]
+    groups: tuple[tuple[int, ...], ...]
+    kept: tuple[int, ...] = ()
+    most_pairs: int | None = None
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs of settings."""
+        return [Pair(key, value) for key in self.keys for value in self.values]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are quantized."""
+        return [index for group in self.groups for index in group]
+
+
+def group_layers(
+    layers: Sequence[int], *, together: int = 1, keep_first: int = 0, keep_last: int = 0
+) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Return groups of neighbouring layers, and the layers that are kept in full precision.
+
+    Args:
+        layers: the layers that could be quantized.
+        together: layers of a group.
+        keep_first: how many of the first ones are kept.
+        keep_last: how many of the last ones are kept.
+
+    Raises:
+        EvaluationError: nothing is left to quantize.
+    """
+    rest = list(layers)[keep_first : len(layers) - keep_last]
+    if not rest:
+        raise EvaluationError(
+            f"--keep-first {keep_first} and --keep-last {keep_last} leave none of the {len(layers)} layers to quantize"
+        )
+    groups = tuple(tuple(rest[start : start + together]) for start in range(0, len(rest), together))
+    return groups, tuple(index for index in layers if index not in rest)
+
+
+def _describe_lack(spec: BackendSpec, grid: Grid) -> str:
+    has = spec.capabilities
+    return (
+        f"backend {spec.name!r} has none of the candidates: it takes {_join(has.nbits)} bits "
+        f"{' or '.join(map(str, has.granularities))}, asked for were {_join(grid.bits)} {' or '.join(grid.axes)}"
+    )
+
+
+def _join(bits: Sequence[float]) -> str:
+    return ", ".join(f"{one:g}" for one in bits)

@@ -1,0 +1,232 @@
+"""Tuning a cache to a model: measure what each setting costs alone, allocate, exchange, and verify on another text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from kvq.attention.hint import without_hint
+from kvq.errors import EvaluationError
+from kvq.evaluation.quality.candidates import make_candidate
+from kvq.evaluation.quality.plan import EvaluationPlan
+from kvq.evaluation.quality.record import QualityRecord
+from kvq.evaluation.quality.run import evaluate
+from kvq.planning import plan as plan_memory
+from kvq.tuning.allocation import Allocator, Choice, Option, allocate
+from kvq.tuning.answer import Point, TunedCache
+from kvq.tuning.calibration import AT_ONCE, CalibrationText, check_quantized
+from kvq.tuning.exchange import Refined, refine
+from kvq.tuning.kept_probes import KeptProbes
+from kvq.tuning.layer_bytes import LayerBytes
+from kvq.tuning.sensitivity import Sensitivity, list_probes, measure_probes
+from kvq.tuning.side_setting import build_config
+from kvq.tuning.sizes import Sizes
+from kvq.tuning.tuning_plan import TuningPlan
+from kvq.tuning.watcher import Nobody, Watcher
+from kvq.tuning.weight_norms import measure_weight_norms
+
+FRONT_POINTS = 14
+"""Configurations along the front, about: as many as two batches measure."""
+UNIFORM_TRIES = 4
+"""Uniform configurations that are measured to find the best one, those first that are predicted to be."""
+KL_ROUNDS = 4
+"""Attempts to reach a divergence, each with a smaller prediction than the last one."""
+FEW_TOKENS = 500
+"""Predicted tokens of the calibration text below which a warning is due."""
+
+
+def tune(plan: TuningPlan, *, parts: Path | None = None, watcher: Watcher | None = None) -> TunedCache:
+    """Fit a cache to a model and a goal.
+
+    Args:
+        plan: what to tune, and how.
+        parts: folder for what is finished, or None; needed to resume after an interruption.
+        watcher: is told how far it is.
+
+    Raises:
+        EvaluationError: the goal cannot be reached, or the text is too short for anything to be quantized.
+        ConfigError, BackendError: a backend does not take a candidate.
+        ModelError: the cache cannot serve this model.
+    """
+    with without_hint():  # full precision and every cache are read by the same attention
+        return Tuner(plan, parts, watcher or Nobody()).tune()
+
+
+def count_bytes(plan: TuningPlan) -> Sizes:
+    """Return the bytes of all candidates; nothing is measured yet.
+
+    Raises:
+        EvaluationError: the goal is below the smallest candidate.
+        ConfigError, BackendError: a backend does not take a candidate.
+        ModelError: the cache cannot serve this model.
+    """
+    counted = LayerBytes(
+        plan.model.config, plan.base, context=plan.goal.context, dtype=plan.model.dtype, moment=plan.goal.moment
+    )
+    sizes = Sizes(plan.space, counted)
+    plan.goal.check_reachable(sizes.least_bytes, counted)
+    return sizes
+
+
+class Tuner:
+    """The steps of tuning.
+
+    Args:
+        plan: what to tune.
+        parts: see `tune`.
+        watcher: see `tune`.
+    """
+
+    def __init__(self, plan: TuningPlan, parts: Path | None, watcher: Watcher) -> None:
+        self._plan = plan
+        self._parts = parts
+        self._watcher = watcher
+        self._sizes = count_bytes(plan)
+        kept = KeptProbes(parts, plan.conditions if parts else {})
+        self._text = CalibrationText(plan, kept, watcher)
+
+    def tune(self) -> TunedCache:
+        """Measure, allocate, exchange, verify."""
+        plan = self._plan
+        sensitivities = self._measure_single_effects()
+        groups = self._sizes.options(sensitivities)
+        refined = self._refine(self._choose(groups), groups)
+        tuned = self._point(refined.choice, refined.after)
+        uniform = self._find_uniform(groups, tuned.num_bytes)
+        front = self._measure_front(groups)
+        held_out, records = self._verify(tuned, uniform)
+        return TunedCache(
+            plan=plan,
+            tuned=tuned,
+            uniform=uniform,
+            before=refined.before,
+            tries=refined.tried,
+            exchanges=refined.taken,
+            sensitivities=sensitivities,
+            front=front,
+            memory=plan_memory(plan.model.config, tuned.config, context=plan.goal.context, dtype=plan.model.dtype),
+            held_out=held_out,
+            records=records,
+            weight_norms=measure_weight_norms(plan.model),
+            skips=self._text.skips,
+            warnings=tuple(_list_warnings(plan, tuned, records)),
+        )
+
+    def _measure_single_effects(self) -> list[Sensitivity]:
+        probes = list_probes(self._plan.space)
+        self._watcher.begin("single effects", len(probes), "settings")
+        divergences = measure_probes(probes, self._text)
+        check_quantized(divergences, self._plan)
+        return [Sensitivity.of(*pair) for pair in zip(probes, divergences, strict=True)]
+
+    def _choose(self, groups: Sequence[Sequence[Option]]) -> Choice:
+        """Return the choice that the sum of single effects makes."""
+        most = self._most_choice_bytes()
+        if most is not None:
+            return _found(allocate(groups, lambda one: one.within(most), self._plan.space.most_pairs))
+        return self._reach(groups, self._plan.goal.max_kl or 0.0)
+
+    def _reach(self, groups: Sequence[Sequence[Option]], max_kl: float) -> Choice:
+        """Return the smallest choice found whose divergence, measured as a whole, is within a bound."""
+        target = max_kl
+        for _ in range(KL_ROUNDS):
+            reach: Callable[[Allocator], Choice | None] = partial(Allocator.reaching, cost=target)
+            choice = allocate(groups, reach, self._plan.space.most_pairs)
+            if choice is None:
+                break
+            measured = self._measure_choices([choice], "reaching the divergence")[0]
+            if measured <= max_kl:
+                return choice
+            target *= 0.95 * max_kl / measured
+        raise EvaluationError(
+            f"--max-kl {max_kl:g} is not reached by any of the candidates; allow more, or give larger --bits"
+        )
+
+    def _refine(self, choice: Choice, groups: Sequence[Sequence[Option]]) -> Refined:
+        most = self._most_choice_bytes()
+        tries = self._plan.tries
+        self._watcher.begin("exchanges between layers", tries + 1, "configurations")
+        limit = self._plan.space.most_pairs
+        return refine(
+            choice,
+            groups,
+            choice.num_bytes if most is None else most,
+            lambda choices: self._text.measure(
+                [self._sizes.assign(one) for one in choices], "exchanges between layers"
+            ),
+            tries=tries,
+            at_once=AT_ONCE,
+            is_allowed=lambda one: limit is None or len({option.name for option in one.options}) <= limit,
+        )
+
+    def _find_uniform(self, groups: Sequence[Sequence[Option]], most_bytes: int) -> Point | None:
+        """Return the best configuration with equal settings in all layers, as measured among the most promising."""
+        choices = [_uniform(groups, pair) for pair in self._plan.space.pairs]
+        fitting = [one for one in choices if self._sizes.total(one) <= most_bytes]
+        promising = sorted(fitting, key=lambda one: one.cost)[:UNIFORM_TRIES]
+        if not promising:
+            return None
+        self._watcher.begin("uniform configurations", len(promising), "configurations")
+        measured = self._measure_choices(promising, "uniform configurations")
+        best = min(range(len(promising)), key=measured.__getitem__)
+        return self._point(promising[best], measured[best])
+
+    def _measure_front(self, groups: Sequence[Sequence[Option]]) -> list[Point]:
+        choices = Allocator(groups).front(FRONT_POINTS)
+        self._watcher.begin("the front", len(choices), "configurations")
+        measured = self._measure_choices(choices, "the front")
+        return [self._point(*pair) for pair in zip(choices, measured, strict=True)]
+
+    def _measure_choices(self, choices: Sequence[Choice], label: str) -> list[float]:
+        found = self._text.measure([self._sizes.assign(one) for one in choices], label)
+        return [float(one.double().mean()) for one in found]
+
+    def _point(self, choice: Choice, measured: float) -> Point:
+        assignment = self._sizes.assign(choice)
+        total = self._sizes.total(choice)
+        counted = self._sizes.layer_bytes
+        config = build_config(self._plan.base, assignment, counted.count)
+        return Point(config, assignment, total, counted.bits(total), choice.cost, measured)
+
+    def _most_choice_bytes(self) -> int | None:
+        """Return the bytes that the groups of layers may have; None where the divergence is the goal."""
+        most = self._plan.goal.most_bytes(self._sizes.layer_bytes)
+        return None if most is None else most - self._sizes.fixed_bytes
+
+    def _verify(self, tuned: Point, uniform: Point | None) -> tuple[EvaluationPlan, list[QualityRecord]]:
+        """Measure the answer on the held-out text, as `kvq eval` would."""
+        named = {"tuned": tuned, **({} if uniform is None else {"uniform": uniform})}
+        candidates = [make_candidate(label, point.config) for label, point in named.items()]
+        plan = self._plan.evaluation(self._plan.held_out, candidates)
+        self._watcher.begin("the held-out text", plan.units, "forwards")
+        return plan, evaluate(plan, parts=self._parts, on_progress=self._watcher.advance)
+
+
+def _uniform(groups: Sequence[Sequence[Option]], pair: object) -> Choice:
+    return Choice(tuple(next(one for one in options if one.name == pair) for options in groups))
+
+
+def _found(choice: Choice | None) -> Choice:
+    if choice is None:
+        raise EvaluationError("no configuration keeps to all constraints; allow more different settings, or more bytes")
+    return choice
+
+
+def _list_warnings(plan: TuningPlan, tuned: Point, records: Sequence[QualityRecord]) -> list[str]:
+    found = []
+    tokens = len(plan.text.sequences) * int(plan.text.scored[plan.prefill :].sum())
+    if tokens < FEW_TOKENS:
+        found.append(
+            f"only {tokens} tokens of the calibration text were scored; settings that were chosen on so few may be "
+            "chance: raise --sequences or --length"
+        )
+    held_out = records[0].kl.mean
+    if held_out > 2 * tuned.measured:
+        found.append(
+            f"on the held-out text the divergence is {held_out / tuned.measured:.1f} times that on the calibration "
+            "text: calibrate on text like that which the model will read"
+        )
+    if plan.base.sink_length == 0:
+        found.append("no first tokens are kept exact (sink_length: 0), and many models attend to them most")
+    return found
