@@ -21,9 +21,11 @@ from kvq.cli.console import print_error
 from kvq.cli.demo import demo
 from kvq.cli.doctor import doctor
 from kvq.cli.eval import evaluate
+from kvq.cli.import_kvtuner import import_kvtuner
 from kvq.cli.new_backend import new_backend
 from kvq.cli.plan import plan
 from kvq.cli.presets import presets
+from kvq.cli.sweep import sweep
 from kvq.cli.tune import tune
 from kvq.errors import KVQError
 
@@ -39,6 +41,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(tune)
+app.command()(sweep)
+app.command("import-kvtuner")(import_kvtuner)
 app.command()(bench)
 app.command()(backends)
 app.command()(presets)

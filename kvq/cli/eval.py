@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +17,7 @@ from kvq.cli.eval_tasks import make_tasks, score_plan, show_scores
 from kvq.cli.given_path import exists, find_config_file
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
+from kvq.cli.resuming import told_how_to_resume
 from kvq.cli.usage_errors import usage_errors
 from kvq.errors import EvaluationError
 
@@ -173,7 +173,7 @@ def evaluate(
             task_sets = make_tasks(plan, loaded[1], tasks)
         shown = ShownRun(plan, title) if processes.is_main else None
         parts = out.with_name(f"{out.name}.parts") if out is not None else None
-        with _told_how_to_resume(parts, processes):
+        with told_how_to_resume(parts, quiet=not processes.is_main):
             records = _run(plan, parts, processes, progress, shown, budget_minutes)
             task_scores = score_plan(plan, task_sets, progress) if processes.is_main else []
     if processes.is_main:
@@ -289,17 +289,6 @@ def _choose_continuation(chosen: _TextChoice, model: PreTrainedModel, text: Toke
     if not text.scored.all():  # what cannot be predicted is chosen by chance, in full precision too
         return 0
     return CONTINUATIONS.get(model.device.type, CONTINUATIONS["cuda"])
-
-
-@contextmanager
-def _told_how_to_resume(parts: Path | None, processes: Processes) -> Iterator[None]:
-    """End the command on Ctrl-C, and say where finished parts lie."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if parts is not None and processes.is_main:
-            print_error(f"stopped; the same command resumes where this one was (finished parts: {parts})")
-        raise typer.Exit(130) from None
 
 
 def _run(

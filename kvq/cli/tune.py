@@ -5,19 +5,19 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvq.cli.console import print_error
 from kvq.cli.given_path import find_config_file
+from kvq.cli.given_text import check_sizes
 from kvq.cli.grid_options import Axes, Backends, Balances, GroupSizes, Rotations, make_grid, parse_bits
+from kvq.cli.model_options import describe_given_model, load_given_model
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
+from kvq.cli.resuming import told_how_to_resume
 from kvq.cli.tune_report import show_answer, write_front, write_record
 from kvq.cli.tune_text import TextOptions, load_texts
 from kvq.cli.usage_errors import usage_errors
@@ -149,9 +149,9 @@ def tune(
         _check_outputs(out, record, front, picture)
         base = _read_base(config)
         grid = make_grid(backend, parse_bits(bits) if bits is not None else (), axis, group_size, rotation, balance)
-        plan = _make_plan(_load(model, dtype, device, progress), texts, goal, base, layers, grid, sizes)
+        plan = _make_plan(load_given_model(model, dtype, device, progress), texts, goal, base, layers, grid, sizes)
         answer = _tune(plan, parts, progress)
-    name, command = _describe_model(model), _describe_command()
+    name, command = describe_given_model(model), _describe_command()
     show_answer(answer, name)
     _write(answer, name, command, out)
     if record is not None:
@@ -237,20 +237,6 @@ def _default_backend() -> str:
     return DEFAULT_BACKEND
 
 
-def _load(
-    model: str, dtype: str, device: str | None, progress: Progress
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from kvq.evaluation.model_loading import load_model
-
-    return load_model(model, dtype=dtype, device=device, on_step=lambda step: progress.advance(step, 0))
-
-
-def _describe_model(model: str) -> str:
-    from kvq.evaluation.model_loading import describe_model
-
-    return describe_model(model)
-
-
 def _describe_command() -> str:
     """Return the command as it was typed."""
     return shlex.join(["kvq", *sys.argv[1:]])
@@ -289,23 +275,3 @@ def _draw(answer: TunedCache, picture: Path, name: str) -> None:
         from kvq.tuning.picture import draw_answer
 
         draw_answer(answer, picture, name)
-
-
-@contextmanager
-def told_how_to_resume(parts: Path) -> Iterator[None]:
-    """End the command on Ctrl-C, and say where finished parts lie."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print_error(f"stopped; the same command resumes where this one was (finished parts: {parts})")
-        raise typer.Exit(130) from None
-
-
-def check_sizes(length: int, prefill: int) -> None:
-    """Refuse sequences of which nothing would be scored.
-
-    Raises:
-        EvaluationError: the first forward reads all of them.
-    """
-    if prefill + 1 >= length:
-        raise EvaluationError(f"--prefill {prefill} leaves nothing of --length {length} to score")

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvq.cli.given_path import exists
-from kvq.errors import EvaluationError
+from kvq.cli.given_text import check_text, load_text
+from kvq.cli.model_options import check_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,17 +43,8 @@ class TextOptions:
         Raises:
             EvaluationError: something is wrong.
         """
-        for prefix, files, dataset in (
-            ("--", self.files, self.dataset),
-            ("--held-out-", self.held_out_files, self.held_out_dataset),
-        ):
-            if files and dataset is not None:
-                raise EvaluationError(f"give one text: either {prefix}text or {prefix}dataset")
-            for file in files or ():
-                if not exists(file):
-                    raise EvaluationError(f"{prefix}text {str(file)!r} does not exist; give the path of a text file")
-                if file.is_dir():
-                    raise EvaluationError(f"{prefix}text {str(file)!r} is a directory; give a text file in it")
+        check_text(self.files, self.dataset)
+        check_text(self.held_out_files, self.held_out_dataset, "--held-out-")
 
 
 def load_texts(
@@ -68,9 +59,7 @@ def load_texts(
     """
     from kvq.evaluation.quality.text import is_recall_tokenizer
 
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and options.length > longest:
-        raise EvaluationError(f"--length {options.length} is more than the {longest} positions of the model")
+    check_length(model, options.length)
     dataset = options.dataset
     if dataset is None and not options.files:
         dataset = "recall-calibration" if is_recall_tokenizer(tokenizer) else "topics-calibration"
@@ -78,21 +67,13 @@ def load_texts(
     if other is None and not options.held_out_files and dataset is not None and dataset.endswith(CALIBRATION):
         other = dataset.removesuffix(CALIBRATION) + REPORT
     if other is None and not options.held_out_files:
-        return _halve(_load(options.files, dataset, tokenizer, 2 * options.sequences, options.length))
+        twice = 2 * options.sequences
+        return _halve(load_text(options.files, dataset, tokenizer, sequences=twice, length=options.length))
+    sizes = {"sequences": options.sequences, "length": options.length}
     return (
-        _load(options.files, dataset, tokenizer, options.sequences, options.length),
-        _load(options.held_out_files, other, tokenizer, options.sequences, options.length),
+        load_text(options.files, dataset, tokenizer, **sizes),
+        load_text(options.held_out_files, other, tokenizer, **sizes),
     )
-
-
-def _load(
-    files: list[Path] | None, dataset: str | None, tokenizer: PreTrainedTokenizerBase, sequences: int, length: int
-) -> TokenText:
-    from kvq.evaluation.quality.text import load_dataset, load_files
-
-    if files:
-        return load_files(files, tokenizer, sequences=sequences, length=length)
-    return load_dataset(str(dataset), tokenizer, sequences=sequences, length=length)
 
 
 def _halve(text: TokenText) -> tuple[TokenText, TokenText]:

@@ -2,6 +2,7 @@
 
 from kvq.tuning.answer import Point, TunedCache
 from kvq.tuning.goal import Goal
+from kvq.tuning.kvtuner import read_kvtuner
 from kvq.tuning.search_space import Grid, SearchSpace, group_layers
 from kvq.tuning.side_setting import Pair, SideSetting
 from kvq.tuning.tuner import tune
@@ -17,5 +18,6 @@ __all__ = [
     "TunedCache",
     "TuningPlan",
     "group_layers",
+    "read_kvtuner",
     "tune",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvq.errors import EvaluationError
@@ -29,8 +30,8 @@ class Goal:
         given = [one for one in (self.bits, self.memory_bytes, self.max_kl) if one is not None]
         if len(given) != 1:
             raise EvaluationError("give one goal: --budget BITS, --memory SIZE or --max-kl NATS")
-        if not given[0] > 0:
-            raise EvaluationError(f"a goal is a number above 0, got {given[0]:g}")
+        if not 0 < given[0] < math.inf:
+            raise EvaluationError(f"a goal is a finite number above 0, got {given[0]:g}")
 
     def __str__(self) -> str:
         if self.bits is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,7 +14,9 @@ from kvq.config import KVQCacheConfig
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.planning.model_outline import outline_model
 from kvq.planning.rehearsal import Rehearsal
-from kvq.tuning.side_setting import FULL_PRECISION, Pair, build_config
+from kvq.plugin_api.packed_format import find_packed_format
+from kvq.plugin_api.quantizer import Quantizer
+from kvq.tuning.side_setting import FULL_PRECISION, Pair, SideSetting, build_config
 
 Moment = Literal["held", "peak"]
 """Held right after the prompt, or the most up to the next flush, on the model's device."""
@@ -49,6 +52,7 @@ class LayerBytes:
         self._outline = outline_model(model_config, 1, dtype)
         self._element_bytes = dtype.itemsize
         self._known: dict[tuple[Hashable, Pair], int] = {}
+        self._resolved: dict[tuple[Hashable, Pair], Pair] = {}
         plain = [Rehearsal(layer, layer) for layer in self._outline.layers]
         self._kinds = [one.signature for one in plain]
         layers = KVQ(base, model=model_config).layers
@@ -70,6 +74,11 @@ class LayerBytes:
             self._known[key] = self._rehearse(index, pair)
         return self._known[key]
 
+    def resolve(self, index: int, pair: Pair) -> Pair:
+        """Return the pair with what `auto` means for one layer, which a later release might see in another way."""
+        self.measure(index, pair)
+        return self._resolved[self._kinds[index], pair]
+
     def in_full_precision(self) -> int:
         """Return the bytes of all layers in full precision."""
         return sum(self.measure(index, FULL_PRECISION) for index in range(self.count))
@@ -88,5 +97,19 @@ class LayerBytes:
         if pair != FULL_PRECISION:
             layer = KVQ(build_config(self._base, {index: pair}, self.count), model=self._model_config).layers[index]
         one = Rehearsal(layer, plain)
+        self._resolved[self._kinds[index], pair] = _resolve(pair, one)
         moments = one.run(self._context, one.horizon if self._moment == "peak" else 1)
         return moments.prompt.total_bytes if self._moment == "held" else moments.peak_bytes
+
+
+def _resolve(pair: Pair, one: Rehearsal) -> Pair:
+    if one.quantized is None:
+        return pair
+    found = [_resolve_side(getattr(pair, name), side.codec) for name, side in one.quantized.sides()]
+    return Pair(*found)
+
+
+def _resolve_side(setting: SideSetting, quantizer: Quantizer) -> SideSetting:
+    packed = find_packed_format(quantizer)
+    steps = ("none", "none") if packed is None else (packed.rotation, packed.balance)
+    return replace(setting, rotation=steps[0], balance=steps[1])

@@ -19,6 +19,7 @@ from kvq.evaluation.quality.metrics import Expected, TokenScores
 from kvq.evaluation.quality.prefix import Prefix
 from kvq.evaluation.quality.text import TokenText
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.transformers_seams.layer_kinds import new_layer
 from kvq.tuning.layer_skipping import Recorder, find_layer_modules, skipping
 from kvq.tuning.row_layers import OneSide, RowRuns
 from kvq.tuning.side_setting import FULL_PRECISION, Assignment, Pair, build_config
@@ -57,7 +58,9 @@ class Probes:
         self._scored = text.scored[prefill:]
         self._tokens = text.sequences.to(model.device)
         self._pieces = self._tokens[:, prefill:-1].split(step, dim=1)
-        self._count = len(self._empty_layers())
+        own = KVQ(base, model=model).layers
+        self._quantizable = {index for index, layer in enumerate(own) if isinstance(layer, KVQLayer)}
+        self._count = len(own)
         self._modules = find_layer_modules(model, self._count)
         self.skips = False
         self._read()
@@ -170,7 +173,9 @@ class Probes:
         ]
 
     def _empty_layers(self) -> list[object]:
-        return list(DynamicCache(config=self._model.config).layers)
+        """Return layers in full precision; one that could be quantized keeps all tokens, as its quantized form does."""
+        plain = DynamicCache(config=self._model.config).layers
+        return [new_layer() if index in self._quantizable else layer for index, layer in enumerate(plain)]
 
 
 def _read_as_told(layer: object, plain: object, pair: Pair) -> object:

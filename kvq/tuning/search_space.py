@@ -53,6 +53,20 @@ class Grid:
             found |= dict.fromkeys(own)
         return list(found)
 
+    def list_lacks(self) -> list[str]:
+        """Return a line for each backend that lacks some of the bits or granularities.
+
+        Raises:
+            BackendError: a backend is unavailable.
+        """
+        found = []
+        for backend in dict.fromkeys(self.backends):
+            has = get_registry().get_backend(backend).capabilities
+            lacks = [f"{bits:g} bits" for bits in self.bits if bits not in has.nbits]
+            lacks += [axis for axis in self.axes if Granularity(axis) not in has.granularities]
+            found += [f"{backend} has no {', '.join(lacks)}"] if lacks else []
+        return found
+
     def _settings_of(self, spec: BackendSpec) -> Iterator[SideSetting]:
         has = spec.capabilities
         for bits, axis, size, rotation, balance in product(

@@ -92,8 +92,9 @@ def build_config(base: KVQCacheConfig, layers: Assignment, count: int) -> KVQCac
     """
     pairs = [layers.get(index, FULL_PRECISION) for index in range(count)]
     outer = next((pair for pair in _by_frequency(pairs) if pair != FULL_PRECISION), FULL_PRECISION)
-    own = {_name_run(*run): pair.to_fields() for pair, run in _list_runs(pairs) if pair != outer}
-    fields = {**dict(base), **(outer.to_fields() if outer != FULL_PRECISION else {}), "layers": own}
+    shared = outer.to_fields() if outer != FULL_PRECISION else {}
+    own = {_name_run(*run): _differing(pair.to_fields(), shared) for pair, run in _list_runs(pairs) if pair != outer}
+    fields = {**dict(base), **shared, "layers": own}
     used = {side.backend for pair in layers.values() for side in (pair.key, pair.value) if side is not None}
     fields["backend_options"] = {name: given for name, given in base.backend_options.items() if name in used}
     with fewer_bits_for_keys_allowed():
@@ -119,6 +120,10 @@ def _list_runs(pairs: Sequence[Pair]) -> Iterator[tuple[Pair, tuple[int, int]]]:
         if stop == len(pairs) or pairs[stop] != pairs[start]:
             yield pairs[start], (start, stop - 1)
             start = stop
+
+
+def _differing(fields: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in shared or shared[name] != value}
 
 
 def _name_run(first: int, last: int) -> str:

@@ -186,7 +186,8 @@ class Tuner:
         assignment = self._sizes.assign(choice)
         total = self._sizes.total(choice)
         counted = self._sizes.layer_bytes
-        config = build_config(self._plan.base, assignment, counted.count)
+        resolved = {index: counted.resolve(index, pair) for index, pair in assignment.items()}
+        config = build_config(self._plan.base, resolved, counted.count)
         return Point(config, assignment, total, counted.bits(total), choice.cost, measured)
 
     def _most_choice_bytes(self) -> int | None:

@@ -40,12 +40,14 @@ class Candidate:
         build: makes an empty cache for a model.
         settings: the settings that it was made from, as plain values.
         is_peer: whether it is a cache of transformers.
+        may_fail: whether a failure leaves it out, with its reason, instead of ending the run; as with a peer.
     """
 
     label: str
     build: Callable[[PreTrainedModel], Cache] = field(repr=False)
     settings: Mapping[str, Any]
     is_peer: bool = False
+    may_fail: bool = False
 
     @property
     def digest(self) -> str:

@@ -44,7 +44,7 @@ class SideBySide:
         plan: the run.
         index: index of the batch.
         candidates: the caches.
-        failures: reason by label of each peer that cannot be measured; it grows, and such a peer is left out.
+        failures: reason by label of each cache that cannot be measured, where it may fail; it grows.
         on_progress: see `OnProgress`.
     """
 
@@ -61,7 +61,7 @@ class SideBySide:
         self._candidates = candidates
         self._failures = failures
         self._on_progress = on_progress
-        self._peers = {candidate.label for candidate in candidates if candidate.is_peer}
+        self._forgiven = {candidate.label for candidate in candidates if candidate.is_peer or candidate.may_fail}
         rows = plan.sequence_rows(index)
         self._tokens = plan.text.sequences[rows].to(plan.model.device)
         last = rows.start + len(self._tokens)
@@ -179,14 +179,14 @@ class SideBySide:
 
     @contextmanager
     def _forgiving(self, label: str) -> Iterator[None]:
-        """Note the failure of a cache of transformers, and leave it out from there on.
+        """Note the failure of a cache that may fail, and leave it out from there on.
 
         It is one that this version of transformers lacks, or that cannot serve the model.
         """
         try:
             yield
         except Exception as error:
-            if label not in self._peers:
+            if label not in self._forgiven:
                 raise
             self._failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
 
