@@ -98,7 +98,12 @@ def tune(
             help="Instead: a text by name. Default: the -report part of --dataset, or the rest of the text.",
         ),
     ] = None,
-    sequences: Annotated[int, typer.Option(metavar="INTEGER", min=1, max=10_000, help="Sequences of each text.")] = 2,
+    sequences: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, max=10_000, help="Sequences of the calibration text.")
+    ] = 2,
+    held_out_sequences: Annotated[
+        int, typer.Option(metavar="INTEGER", min=1, max=10_000, help="Sequences of the held-out text.")
+    ] = 4,
     length: Annotated[int, typer.Option(metavar="INTEGER", min=160, help="Tokens of each sequence.")] = 640,
     prefill: Annotated[
         int, typer.Option(metavar="INTEGER", min=16, help="First tokens of each, read at once and not scored.")
@@ -139,7 +144,7 @@ def tune(
     Exit codes: 0 fine; 1 a result cannot be written; 2 wrong usage, or something is missing.
     """
     parts = out.with_name(f"{out.name}.parts")
-    texts = TextOptions(text, dataset, held_out_text, held_out_dataset, sequences, length)
+    texts = TextOptions(text, dataset, held_out_text, held_out_dataset, sequences, held_out_sequences, length)
     layers = LayerOptions(keep_first, keep_last, together, most_settings)
     sizes = {"prefill": prefill, "step": step, "batch_size": batch_size, "tries": tries}
     with show_progress("loading the model") as progress, usage_errors(), told_how_to_resume(parts):

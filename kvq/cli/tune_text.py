@@ -26,7 +26,8 @@ class TextOptions:
         dataset: its name, if it is a dataset.
         held_out_files: files of the held-out text.
         held_out_dataset: its name, if it is a dataset.
-        sequences: sequences of each.
+        sequences: sequences of the calibration text.
+        held_out_sequences: sequences of the held-out text.
         length: tokens of each sequence.
     """
 
@@ -35,6 +36,7 @@ class TextOptions:
     held_out_files: list[Path] | None
     held_out_dataset: str | None
     sequences: int
+    held_out_sequences: int
     length: int
 
     def check(self) -> None:
@@ -52,7 +54,7 @@ def load_texts(
 ) -> tuple[TokenText, TokenText]:
     """Return the calibration text and the held-out text.
 
-    Without a held-out text of its own, it is the -report part of a built-in one, or the second half of the sequences.
+    Without a held-out text of its own, it is the -report part of a built-in one, or further sequences of the same text.
 
     Raises:
         EvaluationError: a text cannot be read, is too short, or longer than the model reads.
@@ -67,17 +69,20 @@ def load_texts(
     if other is None and not options.held_out_files and dataset is not None and dataset.endswith(CALIBRATION):
         other = dataset.removesuffix(CALIBRATION) + REPORT
     if other is None and not options.held_out_files:
-        twice = 2 * options.sequences
-        return _halve(load_text(options.files, dataset, tokenizer, sequences=twice, length=options.length))
-    sizes = {"sequences": options.sequences, "length": options.length}
+        count = options.sequences + options.held_out_sequences
+        whole = load_text(options.files, dataset, tokenizer, sequences=count, length=options.length)
+        return _split(whole, options.sequences)
     return (
-        load_text(options.files, dataset, tokenizer, **sizes),
-        load_text(options.held_out_files, other, tokenizer, **sizes),
+        load_text(options.files, dataset, tokenizer, sequences=options.sequences, length=options.length),
+        load_text(
+            options.held_out_files, other, tokenizer, sequences=options.held_out_sequences, length=options.length
+        ),
     )
 
 
-def _halve(text: TokenText) -> tuple[TokenText, TokenText]:
-    first, second = text.sequences.chunk(2)
-    return replace(text, name=f"{text.name}, first half", sequences=first), replace(
-        text, name=f"{text.name}, second half", sequences=second
+def _split(text: TokenText, count: int) -> tuple[TokenText, TokenText]:
+    """Return the first sequences of a text, and the others."""
+    first, others = text.sequences[:count], text.sequences[count:]
+    return replace(text, name=f"{text.name}, beginning", sequences=first), replace(
+        text, name=f"{text.name}, rest", sequences=others
     )
