@@ -8,10 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQCacheConfig
 from kvq.evaluation.quality.text import TokenText
-from kvq.tuning import Goal, Grid, SearchSpace, TuningPlan, group_layers
 
 LAYERS = 4
-LENGTH = 200
+LENGTH = 164
 
 
 @pytest.fixture(scope="session")
@@ -37,23 +36,3 @@ def text():
 @pytest.fixture(scope="session")
 def base():
     return KVQCacheConfig(backend="native", residual_length=16)
-
-
-@pytest.fixture
-def make_plan(model, text, base):
-    """Return a function that plans tuning for a goal; keywords of layers and of the plan itself."""
-
-    def make(goal, *, bits=(2, 4, 8), most_pairs=None, **options):
-        layers = {name: options.pop(name) for name in ("together", "keep_first", "keep_last") if name in options}
-        settings = tuple(Grid(bits=bits).settings())
-        space = SearchSpace(settings, settings, *group_layers(range(LAYERS), **layers), most_pairs)
-        sizes = {"prefill": 100, "step": 16, "tries": 0, **options}
-        return TuningPlan(model, sizes.pop("text", text), make_text(2), space, goal, sizes.pop("base", base), **sizes)
-
-    return make
-
-
-@pytest.fixture
-def budget():
-    """A goal between the smallest and the largest candidates of the model."""
-    return Goal(1000, bits=7.5)

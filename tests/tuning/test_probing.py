@@ -35,7 +35,7 @@ def test_a_probe_measures_what_an_evaluation_of_that_configuration_measures(prob
     (found,) = probes.measure([assignment])
     expected = evaluated(model, text, build_config(base, assignment, LAYERS))
     assert float(found.mean()) == pytest.approx(expected, rel=1e-3)
-    assert found.shape == (2, 100)
+    assert found.shape == (2, 64)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
