@@ -190,14 +190,11 @@ class LayerOptions:
         Raises:
             EvaluationError: nothing is left to choose.
         """
-        from kvq.cache.kvq import KVQ
-        from kvq.layers.quantized_layer import KVQLayer
-        from kvq.tuning import SearchSpace, group_layers
+        from kvq.tuning import SearchSpace, find_quantizable, group_layers
 
         settings = tuple(grid.settings())
-        quantized = [index for index, one in enumerate(KVQ(base, model=model).layers) if isinstance(one, KVQLayer)]
         groups, kept = group_layers(
-            quantized, together=self.together, keep_first=self.keep_first, keep_last=self.keep_last
+            find_quantizable(model, base), together=self.together, keep_first=self.keep_first, keep_last=self.keep_last
         )
         return SearchSpace(settings, settings, groups, kept, self.most_settings)
 
@@ -225,21 +222,12 @@ def _check_outputs(out: Path, record: Path | None, front: Path | None, picture: 
 
 def _read_base(config: Path | None) -> KVQCacheConfig:
     from kvq.config import KVQCacheConfig
+    from kvq.tuning import default_base
 
-    base = (
-        KVQCacheConfig(backend=_default_backend())
-        if config is None
-        else KVQCacheConfig.from_file(find_config_file(config))
-    )
+    base = default_base() if config is None else KVQCacheConfig.from_file(find_config_file(config))
     if base.layers:
         raise EvaluationError(f"{str(config)!r} has settings of single layers, which tuning chooses; take out 'layers'")
     return base
-
-
-def _default_backend() -> str:
-    from kvq.tuning.search_space import DEFAULT_BACKEND
-
-    return DEFAULT_BACKEND
 
 
 def _describe_command() -> str:

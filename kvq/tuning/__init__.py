@@ -3,7 +3,7 @@
 from kvq.tuning.answer import Point, TunedCache
 from kvq.tuning.goal import Goal
 from kvq.tuning.kvtuner import read_kvtuner
-from kvq.tuning.search_space import Grid, SearchSpace, group_layers
+from kvq.tuning.search_space import Grid, SearchSpace, default_base, find_quantizable, group_layers
 from kvq.tuning.side_setting import Pair, SideSetting
 from kvq.tuning.tuner import tune
 from kvq.tuning.tuning_plan import TuningPlan
@@ -17,6 +17,8 @@ __all__ = [
     "SideSetting",
     "TunedCache",
     "TuningPlan",
+    "default_base",
+    "find_quantizable",
     "group_layers",
     "read_kvtuner",
     "tune",

@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
-from kvq.layers.quantized_layer import KVQLayer
 from kvq.planning.model_outline import outline_model
 from kvq.planning.rehearsal import Rehearsal
 from kvq.plugin_api.packed_format import find_packed_format
@@ -55,8 +54,6 @@ class LayerBytes:
         self._resolved: dict[tuple[Hashable, Pair], Pair] = {}
         plain = [Rehearsal(layer, layer) for layer in self._outline.layers]
         self._kinds = [one.signature for one in plain]
-        layers = KVQ(base, model=model_config).layers
-        self.quantizable = tuple(index for index, layer in enumerate(layers) if isinstance(layer, KVQLayer))
 
     @property
     def count(self) -> int:

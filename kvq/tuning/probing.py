@@ -22,6 +22,7 @@ from kvq.layers.quantized_layer import KVQLayer
 from kvq.transformers_seams.layer_kinds import new_layer
 from kvq.tuning.layer_skipping import Recorder, find_layer_modules, skipping
 from kvq.tuning.row_layers import OneSide, RowRuns
+from kvq.tuning.search_space import find_quantizable
 from kvq.tuning.side_setting import FULL_PRECISION, Assignment, Pair, build_config
 
 MAX_KL_OF_SKIPPING = 1e-4
@@ -58,9 +59,8 @@ class Probes:
         self._scored = text.scored[prefill:]
         self._tokens = text.sequences.to(model.device)
         self._pieces = self._tokens[:, prefill:-1].split(step, dim=1)
-        own = KVQ(base, model=model).layers
-        self._quantizable = {index for index, layer in enumerate(own) if isinstance(layer, KVQLayer)}
-        self._count = len(own)
+        self._quantizable = set(find_quantizable(model, base))
+        self._count = len(DynamicCache(config=model.config).layers)
         self._modules = find_layer_modules(model, self._count)
         self.skips = False
         self._read()

@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from kvq.config import PRESETS
+from transformers import PreTrainedModel
+
+from kvq.cache.kvq import KVQ
+from kvq.config import PRESETS, KVQCacheConfig
 from kvq.errors import EvaluationError
+from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.registry import get_registry
@@ -15,6 +19,11 @@ from kvq.tuning.side_setting import Pair, SideSetting
 
 DEFAULT_BACKEND: str = PRESETS["4bit"]["backend"]
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
+
+
+def default_base() -> KVQCacheConfig:
+    """Return the settings that hold for all layers by default: those of a configuration, by the presets' backend."""
+    return KVQCacheConfig(backend=DEFAULT_BACKEND)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,15 @@ class SearchSpace:
     def layers(self) -> list[int]:
         """The layers that are quantized."""
         return [index for group in self.groups for index in group]
+
+
+def find_quantizable(model: PreTrainedModel, base: KVQCacheConfig) -> list[int]:
+    """Return the layers of a model that a cache would quantize.
+
+    Raises:
+        ModelError: there are none.
+    """
+    return [index for index, layer in enumerate(KVQ(base, model=model).layers) if isinstance(layer, KVQLayer)]
 
 
 def group_layers(
