@@ -56,7 +56,7 @@ def main() -> None:
 
     prompt = held_out.sequences[:1, :300].to(model.device)
     with attach(model, str(arguments.out)), torch.no_grad():
-        output = model.generate(prompt, max_new_tokens=5, do_sample=False)
+        output = model.generate(prompt, max_new_tokens=arguments.max_new_tokens, do_sample=False)
     print(f"generated: {tokenizer.decode(output[0, prompt.shape[1] :])}")
 
 
@@ -72,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("tuned.yaml"), metavar="FILE", help="the configuration; default: tuned.yaml"
     )
+    parser.add_argument("--max-new-tokens", type=int, default=5, metavar="N", help="default: 5")
     return parser.parse_args()
 
 

@@ -54,6 +54,7 @@ def test_every_example_is_tested_and_described():
         "custom_backend.py",
         "long_document_qa.py",
         "quickstart.py",
+        "tuned.py",
     ]
     described = (ROOT / "examples" / "README.md").read_text()
     assert [path.name for path in (*EXAMPLES, *CONFIGS) if path.name not in described] == []
@@ -207,3 +208,15 @@ def test_a_configuration_saves_what_its_comment_says(path):
     cache = KVQ(path)
     cache.update(states, states, 0)
     assert cache.memory().compression == pytest.approx(claimed, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*nbits_k.*is below.*nbits_v")
+def test_tuned_keeps_to_its_budget_and_generates_with_the_file(run_here, tmp_path):
+    printed = run_here("tuned.py", "--bits", 4.2, "--out", tmp_path / "own.yaml")
+    assert float(re.search(r"^bits: +([\d.]+) an element", printed, re.MULTILINE)[1]) <= 4.2
+    assert len(re.findall(r"^layer \d: \d bits for keys, \d for values$", printed, re.MULTILINE)) == 3
+    config = KVQCacheConfig.from_file(tmp_path / "own.yaml")
+    chosen = re.findall(r"^layer (\d): (\d) bits for keys", printed, re.MULTILINE)
+    assert [config.for_layer(int(index)).key.nbits for index, _ in chosen] == [int(bits) for _, bits in chosen]
+    assert re.search(r"^generated: .*\w", printed, re.MULTILINE)
