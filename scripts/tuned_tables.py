@@ -36,7 +36,12 @@ def collect(records: Sequence[Facts], evaluated: Facts, pairs: Mapping[str, str]
     """
     conditions = {name: value for name, value in evaluated.items() if name != "records"}
     figures = [{name: record[name] for name in EVAL_FIELDS} for record in evaluated["records"]]
-    return {"runs": [_excerpt(one["tuning"]) for one in records], "pairs": dict(pairs), **conditions, "records": figures}
+    return {
+        "runs": [_excerpt(one["tuning"]) for one in records],
+        "pairs": dict(pairs),
+        **conditions,
+        "records": figures,
+    }
 
 
 def render_tuned() -> str:
@@ -85,7 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the excerpt of the results that is committed.")
     parser.add_argument("--collect", nargs="+", type=Path, required=True, metavar="RECORD", help="of kvq tune --record")
     parser.add_argument("--eval", type=Path, required=True, metavar="FILE", help="of kvq eval --out")
-    parser.add_argument("--pair", nargs=2, action="append", default=[], metavar="LABEL", help="a tuned and a uniform one")
+    parser.add_argument(
+        "--pair", nargs=2, action="append", default=[], metavar="LABEL", help="a tuned and a uniform one"
+    )
     arguments = parser.parse_args()
     records = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.collect]
     found = collect(records, json.loads(arguments.eval.read_text(encoding="utf-8")), dict(arguments.pair))

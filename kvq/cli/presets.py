@@ -36,7 +36,7 @@ def presets(
 def _print(facts: dict[str, Any]) -> None:
     listed = [*facts["presets"], facts["default"]]
     dims = list(listed[0]["effective_bits"])
-    steps = ("rotation K / V", "balance K / V", "clip K / V")
+    steps = ("rotation K / V", "balance K / V", "clip K / V", "metadata")
     columns = ("preset", "backend", "bits K / V", "granularity K / V", "group size", *steps)
     print_table(
         (*columns, *(f"head_dim {dim}" for dim in dims), "KL"),
@@ -63,6 +63,7 @@ def _describe(one: dict[str, Any]) -> tuple[str, ...]:
         f"{fields['rotation_k']} / {fields['rotation_v']}",
         f"{fields['balance_k']} / {fields['balance_v']}",
         f"{fields['clip_k']} / {fields['clip_v']}",
+        str(fields["metadata_dtype"] or "default"),
     )
 
 

@@ -16,9 +16,9 @@ from kvq.cli.sample_block import proposed_group_sizes
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.testing.attention import make_request
-from kvq.testing.case import ContractCase
+from kvq.testing.case import STEPS, ContractCase
 
-DEFAULT_STEPS = dict.fromkeys(("rotation_k", "rotation_v", "balance_k", "balance_v"), "auto")
+DEFAULT_STEPS = dict.fromkeys(STEPS, "auto")
 DECODING_KERNELS = frozenset({"blockwise"})
 """Kernels that serve several queries, of any backend, since they decode."""
 MANY_QUERIES = 5

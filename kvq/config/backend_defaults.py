@@ -11,7 +11,7 @@ from typing import Any
 
 from kvq.config.backend_choice import get_side_backend
 from kvq.config.field_types import SIDES, of_side
-from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
+from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, CLIP_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
 from kvq.errors import KVQError
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.quantizer import Side
@@ -23,7 +23,7 @@ GROUP_SIZE_FIELD = "q_group_size"
 def fill_in_defaults(fields: Mapping[str, Any], *, backend: str, group_size: int) -> Mapping[str, Any]:
     """Return fields with those that are missing as the chosen backend proposes them, where it does.
 
-    A step before quantizing (rotation, balance) is not taken over beside an axis or `layers` that were set: it might
+    A step before quantizing (rotation, balance, clipping) is not taken over beside an axis or `layers` that were set: it might
     not go together with them.
 
     Args:
@@ -55,7 +55,7 @@ def find_group_size(spec: BackendSpec, side: Side, otherwise: int) -> int:
 
 def _steps(side: Side, fields: Mapping[str, Any]) -> tuple[str, ...]:
     is_bound = AXIS_FIELDS[side] in fields or "layers" in fields
-    return () if is_bound else (ROTATION_FIELDS[side], BALANCE_FIELDS[side])
+    return () if is_bound else (ROTATION_FIELDS[side], BALANCE_FIELDS[side], CLIP_FIELDS[side])
 
 
 def _find_backend(choice: Any, side: Side) -> BackendSpec | None:

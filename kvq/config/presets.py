@@ -18,7 +18,7 @@ FIELD = "preset"
 DESCRIPTION = "name of a preset, which gives the fields that are not set beside it; `kvq presets` lists them"
 
 
-def _evened_out(nbits: int, **others: Any) -> FrozenDict[str, Any]:
+def _evened_out(nbits: int, metadata_dtype: str | None = None) -> FrozenDict[str, Any]:
     return FrozenDict(
         backend="native",
         nbits_k=nbits,
@@ -32,7 +32,7 @@ def _evened_out(nbits: int, **others: Any) -> FrozenDict[str, Any]:
         balance_v="rms",
         clip_k="auto",
         clip_v="auto",
-        **others,
+        metadata_dtype=metadata_dtype,
     )
 
 
@@ -41,8 +41,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = FrozenDict(
         "8bit": _evened_out(8),
         # Of keys with a bias, middles in bytes are too coarse for steps as fine as these.
         "4bit": _evened_out(4),
-        "3bit": _evened_out(3, metadata_dtype="int8"),
-        "2bit": _evened_out(2, metadata_dtype="int8"),
+        "3bit": _evened_out(3, "int8"),
+        "2bit": _evened_out(2, "int8"),
     }
 )
 """Name to fields, as a user would write them. All other fields have the defaults of the configuration."""

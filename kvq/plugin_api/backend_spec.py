@@ -17,7 +17,7 @@ API_VERSION = 1
 
 DEFAULT_FIELDS = (
     *("nbits_k", "nbits_v", "axis_key", "axis_value", "q_group_size"),
-    *("rotation_k", "rotation_v", "balance_k", "balance_v"),
+    *("rotation_k", "rotation_v", "balance_k", "balance_v", "clip_k", "clip_v"),
 )
 """The fields of a configuration for which a backend may propose its own values."""
 

@@ -12,7 +12,7 @@ from kvq.plugin_api.granularity import Granularity
 
 GROUP_MULTIPLE = 8
 """A proposed group size serves both directions, and along tokens eight codes at the lowest width fill one byte."""
-_STEPS = {"rotation": ("auto", "none", "hadamard"), "balance": ("auto", "none", "rms")}
+_STEPS = {"rotation": ("auto", "none", "hadamard"), "balance": ("auto", "none", "rms"), "clip": ("auto", "none")}
 
 
 def find_default_faults(spec: BackendSpec) -> Iterator[str]:
@@ -40,6 +40,8 @@ def _find_fault(name: object, value: object, spec: BackendSpec) -> str | None:
     if not isinstance(spec.capabilities, Capabilities):
         return None
     kind = field.partition("_")[0]
+    if kind == "clip" and isinstance(value, float):
+        return None if 0 < value < 1 else "which is not between 0 and 1"
     offered = {"nbits": spec.capabilities.nbits, "axis": spec.capabilities.granularities, **_STEPS}[kind]
     if isinstance(value, bool) or value not in tuple(offered):
         return f"which is none of {', '.join(map(str, offered))}"

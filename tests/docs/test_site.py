@@ -59,7 +59,9 @@ def test_the_names_of_the_reference_exist(page):
     assert [name for name in names if name not in WITH_AN_EXTRA and not pydoc.locate(name)] == []
 
 
-@pytest.mark.parametrize("module", [kvq, kvq.plugin_api, kvq.testing, kvq.planning, kvq.registry, kvq.config, kvq.tuning])
+@pytest.mark.parametrize(
+    "module", [kvq, kvq.plugin_api, kvq.testing, kvq.planning, kvq.registry, kvq.config, kvq.tuning]
+)
 def test_the_reference_leaves_no_public_name_out(module):
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES if "reference" in page.parts)
     documented = {name.rpartition(".")[2] for name in re.findall(r"^::: (.+)$", text, re.MULTILINE)}
