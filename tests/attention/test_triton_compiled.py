@@ -111,6 +111,7 @@ def compile_parts(launch, architecture, **changes):
         (80, 128, torch.bfloat16, {"nbits_v": 4, "q_group_size": {"key": 64, "value": 128}}, 400),
         pytest.param(80, 128, torch.bfloat16, {"nbits_v": 4}, 400, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.bfloat16, DEFAULTS, 512, marks=pytest.mark.slow),
+        pytest.param(90, 128, torch.bfloat16, {**DEFAULTS, "metadata_dtype": "int8"}, 400, marks=pytest.mark.slow),
         pytest.param(80, 256, torch.bfloat16, DEFAULTS, 512, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.float16, {"nbits_k": 7, "nbits_v": 7}, 512, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.float32, {}, 0, marks=pytest.mark.slow),
@@ -128,9 +129,9 @@ def test_a_program_keeps_to_its_registers_and_reads_in_wide_loads(
     assert 32 <= registers <= 255
     text = compiled.asm["ptx"]
     assert "mma" in text, "products run on tensor cores"
-    # Codes come 16 bytes at a time; the single bytes are exponents, one for each side and kind of metadata.
+    # Codes come 16 bytes at a time; the single bytes are exponents, one for each side and kind of metadata, or metadata.
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.v\d|cp\.async", text)) >= 2
-    assert len(re.findall(r"ld\.global(?:\.\w+)*\.[bu]8\b", text)) <= 8
+    assert len(re.findall(r"ld\.global(?:\.\w+)*\.[bu]8\b", text)) <= (10 if "metadata_dtype" in fields else 8)
 
 
 @pytest.fixture
