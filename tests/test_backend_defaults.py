@@ -11,7 +11,7 @@ import torch
 from kvq import KVQ, KVQCacheConfig, register_backend
 from kvq.cli.backend_facts import describe_spec
 from kvq.cli.sample_block import plain_settings
-from kvq.config.layer_config import SIDE_OF_FIELD
+from kvq.config.layer_config import CLIP_FIELDS, SIDE_OF_FIELD
 from kvq.errors import BrokenBackendError
 from kvq.plugin_api.backend_spec import DEFAULT_FIELDS
 from kvq.plugin_api.granularity import Granularity
@@ -26,6 +26,8 @@ ALL = {
     "rotation_v": "none",
     "balance_k": "none",
     "balance_v": "rms",
+    "clip_k": 0.9,
+    "clip_v": "none",
 }
 
 
@@ -51,16 +53,16 @@ def test_what_nobody_sets_is_what_the_backend_proposes(propose):
 
 
 def test_every_quantization_field_of_a_side_can_be_proposed():
-    assert {*SIDE_OF_FIELD, "q_group_size"} == set(DEFAULT_FIELDS) == set(ALL)
+    assert {*SIDE_OF_FIELD, *CLIP_FIELDS.values(), "q_group_size"} == set(DEFAULT_FIELDS) == set(ALL)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith(("rotation", "balance"))])
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith(("rotation", "balance", "clip"))])
 def test_what_is_set_wins(propose, name):
     propose(defaults=ALL)
     own = {"nbits_k": 7, "nbits_v": 7, "axis_key": "per_channel", "axis_value": "per_token", "q_group_size": 48}[name]
     config = KVQCacheConfig(backend="proposing", **{name: own})
     side = SIDE_OF_FIELD.get(name, "")
-    steps = {f"rotation_{side[:1]}", f"balance_{side[:1]}"} if name.startswith("axis") else set()
+    steps = {f"{step}_{side[:1]}" for step in ("rotation", "balance", "clip")} if name.startswith("axis") else set()
     assert fields_of(config) == ALL | {name: own} | dict.fromkeys(steps, "auto"), "a step may not go with another axis"
 
 
@@ -105,9 +107,10 @@ def test_what_was_written_keeps_its_meaning(propose):
 def test_a_file_from_before_balance_is_not_filled_up(propose):
     propose(defaults=ALL)
     older = KVQCacheConfig(backend="proposing", axis_value="per_token").to_dict()
-    del older["balance_k"], older["balance_v"]
-    read = KVQCacheConfig.from_mapping(older)
-    assert (read.balance_k, read.balance_v) == ("none", "none")
+    younger = ("balance_k", "balance_v", "clip_k", "clip_v")
+    for name in younger:
+        del older[name]
+    assert fields_of(KVQCacheConfig.from_mapping(older), younger) == dict.fromkeys(younger, "none")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,8 @@ def test_a_file_from_before_balance_is_not_filled_up(propose):
         ({"nbits_k": True}, "nbits_k=True"),
         ({"axis_key": 0}, "axis_key=0, which is none of per_token, per_channel"),
         ({"rotation_k": "random"}, "rotation_k='random', which is none of auto, none, hadamard"),
+        ({"clip_k": 1.5}, "clip_k=1.5, which is not between 0 and 1"),
+        ({"clip_k": "mse"}, "clip_k='mse', which is none of auto, none"),
         ({"q_group_size": 12}, "q_group_size=12, which is no multiple of 8"),
         ({"q_group_size": {"key": 64}}, "q_group_size={'key': 64}"),
         ({"residual_length": 0}, "residual_length=0, which is none of nbits_k"),
