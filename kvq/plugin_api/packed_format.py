@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.quantizer import Part
 
 ROTATION_SIGNS = "rotation_signs"
 """Name of the constant of a rotated format: int8 `[D]`, the signs by which states are multiplied, then transformed."""
@@ -100,6 +101,24 @@ class PackedFormat:
     def has_units(self) -> bool:
         """Whether scale and mid are bytes, whose units are a part of their own."""
         return self.mid_dtype is torch.int8
+
+    def layout(self) -> dict[str, Part]:
+        """Return the parts of one block of one head."""
+        parts: dict[str, Part] = {}
+        for width in self.plane_widths:
+            count = self.block_length * width // 8
+            shape = (self.head_dim, count) if self.packed_dim == -1 else (count, self.head_dim)
+            parts[f"codes_{width}"] = Part(shape, torch.uint8)
+        groups = (self.head_dim,) if self.per_channel else (self.block_length, self.groups_per_token)
+        parts["scale"] = Part(groups, self.scale_dtype)
+        parts["mid"] = Part(groups, self.mid_dtype)
+        if self.has_exponent:
+            parts["exponent"] = Part((), torch.int8)
+        if self.has_units:
+            parts["units"] = Part((2,), torch.float32)
+        if self.has_factor:
+            parts["factor"] = Part((self.block_length,), torch.uint8)
+        return parts
 
     @property
     def shifts_mid(self) -> bool:

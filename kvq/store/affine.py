@@ -24,16 +24,13 @@ from kvq.store.byte_metadata import write_bytes
 from kvq.store.clipping import clip
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
-from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
+from kvq.store.packed_decoding import decode_packed
 from kvq.store.rotation import HadamardRotation
 
 PER_TOKEN_BLOCK_LENGTH = 32
 """Tokens that per-token groups are packed by: a whole number of bytes at every width."""
 EXPONENT_TARGET = 14
 """Metadata in float16 is scaled by a power of two per block, which brings its largest magnitude to about 2 ** 14."""
-DECODE_ELEMENTS = 1 << 20
-"""Elements that are decoded at a time: temporaries of more are taken from the system, and paid for, at each step."""
-FLOAT16_MAX = torch.finfo(torch.float16).max
 LOWEST_EXPONENT = -1000
 """Stands for the exponent of a number that has none: 0, or one that is not finite."""
 
@@ -110,22 +107,7 @@ class AffineCodec:
 
     def layout(self) -> Mapping[str, Part]:
         """Return code planes, scale, mid and, as the format has them, exponent or units, and factors of tokens."""
-        packed, length = self.packed_format, self.block_length
-        parts: dict[str, Part] = {}
-        for width in packed.plane_widths:
-            count = length * width // 8
-            shape = (packed.head_dim, count) if packed.packed_dim == -1 else (count, packed.head_dim)
-            parts[f"codes_{width}"] = Part(shape, torch.uint8)
-        groups = (packed.head_dim,) if self.per_channel else (length, packed.groups_per_token)
-        parts["scale"] = Part(groups, packed.scale_dtype)
-        parts["mid"] = Part(groups, packed.mid_dtype)
-        if packed.has_exponent:
-            parts["exponent"] = Part((), torch.int8)
-        if packed.has_units:
-            parts["units"] = Part((2,), torch.float32)
-        if packed.has_factor:
-            parts["factor"] = Part((length,), torch.uint8)
-        return parts
+        return self.packed_format.layout()
 
     def constants(self) -> Mapping[str, torch.Tensor]:
         """Return the signs of the rotation, if there is one."""
@@ -157,42 +139,8 @@ class AffineCodec:
         return {**parts, **self._round_metadata(scale, mid)}
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype.
-
-        In float16 a value that the error of its group carries past the largest number becomes that number.
-        """
-        blocks = out.unflatten(2, (-1, self.block_length))
-        count = max(1, DECODE_ELEMENTS // max(1, blocks[:, :, :1].numel()))
-        for first in range(0, blocks.shape[2], count):
-            piece = slice(first, first + count)
-            self._decode({name: part[:, :, piece] for name, part in parts.items()}, blocks[:, :, piece])
-
-    def _decode(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write blocks into `out` `[B, H, blocks, L, D]`."""
-        packed = self.packed_format
-        codes = read_centred_codes(packed, parts, self.compute_dtype)
-        scale, mid = (self._spread(numbers.to(self.compute_dtype)) for numbers in read_metadata(packed, parts))
-        states = codes.mul_(scale).add_(mid)
-        factors = read_token_factors(packed, parts)
-        if factors is not None:
-            states *= factors.unsqueeze(-2 if self._is_channel_major else -1).to(self.compute_dtype)
-        if self.rotation is not None:
-            states = self.rotation.undo(states.float(), -2 if self._is_channel_major else -1)
-        if out.dtype is torch.float16:
-            states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
-        out.copy_(states.mT if self._is_channel_major else states)
-
-    @property
-    def _is_channel_major(self) -> bool:
-        """Whether codes lie as `[D, L]`."""
-        return self.packed_format.packed_dim == -1
-
-    def _spread(self, metadata: torch.Tensor) -> torch.Tensor:
-        """Return scales or mids as they meet the codes."""
-        if self.per_channel:
-            return metadata.unsqueeze(-1 if self._is_channel_major else -2)
-        spread = metadata.repeat_interleave(self.spec.group_length, dim=-1)[..., : self.spec.head_dim]
-        return spread.mT if self._is_channel_major else spread
+        """Write the states that parts stand for into `out` `[B, H, T, D]`; see `decode_packed`."""
+        decode_packed(self.packed_format, self.rotation, parts, out)
 
     def _group(self, states: torch.Tensor) -> torch.Tensor:
         """Return `[B, H, blocks, D, L]` per channel, `[B, H, blocks, L, groups, G]` per token."""

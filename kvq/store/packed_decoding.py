@@ -1,0 +1,62 @@
+"""From parts in a `PackedFormat` to states, with torch alone. It must not know which quantizer wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from kvq.plugin_api.packed_format import PackedFormat
+from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
+from kvq.store.rotation import HadamardRotation
+
+DECODE_ELEMENTS = 1 << 20
+"""Elements that are decoded at a time: temporaries of more are taken from the system, and paid for, at each step."""
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+def decode_packed(
+    packed: PackedFormat, rotation: HadamardRotation | None, parts: Mapping[str, torch.Tensor], out: torch.Tensor
+) -> None:
+    """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype.
+
+    In float16 a value that the error of its group carries past the largest number becomes that number.
+
+    Args:
+        packed: the format of the parts.
+        rotation: what the states went through first, or None.
+        parts: any run of blocks, `[B, H, blocks, *shape]`.
+        out: every element is overwritten.
+    """
+    blocks = out.unflatten(2, (-1, packed.block_length))
+    count = max(1, DECODE_ELEMENTS // max(1, blocks[:, :, :1].numel()))
+    for first in range(0, blocks.shape[2], count):
+        piece = slice(first, first + count)
+        _decode_blocks(packed, rotation, {name: part[:, :, piece] for name, part in parts.items()}, blocks[:, :, piece])
+
+
+def _decode_blocks(
+    packed: PackedFormat, rotation: HadamardRotation | None, parts: Mapping[str, torch.Tensor], out: torch.Tensor
+) -> None:
+    """Write blocks into `out` `[B, H, blocks, L, D]`."""
+    is_channel_major, dtype = packed.packed_dim == -1, packed.compute_dtype
+    codes = read_centred_codes(packed, parts, dtype)
+    scale, mid = (spread_metadata(packed, numbers.to(dtype)) for numbers in read_metadata(packed, parts))
+    states = codes.mul_(scale).add_(mid)
+    factors = read_token_factors(packed, parts)
+    if factors is not None:
+        states *= factors.unsqueeze(-2 if is_channel_major else -1).to(dtype)
+    if rotation is not None:
+        states = rotation.undo(states.float(), -2 if is_channel_major else -1)
+    if out.dtype is torch.float16:
+        states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
+    out.copy_(states.mT if is_channel_major else states)
+
+
+def spread_metadata(packed: PackedFormat, metadata: torch.Tensor) -> torch.Tensor:
+    """Return scales or mids as they meet the codes."""
+    is_channel_major = packed.packed_dim == -1
+    if packed.per_channel:
+        return metadata.unsqueeze(-1 if is_channel_major else -2)
+    spread = metadata.repeat_interleave(packed.group_length, dim=-1)[..., : packed.head_dim]
+    return spread.mT if is_channel_major else spread
