@@ -9,7 +9,7 @@ from kvq.layers.quantized_layer import KVQLayer
 from kvq.persistence.fingerprint import fingerprint_backends
 from kvq.persistence.header import BackendFingerprint, ModelFingerprint
 from kvq.plugin_api.backend_spec import BackendSpec
-from kvq.plugin_api.packed_format import find_packed_format
+from kvq.store.affine import AffineCodec
 from kvq.user_warnings import warn_user
 
 
@@ -51,7 +51,7 @@ def check_backends_match(saved: Mapping[str, BackendFingerprint], layers: Sequen
         layer.settings.side(name).backend.name
         for layer in layers
         for name, side in layer.sides()
-        if find_packed_format(side.codec) is None
+        if not isinstance(side.codec, AffineCodec)
     }
     if saved.keys() != here.keys():
         raise CacheFileError(f"it names the backends {sorted(saved)}, and its configuration {sorted(here)}")

@@ -1,19 +1,21 @@
 """The layout of packed codes that kernels of attention read by themselves, without the quantizer that wrote it.
 
-The core's storage of affine quantizers says by an attribute `packed_format` that its codes lie so. Without one a kernel
-knows the blocks of a quantizer only by `decode_into`. What a plugin declares is not read yet: nothing compares the two.
+The core's storage of affine quantizers says by an attribute `packed_format` that its codes lie so, and a general
+quantizer may declare one of its own. Without it a kernel knows the blocks of a quantizer only by `decode_into`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from kvq.plugin_api.granularity import Granularity
-from kvq.plugin_api.quantizer import Part
+from kvq.plugin_api.packing import join_planes, pack, plane_widths, split_planes, unpack
+from kvq.plugin_api.quantizer import Part, QuantSpec
 
 ROTATION_SIGNS = "rotation_signs"
 """Name of the constant of a rotated format: int8 `[D]`, the signs by which states are multiplied, then transformed."""
@@ -24,6 +26,8 @@ ZERO_SCALE = 255
 """The code of a scale in a byte that stands for 0."""
 LOST_MID = -128
 """The code of a mid in a byte that stands for NaN."""
+PER_TOKEN_BLOCK_LENGTH = 32
+"""Tokens that per-token groups are packed by: a whole number of bytes at every width."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,54 @@ class PackedFormat:
     has_factor: bool = False
     rotation_block: int = 0
     compute_dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(
+        cls,
+        spec: QuantSpec,
+        *,
+        scale_dtype: torch.dtype = torch.float16,
+        mid_dtype: torch.dtype = torch.float16,
+        has_exponent: bool = False,
+        has_factor: bool = False,
+    ) -> PackedFormat:
+        """Return the format of a general quantizer that stores affine codes for one side of one layer.
+
+        Blocks are as long as a group per channel, and have 32 tokens per token, as the core's own.
+
+        Args:
+            spec: the spec that the quantizer is built from.
+            scale_dtype: float16 or float32; or uint8, with int8 for mid.
+            mid_dtype: float16 or float32; or int8, with uint8 for scale.
+            has_exponent: whether there is a part `exponent`; only with a scale in float16.
+            has_factor: whether there is a part `factor`; only with groups per channel.
+        """
+        bits, per_channel = math.ceil(spec.nbits), spec.granularity is Granularity.PER_CHANNEL
+        return cls(
+            bits=bits,
+            plane_widths=plane_widths(bits),
+            packed_dim=-1 if spec.side == "key" else -2,
+            head_dim=spec.head_dim,
+            block_length=spec.group_length if per_channel else PER_TOKEN_BLOCK_LENGTH,
+            granularity=spec.granularity,
+            group_length=spec.group_length,
+            scale_dtype=scale_dtype,
+            mid_dtype=mid_dtype,
+            has_exponent=has_exponent,
+            has_factor=has_factor,
+        )
+
+    def pack(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the parts `codes_W` of codes uint8 `[..., L, D]`, whole blocks of L tokens, each below `2 ** bits`."""
+        lying = codes.mT if self.packed_dim == -1 else codes
+        planes = split_planes(lying, self.bits)
+        return {f"codes_{width}": pack(plane, width, self.packed_dim) for width, plane in planes.items()}
+
+    def unpack(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the codes that `pack` was given, uint8 `[..., L, D]`."""
+        planes = {width: unpack(parts[f"codes_{width}"], width, self.packed_dim) for width in self.plane_widths}
+        codes = join_planes(planes)
+        return codes.mT if self.packed_dim == -1 else codes
 
     @property
     def per_channel(self) -> bool:

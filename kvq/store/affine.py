@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from kvq.errors import QuantizerContractError
 from kvq.plugin_api.granularity import Granularity
-from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat
+from kvq.plugin_api.packed_format import PER_TOKEN_BLOCK_LENGTH, ROTATION_SIGNS, PackedFormat
 from kvq.plugin_api.packing import pack, plane_widths, split_planes
 from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
 from kvq.store.balance import even_out
@@ -27,8 +27,6 @@ from kvq.store.origin import Origin, name_quantizer
 from kvq.store.packed_decoding import decode_packed
 from kvq.store.rotation import HadamardRotation
 
-PER_TOKEN_BLOCK_LENGTH = 32
-"""Tokens that per-token groups are packed by: a whole number of bytes at every width."""
 EXPONENT_TARGET = 14
 """Metadata in float16 is scaled by a power of two per block, which brings its largest magnitude to about 2 ** 14."""
 LOWEST_EXPONENT = -1000

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from kvq.errors import QuantizerContractError
-from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer
+from kvq.store.affine import AffineCodec
 
 
 def restore_constants(
@@ -29,8 +29,8 @@ def restore_constants(
         return
     for name, tensor in quantizer.constants().items():
         tensor.copy_(constants[name])
-    # What is learned for packed codes is in the metadata of each block: there is nothing to learn again.
-    if settled and find_packed_format(quantizer) is None:
+    # What the core's own codec learns is in the metadata of each block: there is nothing to learn again.
+    if settled and not isinstance(quantizer, AffineCodec):
         shape = (1, like.shape[1], quantizer.block_length, like.shape[3])
         ramp = torch.linspace(-1, 1, shape[1] * shape[2] * shape[3], device=like.device)
         quantizer.encode(ramp.reshape(shape).to(like.dtype))

@@ -12,7 +12,9 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from kvq.errors import QuantizerContractError
+from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer, QuantSpec
+from kvq.store.declared_format import check_agreement
 
 _seen: set[Hashable] = set()
 
@@ -70,17 +72,21 @@ def check_first_blocks(
         parts: the encoded blocks, of the shapes and dtypes of the layout.
 
     Raises:
-        QuantizerContractError: finite states do not come back finite.
+        QuantizerContractError: finite states do not come back finite, or a format that the quantizer declares reads
+            other numbers.
     """
     if kind in _seen or not states.numel() or states.device.type == "meta":
         return
     first = states[:1, :, : quantizer.block_length]
     if not first.isfinite().all():
         return
-    restored = torch.empty_like(first)
-    quantizer.decode_into({part: tensor[:1, :, :1] for part, tensor in parts.items()}, restored)
+    restored, block = torch.empty_like(first), {part: tensor[:1, :, :1] for part, tensor in parts.items()}
+    quantizer.decode_into(block, restored)
     if not restored.isfinite().all():
         raise QuantizerContractError(
             f"{name}.decode_into returned numbers that are not finite for the parts of a finite block"
         )
+    packed = find_packed_format(quantizer)
+    if packed is not None:
+        check_agreement(name, quantizer, packed, block)
     _seen.add(kind)

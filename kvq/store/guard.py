@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from kvq.errors import QuantizerContractError
+from kvq.plugin_api.packed_format import PackedFormat
 from kvq.plugin_api.quantizer import Part, Quantizer, QuantSpec
+from kvq.store.declared_format import read_declared
 from kvq.store.first_blocks import check_first_blocks, kind_of
 from kvq.store.origin import Origin, name_quantizer
 
@@ -27,11 +29,12 @@ class GuardedQuantizer:
         spec: what it was built from.
 
     Raises:
-        QuantizerContractError: its layout or its constants are not what the contract says.
+        QuantizerContractError: its layout, its constants or its packed format are not what the contract says.
+
+    Attributes:
+        packed_format: the format that the backend declares, by which kernels read what it stores; or None.
     """
 
-    packed_format: None = None
-    """Always None: nothing compares a format that the backend declares with its `decode_into`."""
     rotation_word = "none"
     """What was done to the states first, in the words of `rotation_k`."""
 
@@ -43,6 +46,7 @@ class GuardedQuantizer:
         self.origin = origin
         _check_layout(origin, self.layout())
         _check_constants(origin, self.constants())
+        self.packed_format: PackedFormat | None = read_declared(quantizer, spec, origin)
 
     @property
     def kind(self) -> type:
@@ -70,7 +74,7 @@ class GuardedQuantizer:
             self._inner.decode_into(parts, out)
 
     def look_at_first(self, states: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
-        """Check by the first blocks of a process that the parts of finite states are those of finite states."""
+        """Check by the first blocks of a process that finite states stay so, and mean the same to kernels."""
         check_first_blocks(self._first_block_kind, name_quantizer(self), self, states, parts)
 
     def __getattr__(self, name: str) -> Any:

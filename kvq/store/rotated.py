@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ class RotatedQuantizer(GuardedQuantizer):
     def __init__(self, quantizer: Quantizer, origin: Origin, spec: QuantSpec, rotation: HadamardRotation) -> None:
         self.rotation = rotation
         super().__init__(quantizer, origin, spec)
+        if self.packed_format is not None:
+            self.packed_format = replace(self.packed_format, rotation_block=rotation.block_size)
+        self._first_block_kind = "rotated", self._first_block_kind
         if ROTATION_SIGNS in super().constants():
             raise QuantizerContractError(
                 f"{origin}: constants has {ROTATION_SIGNS!r}, which is the rotation's; choose another name"
