@@ -23,7 +23,7 @@ GROUP_SIZE_FIELD = "q_group_size"
 def fill_in_defaults(fields: Mapping[str, Any], *, backend: str, group_size: int) -> Mapping[str, Any]:
     """Return fields with those that are missing as the chosen backend proposes them, where it does.
 
-    A step before quantizing (rotation, balance, clipping) is not taken over beside an axis or `layers` that were set: it
+    A step before quantizing (rotation, balance, clip) is not taken over beside an axis or `layers` that were set: it
     might not go together with them.
 
     Args:
