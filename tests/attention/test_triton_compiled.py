@@ -129,7 +129,7 @@ def test_a_program_keeps_to_its_registers_and_reads_in_wide_loads(
     assert 32 <= registers <= 255
     text = compiled.asm["ptx"]
     assert "mma" in text, "products run on tensor cores"
-    # Codes come 16 bytes at a time; the single bytes are exponents, one for each side and kind of metadata, or metadata.
+    # Codes come 16 bytes at a time; the single bytes are exponents, one for each side and kind of metadata, or these.
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.v\d|cp\.async", text)) >= 2
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.[bu]8\b", text)) <= (10 if "metadata_dtype" in fields else 8)
 
