@@ -52,7 +52,7 @@ def main() -> None:
     print(f"bits:      {found.tuned.bits:.2f} an element at {CONTEXT:,} tokens, everything included")
     print(f"KL:        {found.records[0].kl} on the held-out text")
     if found.uniform is not None:
-        print(f"uniform:   {found.records[1].kl} with the same bits in all layers, in no more bytes")
+        print(f"uniform:   {found.uniform[1].kl} with the same bits in all layers, in no more bytes")
 
     prompt = held_out.sequences[:1, :300].to(model.device)
     with attach(model, str(arguments.out)), torch.no_grad():

@@ -113,7 +113,7 @@ def tune(
     tries: Annotated[
         int,
         typer.Option(metavar="INTEGER", min=0, help="Whole configurations to measure for exchanges between layers."),
-    ] = 28,
+    ] = 14,
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
     ] = "auto",

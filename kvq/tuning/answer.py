@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvq.config import KVQCacheConfig
@@ -49,7 +49,7 @@ class TunedCache:
     Attributes:
         plan: what was tuned.
         tuned: the configuration that was chosen.
-        uniform: the best one with the same settings in all layers and no more bytes; None if none fits.
+        uniforms: the best ones with the same settings in all layers and no more bytes, by the calibration text.
         before: the divergence before settings were exchanged between layers.
         tries: whole configurations that were measured for that.
         exchanges: how many exchanges were kept.
@@ -57,7 +57,7 @@ class TunedCache:
         front: configurations along the whole range, smallest first.
         memory: the plan of the cache at the goal's context.
         held_out: how the held-out text was read.
-        records: what was measured there: of the tuned configuration, then of the uniform one.
+        records: what was measured there: of the tuned configuration, then of the uniform ones.
         weight_norms: norms of the key and value projections, by layer.
         skips: whether probes could leave out the layers before theirs.
         warnings: reasons to mistrust the answer.
@@ -65,7 +65,7 @@ class TunedCache:
 
     plan: TuningPlan
     tuned: Point
-    uniform: Point | None
+    uniforms: Sequence[Point]
     before: float
     tries: int
     exchanges: int
@@ -79,6 +79,15 @@ class TunedCache:
     warnings: tuple[str, ...] = ()
 
     @property
+    def uniform(self) -> tuple[Point, QualityRecord] | None:
+        """The uniform configuration that is best on the held-out text, and what was measured there; None without any.
+
+        That text chooses between them, which favours them: the tuned one was chosen without it.
+        """
+        measured = zip(self.uniforms, self.records[1:], strict=True)
+        return min(measured, key=lambda one: one[1].kl.mean, default=None)
+
+    @property
     def config(self) -> KVQCacheConfig:
         """The configuration that was chosen."""
         return self.tuned.config
@@ -89,3 +98,14 @@ class TunedCache:
             return 0.0
         probe = Probe(layers, side, setting)
         return next(one.kl for one in self.sensitivities if one.probe == probe)
+
+
+def name_uniform(point: Point) -> str:
+    """Return a short name for a configuration with the same settings in all layers, such as `K4V2`."""
+    pair = next(iter(point.assignment.values()))
+    keys, values = pair.key, pair.value
+    if keys is None or values is None:
+        return str(pair)
+    name = f"K{keys.nbits:g}V{values.nbits:g}"
+    alike = replace(keys, nbits=0) == replace(values, nbits=0)
+    return f"{name} {str(replace(keys, nbits=0)).replace(' 0 bit', '')}" if alike else f"{name} ({pair})"

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvq.config.field_types import SIDES
 from kvq.evaluation.matplotlib_figure import make_figure
-from kvq.tuning.answer import TunedCache
+from kvq.tuning.answer import TunedCache, name_uniform
 from kvq.tuning.side_setting import SideSetting
 
 _LEAST = 1e-12
@@ -69,11 +69,9 @@ def _draw_front(axes: Any, answer: TunedCache) -> None:
     axes.plot(sizes, [max(point.measured, _LEAST) for point in answer.front], marker="o", label="front, measured")
     predicted = [max(point.predicted, _LEAST) for point in answer.front]
     axes.plot(sizes, predicted, linestyle=":", label="front, predicted by the sum of single effects")
-    for point, marker, label in ((answer.tuned, "*", "tuned"), (answer.uniform, "s", "best uniform")):
-        if point is not None:
-            axes.plot(
-                [point.bits], [max(point.measured, _LEAST)], marker=marker, markersize=11, linestyle="", label=label
-            )
+    named = [(answer.tuned, "*", "tuned"), *((one, "s", f"uniform {name_uniform(one)}") for one in answer.uniforms)]
+    for point, marker, label in named:
+        axes.plot([point.bits], [max(point.measured, _LEAST)], marker=marker, markersize=11, linestyle="", label=label)
     axes.set_yscale("log")
     axes.set_xlabel(f"bits held for each element at {answer.plan.goal.context:,} tokens")
     axes.set_ylabel(f"KL on {answer.plan.text.name}")

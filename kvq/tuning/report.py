@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvq.evaluation.quality.report import describe_run
-from kvq.tuning.answer import TunedCache
+from kvq.tuning.answer import TunedCache, name_uniform
 from kvq.tuning.side_setting import SideSetting
 from kvq.tuning.tuned_file import describe_gain, describe_text
 from kvq.units import format_bytes
@@ -36,7 +36,7 @@ def layer_rows(answer: TunedCache) -> list[tuple[str, ...]]:
 def front_rows(answer: TunedCache) -> list[tuple[str, ...]]:
     """Return a row of cells under `FRONT_COLUMNS` for each point of the front, the answer and the uniform one."""
     named = [(point, "") for point in answer.front] + [(answer.tuned, "tuned")]
-    named += [(answer.uniform, "best uniform")] if answer.uniform else []
+    named += [(point, f"uniform {name_uniform(point)}") for point in answer.uniforms]
     return [
         (f"{one.bits:.2f}", format_bytes(one.num_bytes), f"{one.predicted:.1e}", f"{one.measured:.1e}", name)
         for one, name in sorted(named, key=lambda entry: entry[0].num_bytes)
@@ -86,7 +86,7 @@ def describe_answer(answer: TunedCache, model_name: str, command: str) -> dict[s
         "calibration_sequences": len(plan.text.sequences),
         "calibration_length": plan.text.sequences.shape[1],
         "tuned": answer.tuned.to_dict(),
-        "uniform": answer.uniform.to_dict() if answer.uniform else None,
+        "uniforms": [point.to_dict() for point in answer.uniforms],
         "before_exchanges": answer.before,
         "exchanges_tried": answer.tries,
         "exchanges_kept": answer.exchanges,

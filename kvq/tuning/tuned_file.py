@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from textwrap import wrap
 
 from kvq.evaluation.quality.record import QualityRecord
 from kvq.evaluation.quality.text import TokenText
 from kvq.registry.requirements import find_versions
-from kvq.tuning.answer import Point, TunedCache
-from kvq.tuning.side_setting import Pair
+from kvq.tuning.answer import Point, TunedCache, name_uniform
 from kvq.units import format_bytes
 
 WIDTH = 118
@@ -47,15 +47,13 @@ def describe_text(text: TokenText) -> str:
 
 def describe_gain(answer: TunedCache) -> str | None:
     """Return how the answer compares with the best uniform configuration on the held-out text; None without one."""
-    if len(answer.records) < 2:
+    if answer.uniform is None:
         return None
-    tuned, uniform = answer.records
-    pair = next(iter(answer.uniform.assignment.values())) if answer.uniform else None
-    ratio = tuned.kl.mean / uniform.kl.mean if uniform.kl.mean else float("nan")
-    size = _size(answer.uniform, answer) if answer.uniform else ""
+    point, uniform = answer.uniform
+    ratio = answer.records[0].kl.mean / uniform.kl.mean if uniform.kl.mean else math.nan
     return (
-        f"the best uniform configuration in these bytes, {_shorten(pair)} ({size}), has {uniform.kl} there: "
-        f"the tuned one has {ratio:.2f} times that"
+        f"the best uniform configuration in no more bytes, {name_uniform(point)} ({_size(point, answer)}), has "
+        f"{uniform.kl} there: the tuned one has {ratio:.2f} times that"
     )
 
 
@@ -88,10 +86,6 @@ def _list_layers(answer: TunedCache) -> Iterator[str]:
 
 def _size(point: Point, answer: TunedCache) -> str:
     return f"{format_bytes(point.num_bytes)} at {answer.plan.goal.context:,} tokens, {point.bits:.2f} bits an element"
-
-
-def _shorten(pair: Pair | None) -> str:
-    return "" if pair is None or pair.key is None else f"K{pair.key.nbits:g}V{pair.value.nbits:g}" if pair.value else ""
 
 
 def _comment(lines: Sequence[str]) -> str:

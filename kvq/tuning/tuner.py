@@ -14,7 +14,7 @@ from kvq.evaluation.quality.record import QualityRecord
 from kvq.evaluation.quality.run import evaluate
 from kvq.planning import plan as plan_memory
 from kvq.tuning.allocation import Allocator, Choice, Option, allocate
-from kvq.tuning.answer import Point, TunedCache
+from kvq.tuning.answer import Point, TunedCache, name_uniform
 from kvq.tuning.calibration import AT_ONCE, CalibrationText, check_quantized
 from kvq.tuning.exchange import Refined, refine
 from kvq.tuning.kept_probes import KeptProbes
@@ -29,7 +29,9 @@ from kvq.tuning.weight_norms import measure_weight_norms
 FRONT_POINTS = 14
 """Configurations along the front, about: as many as two batches measure."""
 UNIFORM_TRIES = 4
-"""Uniform configurations that are measured to find the best one, those first that are predicted to be."""
+"""Uniform configurations that are measured to find the best ones, those first that are predicted to be."""
+UNIFORMS = 2
+"""Uniform configurations that the answer is compared with on the held-out text."""
 KL_ROUNDS = 4
 """Attempts to reach a divergence, each with a smaller prediction than the last one."""
 FEW_TOKENS = 500
@@ -93,13 +95,13 @@ class Tuner:
         groups = self._sizes.options(sensitivities)
         refined = self._refine(self._choose(groups), groups)
         tuned = self._point(refined.choice, refined.after)
-        uniform = self._find_uniform(groups, tuned.num_bytes)
+        uniforms = self._find_uniforms(groups, tuned.num_bytes)
         front = self._measure_front(groups)
-        held_out, records = self._verify(tuned, uniform)
+        held_out, records = self._verify(tuned, uniforms)
         return TunedCache(
             plan=plan,
             tuned=tuned,
-            uniform=uniform,
+            uniforms=uniforms,
             before=refined.before,
             tries=refined.tried,
             exchanges=refined.taken,
@@ -160,17 +162,15 @@ class Tuner:
             is_allowed=lambda one: limit is None or len({option.name for option in one.options}) <= limit,
         )
 
-    def _find_uniform(self, groups: Sequence[Sequence[Option]], most_bytes: int) -> Point | None:
-        """Return the best configuration with equal settings in all layers, as measured among the most promising."""
+    def _find_uniforms(self, groups: Sequence[Sequence[Option]], most_bytes: int) -> list[Point]:
+        """Return the best configurations with equal settings in all layers, as measured among the most promising."""
         choices = [_uniform(groups, pair) for pair in self._plan.space.pairs]
         fitting = [one for one in choices if self._sizes.total(one) <= most_bytes]
         promising = sorted(fitting, key=lambda one: one.cost)[:UNIFORM_TRIES]
-        if not promising:
-            return None
         self._watcher.begin("uniform configurations", len(promising), "configurations")
         measured = self._measure_choices(promising, "uniform configurations")
-        best = min(range(len(promising)), key=measured.__getitem__)
-        return self._point(promising[best], measured[best])
+        best = sorted(range(len(promising)), key=measured.__getitem__)[:UNIFORMS]
+        return [self._point(promising[place], measured[place]) for place in best]
 
     def _measure_front(self, groups: Sequence[Sequence[Option]]) -> list[Point]:
         choices = Allocator(groups).front(FRONT_POINTS)
@@ -195,9 +195,9 @@ class Tuner:
         most = self._plan.goal.most_bytes(self._sizes.layer_bytes)
         return None if most is None else most - self._sizes.fixed_bytes
 
-    def _verify(self, tuned: Point, uniform: Point | None) -> tuple[EvaluationPlan, list[QualityRecord]]:
+    def _verify(self, tuned: Point, uniforms: Sequence[Point]) -> tuple[EvaluationPlan, list[QualityRecord]]:
         """Measure the answer on the held-out text, as `kvq eval` would."""
-        named = {"tuned": tuned, **({} if uniform is None else {"uniform": uniform})}
+        named = {"tuned": tuned, **{f"uniform {name_uniform(one)}": one for one in uniforms}}
         candidates = [make_candidate(label, point.config) for label, point in named.items()]
         plan = self._plan.evaluation(self._plan.held_out, candidates)
         self._watcher.begin("the held-out text", plan.units, "forwards")

@@ -43,7 +43,7 @@ class TuningPlan:
     prefill: int = 128
     step: int = 32
     batch_size: int = 2
-    tries: int = 28
+    tries: int = 14
 
     @property
     def conditions(self) -> dict[str, Any]:
