@@ -2,8 +2,8 @@
 
     python scripts/tuned_tables.py --collect RECORD.json ... --eval EVAL.json     # writes the excerpt that is committed
 
-A record is what `kvq tune --record` writes, the other file what `kvq eval --out` wrote on the tuned configurations, those with
-equal settings in all layers, and a cache of transformers.
+A record is what `kvq tune --record` writes, the other file what `kvq eval --out` wrote on the tuned configurations,
+those with equal settings in all layers, and a cache of transformers.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def render_tuned() -> str:
     commands = "\n".join(f"$ {run['command']}" for run in result["runs"])
     calibration = result["runs"][0]
     return (
-        f"{describe_run(result)} Chosen on `{calibration['calibration']}`, {calibration['calibration_sequences']} texts "
-        f"of {calibration['calibration_length']} tokens, which share nothing with these:\n\n"
+        f"{describe_run(result)} Chosen on `{calibration['calibration']}`, {calibration['calibration_sequences']} "
+        f"texts of {calibration['calibration_length']} tokens, which share nothing with these:\n\n"
         f"```console\n{commands}\n```\n\n{table(COLUMNS, rows, right=range(1, len(COLUMNS)))}"
     )
 

@@ -59,6 +59,15 @@ def test_exchanges_keep_within_the_bytes(room):
     assert len(found) == {4: 2, 5: 2, 6: 0}[room]
 
 
+def test_no_exchange_takes_a_byte_too_many():
+    groups = [[Option("small", 1, 0.5), Option("huge", 4, 0.1)], [Option("small", 1, 0.4), Option("large", 2, 0.1)]]
+    chosen = Choice((groups[0][0], groups[1][1]))
+    exchanged = Choice((groups[0][1], groups[1][0]))
+    assert exchanged.num_bytes == chosen.num_bytes + 2
+    for room, expected in ((4, []), (5, [exchanged])):
+        assert [one.apply(chosen) for one in list_exchanges(chosen, groups, room)] == expected
+
+
 def test_a_further_constraint_is_kept():
     chosen = Allocator(GROUPS).within(5)
     found = refine(
