@@ -69,10 +69,7 @@ def test_bytes_that_are_finer_than_the_states_never_exceed_the_budget(monkeypatc
     monkeypatch.setattr(allocation, "MAX_STATES", 40)
     random = np.random.default_rng(seed)
     sizes = np.sort(random.integers(1, 1000, (5, 4)), axis=1)
-    groups = [
-        [Option(name, int(size), 1.0 / (1 + place)) for place, (name, size) in enumerate(zip("abcd", own))]
-        for own in sizes
-    ]
+    groups = [[Option(place, int(size), 1.0 / (1 + place)) for place, size in enumerate(own)] for own in sizes]
     allocator = Allocator(groups)
     slack = 5 * -(-(allocator.most_bytes - allocator.least_bytes) // 40)
     for num_bytes in range(allocator.least_bytes, allocator.most_bytes + 200, 13):
