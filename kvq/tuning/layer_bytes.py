@@ -13,8 +13,8 @@ from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.planning.model_outline import outline_model
 from kvq.planning.rehearsal import Rehearsal
-from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer
+from kvq.store.steps import find_steps
 from kvq.tuning.side_setting import FULL_PRECISION, Pair, SideSetting, build_config
 
 Moment = Literal["held", "peak"]
@@ -107,6 +107,5 @@ def _resolve(pair: Pair, one: Rehearsal) -> Pair:
 
 
 def _resolve_side(setting: SideSetting, quantizer: Quantizer) -> SideSetting:
-    packed = find_packed_format(quantizer)
-    steps = ("none", "none") if packed is None else (packed.rotation, packed.balance)
-    return replace(setting, rotation=steps[0], balance=steps[1])
+    rotation, balance, clip = find_steps(quantizer)
+    return replace(setting, rotation=rotation, balance=balance, clip="none" if clip == "none" else float(clip))

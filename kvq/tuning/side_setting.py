@@ -11,7 +11,7 @@ from typing import Any
 from kvq.config import KVQCacheConfig
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class SideSetting:
     """One way to quantize the keys or the values of a layer.
 
@@ -22,6 +22,7 @@ class SideSetting:
         group_size: elements per scale.
         rotation: as in a configuration.
         balance: as in a configuration.
+        clip: as in a configuration.
     """
 
     backend: str
@@ -30,13 +31,11 @@ class SideSetting:
     group_size: int = 64
     rotation: str = "auto"
     balance: str = "auto"
+    clip: str | float = "auto"
 
     def __str__(self) -> str:
-        steps = [
-            f"{name} {word}"
-            for name, word in (("rotation", self.rotation), ("balance", self.balance))
-            if word != "auto"
-        ]
+        named = (("rotation", self.rotation), ("balance", self.balance), ("clip", self.clip))
+        steps = [f"{name} {word}" for name, word in named if word != "auto"]
         return ", ".join([f"{self.backend} {self.nbits:g} bit {self.axis} by {self.group_size}", *steps])
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,7 +43,7 @@ class SideSetting:
         return asdict(self)
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Pair:
     """The settings of both sides of a layer; None for a side in full precision, which no configuration can say."""
 
@@ -70,6 +69,8 @@ class Pair:
             "rotation_v": value.rotation,
             "balance_k": key.balance,
             "balance_v": value.balance,
+            "clip_k": key.clip,
+            "clip_v": value.clip,
         }
 
 

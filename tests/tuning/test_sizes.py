@@ -51,7 +51,11 @@ def test_what_auto_means_is_written_out(model, base):
     counted = LayerBytes(model.config, base, context=100, dtype=torch.float32)
     found = counted.resolve(0, Pair(TWO, SideSetting("native", 4, "per_token", 16)))
     assert (found.key.rotation, found.key.balance) == ("hadamard", "rms")
+    assert 0 < found.key.clip < 1
+    config = build_config(base, {0: found}, LAYERS)
+    assert config.for_layer(0).key.clip == found.key.clip
     assert (found.value.rotation, found.value.balance) == ("none", "none")
+    assert found.value.clip == "none"
 
 
 def test_a_configuration_has_an_entry_for_each_run_of_equal_layers(base):
