@@ -49,7 +49,7 @@ class TunedCache:
     Attributes:
         plan: what was tuned.
         tuned: the configuration that was chosen.
-        uniforms: the best ones with the same settings in all layers and no more bytes, by the calibration text.
+        uniforms: the best ones with the same settings in all layers within the budget, by the calibration text.
         before: the divergence before settings were exchanged between layers.
         tries: whole configurations that were measured for that.
         exchanges: how many exchanges were kept.

@@ -27,7 +27,13 @@ def draw_answer(answer: TunedCache, path: Path, title: str) -> None:
     top, bottom = upper.subplots(2, 1, sharex=True)
     shown = _middle_setting(answer)
     costs = _costs_of(answer, shown)
-    _draw_map(upper, top, np.log10(np.maximum(costs, _LEAST)), f"KL alone at {shown.nbits:g} bits (log10)", "{:.1f}")
+    _draw_map(
+        upper,
+        top,
+        np.log10(np.maximum(costs, _LEAST)),
+        f"KL of each side alone at {shown.nbits:g} bits, log10",
+        "{:.1f}",
+    )
     _draw_map(upper, bottom, _bits_of(answer), "bits chosen", "{:g}")
     bottom.set_xticks(range(len(answer.plan.space.groups)), [_name(group) for group in answer.plan.space.groups])
     bottom.set_xlabel("layer")
@@ -61,7 +67,8 @@ def _draw_map(figure: Any, axes: Any, numbers: Any, label: str, form: str) -> No
     for (row, column), number in np.ndenumerate(numbers):
         color = "black" if number > middle else "white"
         axes.text(column, row, form.format(number), ha="center", va="center", fontsize=7, color=color)
-    figure.colorbar(image, ax=axes, label=label, pad=0.01)
+    axes.set_title(label, loc="left", fontsize=10)
+    figure.colorbar(image, ax=axes, pad=0.01)
 
 
 def _draw_front(axes: Any, answer: TunedCache) -> None:

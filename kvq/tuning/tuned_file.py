@@ -52,7 +52,7 @@ def describe_gain(answer: TunedCache) -> str | None:
     point, uniform = answer.uniform
     ratio = answer.records[0].kl.mean / uniform.kl.mean if uniform.kl.mean else math.nan
     return (
-        f"the best uniform configuration in no more bytes, {name_uniform(point)} ({_size(point, answer)}), has "
+        f"the best uniform configuration within the budget, {name_uniform(point)} ({_size(point, answer)}), has "
         f"{uniform.kl} there: the tuned one has {ratio:.2f} times that"
     )
 

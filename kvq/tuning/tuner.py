@@ -95,7 +95,8 @@ class Tuner:
         groups = self._sizes.options(sensitivities)
         refined = self._refine(self._choose(groups), groups)
         tuned = self._point(refined.choice, refined.after)
-        uniforms = self._find_uniforms(groups, tuned.num_bytes)
+        allowed = plan.goal.most_bytes(self._sizes.layer_bytes) or tuned.num_bytes
+        uniforms = self._find_uniforms(groups, allowed)
         front = self._measure_front(groups)
         held_out, records = self._verify(tuned, uniforms)
         return TunedCache(

@@ -101,7 +101,7 @@ def test_the_answer_is_better_than_the_best_uniform_one_on_the_held_out_text(ans
     assert all(tuned.kl.mean < 0.8 * uniform.kl.mean for uniform in others)
     assert answer.uniform[1].kl.mean == min(uniform.kl.mean for uniform in others)
     for point in answer.uniforms:
-        assert point.num_bytes <= answer.tuned.num_bytes
+        assert point.bits <= 7.5
         assert len(set(point.assignment.values())) == 1
 
 
