@@ -47,7 +47,9 @@ def collect(records: Sequence[Facts], evaluated: Facts, pairs: Mapping[str, str]
 def render_tuned() -> str:
     """Return the commands, and the table of the evaluation, with its conditions above it."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    predicted = {Path(run["out"]).stem: run["tuned"] for run in result["runs"]}
+    stem = Path(result["runs"][0]["out"]).stem.rpartition("-")[0]
+    predicted = {f"{stem}-{point['bits']:.2f}": point for run in result["runs"] for point in run["front"]}
+    predicted |= {Path(run["out"]).stem: run["tuned"] for run in result["runs"]}
     records = {record["label"]: record for record in result["records"]}
     rows = [_row(label, record, records, result["pairs"], predicted) for label, record in records.items()]
     commands = "\n".join(f"$ {run['command']}" for run in result["runs"])

@@ -28,6 +28,7 @@ from quality_tables import render_toys
 from quality_targets import render_targets
 from speed_tables import render_speed
 from step_tables import render_steps
+from tuned_tables import render_tuned
 
 import kvq.testing
 from kvq import KVQ, attach
@@ -127,6 +128,7 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "measured-presets": render_measured,
         "toys": render_toys,
     },
+    "docs/tuning.md": {"tuned": render_tuned},
     "docs/speed.md": {"steps": render_steps, "speed": render_speed},
 }
 """The generated blocks of each page, and what renders them."""

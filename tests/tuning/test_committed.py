@@ -1,8 +1,7 @@
-"""The committed configurations for SmolLM2 load, keep the method that they were measured with, and hold what they say."""
+"""The committed configurations for SmolLM2 load, keep the method they were measured with, and hold what they say."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
