@@ -7,7 +7,6 @@ not know how anything is quantized or stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -114,7 +113,7 @@ class KVQCacheConfig(FrozenModel):
     clip_k: Clip = Field(
         default="auto",
         description="the part of each group's range that codes are spread over, such as 0.9, elements beyond it being "
-        "cut (for affine backends); `none`: all of it; or `auto`: what suits the width, where keys are rotated",
+        "cut (for affine backends); `none`: all of it; or `auto`: what suits the width, if rotated and `per_channel`",
     )
     clip_v: Clip = Field(default="auto", description="the same for the values")
     compute_dtype: Dtype | None = Field(
@@ -124,7 +123,7 @@ class KVQCacheConfig(FrozenModel):
     metadata_dtype: MetadataDtype | None = Field(
         default=None,
         description="dtype of scale and mid; default: float16, but float32 for mid above 4 bits or in short groups. "
-        "`int8`: a byte each, for codes of up to 4 bits; wider ones keep the default",
+        "`int8`: a byte each, for codes of up to 4 bits, best in `per_channel` groups; wider ones keep the default",
     )
     device: Device | None = Field(
         default=None, description="device of the packed store; default, or the states' own device type: with the states"
@@ -322,18 +321,14 @@ class KVQCacheConfig(FrozenModel):
         return ResolvedLayer.from_fields({**dict(self), **own})
 
 
-_LATER_STEPS = (BALANCE_FIELDS.values(), CLIP_FIELDS.values())
-"""Fields of steps in the order in which kvq learned them, after the other fields."""
+_LATER_STEPS = {*BALANCE_FIELDS.values(), *CLIP_FIELDS.values()}
+"""Fields of steps that kvq learned after all others had a field: a file with all the rest was written before."""
 
 
 def _complete_older(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return fields as they were written before some of today's existed, with what these did not do then."""
     missing = KVQCacheConfig.model_fields.keys() - fields.keys()
-    for number in range(len(_LATER_STEPS)):
-        later = set(chain.from_iterable(_LATER_STEPS[number:]))
-        if missing == later:
-            return {**fields, **dict.fromkeys(later, "none")}
-    return fields
+    return {**fields, **dict.fromkeys(missing, "none")} if missing <= _LATER_STEPS else fields
 
 
 def _add_defaults(fields: Mapping[str, Any]) -> Mapping[str, Any]:

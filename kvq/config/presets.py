@@ -47,13 +47,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = FrozenDict(
 )
 """Name to fields, as a user would write them. All other fields have the defaults of the configuration."""
 
-_STEPS_K, _STEPS_V = ("rotation_k", "balance_k"), ("rotation_v", "balance_v")
-_DEPENDENT = {
-    "axis_key": _STEPS_K,
-    "axis_value": _STEPS_V,
-    **dict.fromkeys(("backend", "layers"), (*_STEPS_K, *_STEPS_V)),
-}
-"""What becomes `auto` beside a field with which a preset's own word might not go together."""
+_LOOSE_K = FrozenDict(rotation_k="auto", balance_k="auto", metadata_dtype=None)
+_LOOSE_V = FrozenDict(rotation_v="auto", balance_v="auto", metadata_dtype=None)
+_DEPENDENT: Mapping[str, Mapping[str, Any]] = FrozenDict(
+    axis_key=_LOOSE_K,
+    axis_value=_LOOSE_V,
+    backend=FrozenDict(dict.fromkeys(("rotation_k", "rotation_v", "balance_k", "balance_v"), "auto")),
+    layers={**_LOOSE_K, **_LOOSE_V},
+)
+"""What a preset says no longer beside a field with which it might not go together, and what holds instead.
+
+In groups inside a token, bytes for scales would be lost on all tokens of a block but the largest ones.
+"""
 
 
 def expand_preset(fields: Mapping[str, Any], source: str | None = None) -> Mapping[str, Any]:
@@ -73,7 +78,7 @@ def expand_preset(fields: Mapping[str, Any], source: str | None = None) -> Mappi
         problem = str(not_accepted(name, f"a preset is one of {', '.join(map(repr, PRESETS))}"))
         raise ConfigError([Fault((FIELD,), problem)], source)
     given = {field: value for field, value in fields.items() if field != FIELD}
-    loosened = {step: "auto" for field, steps in _DEPENDENT.items() if field in given for step in steps}
+    loosened = {name: value for field, loose in _DEPENDENT.items() if field in given for name, value in loose.items()}
     return {**PRESETS[name], **loosened, **given}
 
 

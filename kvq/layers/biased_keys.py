@@ -131,7 +131,8 @@ def _is_hurt_inside_tokens(bias: KeyBias, layer: ResolvedLayer) -> bool:
 
 def _is_hurt_in_bytes(bias: KeyBias, layer: ResolvedLayer) -> bool:
     """Return whether the step of middles in bytes is half of that of the codes or more."""
-    if bias.growth is None or layer.full_precision or not are_bytes(layer.key):
+    has_middles = layer.key.backend.uses_group_size  # a representation of its own has none
+    if bias.growth is None or layer.full_precision or not has_middles or not are_bytes(layer.key):
         return False
     step = 2 * HALF_RANGE / (2**layer.key.nbits - 1)
     return (bias.growth - 1) * HALF_RANGE / LARGEST_MID >= step / 2

@@ -16,7 +16,8 @@ step, is smaller: 4 bits in groups of 16 raise the error by 1.11, in groups of 8
 """
 
 BYTE_METADATA_MAX_BITS = 4
-"""Widest codes whose scales may be bytes: these are off by up to 1.1 %, a twelfth of a step at the ends of 4 bits."""
+"""Widest codes whose scales may be bytes: all but tiny ones are off by up to 1.1 %, a twelfth of a step at the ends of
+4 bits."""
 
 
 def are_bytes(chosen: ResolvedSide) -> bool:

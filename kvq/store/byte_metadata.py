@@ -1,8 +1,8 @@
 """Scales and middles of groups in one byte each, against two numbers of their block.
 
-A scale is stored as the power of 2 ** (-1 / 32) by which it stays below the largest scale of its block, so each is
-within 1.1 % of what the backend decided, however much they differ. A middle is stored as a multiple of one step for all
-groups of the block, a 127th of the largest magnitude among them.
+A scale is stored as the power of 2 ** (-1 / 32) by which it stays below the largest scale of its block: within 1.1 % of
+what the backend decided down to a 245th of the largest, and 0 below a 490th. A middle is stored as a multiple of one
+step for all groups of the block, a 127th of the largest magnitude among them.
 
 The same numbers give the same bytes however they are split: the nearest power is found by comparing.
 """

@@ -58,7 +58,8 @@ def _facts_of(request: AttentionRequest) -> tuple[Any, ...] | None:
     if not strides[0][-1] == strides[1][-1] == strides[2][-1] == 1:
         return None  # copies are read
     held = _places(key), _places(value)
-    numbers = request.scaling, request.softcap, request.is_causal
+    # As numbers: a model may hand over tensors, and change them in place.
+    numbers = float(request.scaling), float(request.softcap or 0.0), request.is_causal
     return strides, query.shape, key.new.shape[2], query.dtype, held, numbers
 
 
