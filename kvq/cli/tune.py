@@ -127,6 +127,12 @@ def tune(
     front: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write configurations along the whole range into this folder.")
     ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Keep what was measured in this folder: another budget does not measure it again."
+        ),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw layers, sides and the front: a PNG, SVG or PDF file.")
     ] = None,
@@ -143,7 +149,8 @@ def tune(
 
     Exit codes: 0 fine; 1 a result cannot be written; 2 wrong usage, or something is missing.
     """
-    parts = out.with_name(f"{out.name}.parts")
+    own_parts = parts is None
+    parts = parts or out.with_name(f"{out.name}.parts")
     texts = TextOptions(text, dataset, held_out_text, held_out_dataset, sequences, held_out_sequences, length)
     layers = LayerOptions(keep_first, keep_last, together, most_settings)
     sizes = {"prefill": prefill, "step": step, "batch_size": batch_size, "tries": tries}
@@ -151,7 +158,9 @@ def tune(
         goal = _read_goal(budget, memory, max_kl, context)
         texts.check()
         check_sizes(length, prefill)
-        _check_outputs(out, record, front, picture)
+        _check_outputs(out, record, picture)
+        _check_folder("--front", front)
+        _check_folder("--parts", parts)
         base = _read_base(config)
         grid = make_grid(backend, parse_bits(bits) if bits is not None else (), axis, group_size, rotation, balance)
         plan = _make_plan(load_given_model(model, dtype, device, progress), texts, goal, base, layers, grid, sizes)
@@ -165,7 +174,8 @@ def tune(
         write_front(answer, name, command, front)
     if picture is not None:
         _draw(answer, picture, name)
-    shutil.rmtree(parts, ignore_errors=True)
+    if own_parts:
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -209,15 +219,18 @@ def _read_goal(budget: float | None, memory: str | None, max_kl: float | None, c
     return Goal(context, bits=budget, memory_bytes=memory_bytes, max_kl=max_kl)
 
 
-def _check_outputs(out: Path, record: Path | None, front: Path | None, picture: Path | None) -> None:
+def _check_outputs(out: Path, record: Path | None, picture: Path | None) -> None:
     check_outputs(out, picture)
     check_outputs(record, None)
     if record is not None and record.absolute() == out.absolute():
         raise EvaluationError(f"--out and --record are the same file, {str(out)!r}")
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise EvaluationError(f"--out {str(out)!r} is not a YAML file: use .yaml")
-    if front is not None and (not front.absolute().parent.is_dir() or (front.exists() and not front.is_dir())):
-        raise EvaluationError(f"--front {str(front)!r} cannot be written: give a folder in one that exists")
+
+
+def _check_folder(option: str, folder: Path | None) -> None:
+    if folder is not None and (not folder.absolute().parent.is_dir() or (folder.exists() and not folder.is_dir())):
+        raise EvaluationError(f"{option} {str(folder)!r} cannot be written: give a folder in one that exists")
 
 
 def _read_base(config: Path | None) -> KVQCacheConfig:

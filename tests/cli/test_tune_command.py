@@ -45,6 +45,10 @@ def test_a_run_is_a_configuration_a_record_a_front_and_a_picture(call_tune, call
     assert KVQCacheConfig.from_file(front[0]).to_dict() == record["tuning"]["front"][0]["config"]
     assert "<svg" in (tmp_path / "own.svg").read_text()
     assert not (tmp_path / "own.yaml.parts").exists()
+    again = call_tune(*QUICK, "--budget", "5.5", "--parts", "kept", "--out", "again.yaml")
+    assert again.returncode == 0
+    assert len(list((tmp_path / "kept").glob("probe-*.pt"))) >= 3 * 2 * 2
+    assert KVQCacheConfig.from_file(tmp_path / "again.yaml") == config
     planned = call_kvq("plan", "--model", "embedded", "--context", "1000", "--config", "own.yaml", "--json")
     assert json.loads(planned.stdout)["total_bytes"] == record["tuning"]["tuned"]["bytes"]
 
@@ -73,6 +77,7 @@ def test_a_run_is_a_configuration_a_record_a_front_and_a_picture(call_tune, call
         (("--budget", "5", "--out", "own.json"), "--out 'own.json' is not a YAML file"),
         (("--budget", "5", "--out", "nowhere/own.yaml"), "'nowhere/own.yaml' cannot be written"),
         (("--budget", "5", "--front", "nowhere/front"), "--front 'nowhere/front' cannot be written"),
+        (("--budget", "5", "--parts", "nowhere/parts"), "--parts 'nowhere/parts' cannot be written"),
         (("--budget", "5", "--picture", "own.txt"), "'own.txt' is not a picture file"),
         (("--budget", "5", "--config", "layers.yaml"), "has settings of single layers, which tuning chooses"),
         (("--budget", "5", "--model", "nowhere"), "model 'nowhere' cannot be loaded"),
