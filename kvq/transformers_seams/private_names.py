@@ -116,7 +116,7 @@ SEAMS = (
         "get_mask_sizes",
         "before the layers run, the cache is asked for the size of a mask, and then the mask function is called, with "
         "the padding mask [B, T]",
-        ("cache/kvq.py",),
+        ("cache/kvq.py", "tuning/row_layers.py"),
     ),
     Seam(
         CHECKPOINTS,

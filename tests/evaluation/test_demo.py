@@ -13,9 +13,10 @@ from kvq.evaluation.demo import Comparison, DemoCase, DemoRow, compare_bits, run
 from kvq.evaluation.one_thread import one_thread
 from kvq.evaluation.recall import ANSWER_LENGTH, sample_recall_batch
 from kvq.evaluation.scoring import RecallScore, score_recall
+from kvq.testing.case import PLAIN
 from kvq.transformers_seams.private_names import pass_cache
 
-TWO_BITS = {"nbits_k": 2, "nbits_v": 4, "backend": "native"}
+TWO_BITS = {**PLAIN, "nbits_k": 2, "nbits_v": 4, "backend": "native"}
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_cache_operations_need_nothing_more(llama, prompts, fields):
     assert torch.equal(forked.materialize(0)[0], expected)
 
 
-@pytest.mark.parametrize("change", [{"rotation_k": "hadamard"}, {"balance_k": "rms"}], ids=lambda one: next(iter(one)))
+@pytest.mark.parametrize("change", [{"clip_k": 0.9}, {"balance_k": "rms"}], ids=lambda one: next(iter(one)))
 def test_what_the_core_does_to_states_is_refused(fields, change):
     cache = KVQ(**{**fields, "axis_key": "per_channel", **change})
     with pytest.raises(ConfigError, match=next(iter(change))):
