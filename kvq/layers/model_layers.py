@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import ModelError
@@ -86,8 +87,16 @@ def build_layers(
     if is_latent(model_config):
         settings |= {index: _spare_rope_part(settings[index]) for index in quantized}
     return [
-        KVQLayer(index, settings[index], padding) if index in quantized else layer for index, layer in enumerate(layers)
+        KVQLayer(index, settings[index], padding)
+        if index in quantized
+        else (_as_long_as_others(layer) if index in replaced else layer)
+        for index, layer in enumerate(layers)
     ]
+
+
+def _as_long_as_others(layer: Any) -> Any:
+    """Return a layer in full precision that holds all tokens, as quantized ones of its kind do: they share a mask."""
+    return DynamicLayer() if kind_of(layer).replaced is Replaced.ON_REQUEST else layer
 
 
 def _find_replaced(layers: list[Any], when: Replaced) -> set[int]:
