@@ -83,6 +83,23 @@ def test_the_transform_is_sylvesters_matrix_in_blocks(length, block):
     assert states.any(), "never an alias"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_on_the_way_may_be_past_the_end_of_float16(dtype):
+    states = torch.full((128,), 3000.0, dtype=dtype)
+    expected = torch.zeros(128, dtype=torch.float64)
+    expected[0] = states[0].double() * math.sqrt(128)
+    found = hadamard_transform(states)
+    assert torch.equal(found, expected.to(dtype)), "33941 in float16, by way of 384000"
+    assert found.dtype == dtype
+
+
+def test_narrow_dtypes_are_rounded_once():
+    states = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    expected = torch.from_numpy(states.double().numpy() @ sylvester(128))
+    found = hadamard_transform(states).double()
+    assert ((found - expected).abs() <= expected.abs() * 2.0**-8 + 1e-5).all()
+
+
 def test_what_has_no_transform_is_refused():
     with pytest.raises(ValueError, match="dim=0"):
         hadamard_transform(torch.zeros(8), 0)

@@ -13,6 +13,9 @@ def hadamard_block(length: int) -> int:
 def hadamard_transform(states: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Multiply blocks along a dimension by the orthonormal Hadamard matrix (Sylvester's), which is its own inverse.
 
+    It adds and subtracts in float32 where the dtype is narrower, and rounds once at the end: sums of float16 would be
+    infinite where the result is not. A result past the largest number of the dtype is infinite.
+
     A length that is no power of two is transformed in blocks of `hadamard_block(length)` elements; an odd one stays as
     it is.
 
@@ -35,8 +38,9 @@ def hadamard_transform(states: torch.Tensor, dim: int = -1) -> torch.Tensor:
     if not states.is_floating_point():
         raise TypeError(f"states of {states.dtype} have no transform; give floating-point ones")
     block = hadamard_block(states.shape[dim])
-    transformed: torch.Tensor = add_and_subtract(states, block, dim) * block**-0.5
-    return transformed
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    transformed: torch.Tensor = add_and_subtract(wide, block, dim) * block**-0.5
+    return transformed.to(states.dtype)
 
 
 def add_and_subtract(states: torch.Tensor, block: int, dim: int = -1) -> torch.Tensor:
