@@ -45,7 +45,8 @@ class GuardedQuantizer:
         self._first_block_kind = kind_of(origin.backend, quantizer, spec)
         self.origin = origin
         _check_layout(origin, self.layout())
-        _check_constants(origin, self.constants())
+        # The backend's own, not those that a subclass adds to them.
+        _check_constants(origin, GuardedQuantizer.constants(self))
         self.packed_format: PackedFormat | None = read_declared(quantizer, spec, origin)
 
     @property

@@ -188,3 +188,13 @@ def test_a_constant_of_the_rotations_name_is_refused():
 
     with pytest.raises(QuantizerContractError, match="rotation_signs"):
         fill(make(Clashing, **ROTATED), states_with_outliers())
+
+
+@pytest.mark.parametrize("fields", [{}, ROTATED], ids=["plain", "rotated"])
+def test_constants_that_are_none_break_the_contract(fields):
+    class Without(Levels):
+        def constants(self):
+            return None
+
+    with pytest.raises(QuantizerContractError, match="constants returned a NoneType"):
+        fill(make(Without, **fields), states_with_outliers())
