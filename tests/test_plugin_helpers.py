@@ -118,6 +118,27 @@ def test_numbers_past_the_end_become_the_end(dtype):
     assert torch.equal(states.nan_to_num(), kept.nan_to_num()), "not written to"
 
 
+LARGEST = {torch.float32: (2 - 2**-23) * 2.0**127, torch.bfloat16: (2 - 2**-7) * 2.0**127, torch.float16: 65504.0}
+"""By the formats themselves: all bits of the significand set, and the largest exponent."""
+LARGEST_OF_BOTH = {
+    **{(own, other): min(LARGEST[own], LARGEST[other]) for own in LARGEST for other in LARGEST},
+    (torch.bfloat16, torch.float16): 65280.0,  # eight bits set: the next one up is 65536
+    **{(own, torch.float8_e4m3fn): 448.0 for own in LARGEST},
+    **{(own, torch.float8_e5m2): 57344.0 for own in LARGEST},
+}
+
+
+@pytest.mark.parametrize(("own", "other"), LARGEST_OF_BOTH, ids=str)
+def test_the_end_is_a_number_of_both_dtypes(own, other):
+    states = torch.tensor([torch.inf, -torch.inf, LARGEST[own], torch.nan, 1.5], dtype=own)
+    found = clamp_to_dtype(states, other)
+    largest = LARGEST_OF_BOTH[own, other]
+    assert found.dtype == own
+    assert found[[0, 1, 2, 4]].tolist() == [largest, -largest, largest, 1.5]
+    assert found.to(other).float()[[0, 1, 2, 4]].isfinite().all()
+    assert math.isnan(found[3])
+
+
 def test_a_dtype_without_such_numbers_is_refused():
     with pytest.raises(TypeError, match=r"torch\.uint8"):
         clamp_to_dtype(torch.zeros(3), torch.uint8)

@@ -9,7 +9,7 @@ import torch
 
 from kvq import KVQ, register_backend
 from kvq.errors import ConfigError, QuantizerContractError
-from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities, Granularity, Part
+from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities, Granularity, Part, clamp_to_dtype
 from kvq.registry import BackendRegistry
 from kvq.store.rotation import HadamardRotation
 from kvq.testing import ContractCase
@@ -198,3 +198,16 @@ def test_constants_that_are_none_break_the_contract(fields):
 
     with pytest.raises(QuantizerContractError, match="constants returned a NoneType"):
         fill(make(Without, **fields), states_with_outliers())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_backend_may_decode_in_the_dtype_of_the_states(dtype):
+    """What it decodes into is float32 where the core turns states back."""
+
+    class Narrow(Levels):
+        def decode_into(self, parts, out):
+            out.copy_(clamp_to_dtype(self.decode(parts).to(dtype), out.dtype))
+
+    states = states_with_outliers(dtype=dtype)
+    found, exact = (fill(make(build, **ROTATED), states).float() for build in (Narrow, Levels))
+    assert (found - exact).square().mean() < 1e-4 * exact.square().mean()
