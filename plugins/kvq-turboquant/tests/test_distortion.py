@@ -68,4 +68,4 @@ def test_dot_products_are_unbiased_and_as_exact_as_the_paper_s(nbits, vectors):
 
 @pytest.mark.parametrize("nbits", PAPER_MSE)
 def test_codes_are_packed_without_a_wasted_bit(nbits):
-    assert code_of(nbits).layout()["codes"].block_bytes * 8 == 32 * DIMENSION * nbits
+    assert code_of(nbits).layout()["packed_codes"].block_bytes * 8 == 32 * DIMENSION * nbits

@@ -14,6 +14,9 @@ from kvq_turboquant.random_matrices import random_projection, random_rotation
 LENGTH_DTYPE = torch.bfloat16
 """Dtype of the vectors' lengths: it has the range of all dtypes of states; rounding adds 4e-6 to the relative error."""
 
+CODES = "packed_codes"
+"""The part with the codes. It was `codes` in 0.1.0, which packed them in another order: the name refuses its caches."""
+
 
 class VectorCode:
     """A vector as its length, the codes of its rotated direction and, for dot products, signs of the residual.
@@ -41,7 +44,7 @@ class VectorCode:
         """Return the parts of one block."""
         parts = {
             "length": Part((self.tokens,), LENGTH_DTYPE),
-            "codes": Part((self.tokens, packed_length(self.dimension, self.code_bits)), torch.uint8),
+            CODES: Part((self.tokens, packed_length(self.dimension, self.code_bits)), torch.uint8),
         }
         if self.projection is not None:
             parts["residual_length"] = Part((self.tokens,), LENGTH_DTYPE)
@@ -60,7 +63,7 @@ class VectorCode:
         rotated = _multiply(vectors / divisor, self.rotation)
         boundaries = (self.levels[1:] + self.levels[:-1]) / 2
         codes = torch.bucketize(rotated, boundaries)
-        parts = {"length": length, "codes": pack_codes(codes.to(torch.uint8), self.code_bits)}
+        parts = {"length": length, CODES: pack_codes(codes.to(torch.uint8), self.code_bits)}
         if self.projection is not None:
             residual = rotated - self.levels[codes]
             signs = _multiply(residual, self.projection.T) >= 0
@@ -70,7 +73,7 @@ class VectorCode:
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the vectors, fp32 `[..., tokens, n]`."""
-        codes = unpack_codes(parts["codes"], self.code_bits, self.dimension)
+        codes = unpack_codes(parts[CODES], self.code_bits, self.dimension)
         rotated = self.levels[codes.long()]
         if self.projection is not None:
             signs = unpack_codes(parts["residual_signs"], 1, self.dimension).float().mul_(2).sub_(1)
