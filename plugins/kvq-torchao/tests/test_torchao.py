@@ -53,3 +53,39 @@ def test_a_group_far_from_zero_has_the_steps_of_its_own_range(nbits):
     step = (groups.amax(-1) - groups.amin(-1))[:, None] / (2**nbits - 1)
     assert (errors[False] <= step / 2 + 1e-4).all()
     assert errors[True].square().mean() > 50 * errors[False].square().mean()
+
+
+@pytest.mark.parametrize("preserve_zero", [False, True])
+@pytest.mark.parametrize("nbits", [2, 4, 8])
+@pytest.mark.parametrize("size", [1e-41, 1e-36, 8e37])
+def test_groups_of_any_size_have_steps_of_their_range(size, nbits, preserve_zero):
+    """In float64 on what is returned: at 8e37 ranges pass the largest fp32, at 1e-41 all numbers are denormal."""
+    groups = torch.randn(40, 64, generator=torch.Generator().manual_seed(nbits)) * size
+    codes, scale, offset = TorchAOQuantizer(nbits, preserve_zero=preserve_zero).encode(groups)
+    found = codes * scale.double()[:, None] + offset.double()[:, None]
+    step = (groups.double().amax(-1) - groups.double().amin(-1))[:, None] / (2**nbits - 1)
+    # The zero point of torchao's own range is rounded, which moves the ends by half a step.
+    steps = 1.01 if preserve_zero else 0.51
+    # Scales of denormal numbers are rounded to 2 ** -149, in each of the codes.
+    assert ((found - groups.double()).abs() <= steps * step + 2.0**-150 * 2**nbits).all()
+
+
+@pytest.mark.parametrize("nbits", [2, 4, 8])
+def test_a_power_of_two_changes_no_code(nbits):
+    groups = torch.randn(40, 64, generator=torch.Generator().manual_seed(nbits)) + 1
+    codes, scale, offset = TorchAOQuantizer(nbits).encode(groups)
+    for factor in (2.0**-60, 2.0**100):
+        found = TorchAOQuantizer(nbits).encode(groups * factor)
+        assert torch.equal(found[0], codes)
+        assert torch.equal(found[1], scale * factor)
+        assert torch.equal(found[2], offset * factor)
+
+
+@pytest.mark.parametrize("nbits", [1, 4])
+def test_the_largest_numbers_get_finite_scales(nbits):
+    groups = torch.tensor([[-1.0, 1.0] * 32]) * torch.finfo(torch.float32).max
+    for preserve_zero in (False, True):
+        codes, scale, offset = TorchAOQuantizer(nbits, preserve_zero=preserve_zero).encode(groups)
+        assert scale.isfinite().all()
+        assert offset.isfinite().all()
+        assert preserve_zero or codes[0, :2].tolist() == [0, 2**nbits - 1]
