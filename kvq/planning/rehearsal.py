@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.errors import ModelError
@@ -59,6 +60,7 @@ class Rehearsal:
     def __init__(self, layer: Any, outline: Any) -> None:
         self.outline = outline
         self.kind = kind_of(outline)
+        self.kept = self._find_kept(layer)
         self.quantized: KVQLayer | None = None
         self.is_offloaded = False
         if self.kind.growth is Growth.UNKNOWN:
@@ -86,7 +88,16 @@ class Rehearsal:
         """Equal for layers that hold equally many bytes after equally many tokens."""
         window = getattr(self.outline, "sliding_window", None)
         shapes = tuple((tuple(one.shape), one.dtype) for one in self.states or ())
-        return self.kind, window, shapes, _measure(self.outline).total_bytes, self._quantized_signature()
+        kind, held = (self.kind, type(self.kept)), _measure(self.outline).total_bytes
+        return kind, window, shapes, held, self._quantized_signature()
+
+    def _find_kept(self, layer: Any) -> Any:
+        """Return the layer in full precision: transformers' own, or one that holds all tokens in its place."""
+        if type(layer) is not DynamicLayer or type(self.outline) is DynamicLayer or self.states is None:
+            return self.outline
+        kept = DynamicLayer()
+        kept.update(*self.states)
+        return kept
 
     def run(self, context: int, horizon: int, *, full_precision: bool = False) -> Moments:
         """Fill the layer with a prompt and then token by token.
@@ -96,7 +107,8 @@ class Rehearsal:
             horizon: tokens after it, at least 1.
             full_precision: fill transformers' own layer instead.
         """
-        layer = self._renew() if self.quantized is not None and not full_precision else copy.deepcopy(self.outline)
+        plain = self.outline if full_precision else self.kept
+        layer = self._renew() if self.quantized is not None and not full_precision else copy.deepcopy(plain)
         self._feed(layer, context - (0 if isinstance(layer, KVQLayer) else 1))
         prompt = _measure(layer)
         peak = max(map(self._own_bytes, (prompt, *self._measure_steps(layer, horizon))))
