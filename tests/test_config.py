@@ -464,6 +464,11 @@ class TestFewerBitsForKeys:
             KVQCacheConfig.from_mapping({"backend": "testing", "layers": {"3": {"nbits_v": 8}, "4": {"nbits_k": 8}}})
         assert [warning.filename for warning in caught] == [__file__]
 
+    def test_many_places_are_one_warning(self):
+        with pytest.warns(UserWarning, match=r"^layers\['1'\].nbits_k=2 is below .* \(3 such places\): keys") as caught:
+            make_config(nbits_k=4, nbits_v=4, layers={index: {"nbits_k": 2} for index in (1, 3, 5)})
+        assert len(caught) == 1
+
     def test_otherwise_nothing_warns(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

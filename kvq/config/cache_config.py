@@ -221,16 +221,20 @@ class KVQCacheConfig(FrozenModel):
             "": LayerConfig(nbits_k=self.nbits_k),
             **{f"layers[{text!r}].": own for text, own in self.layers.items()},
         }
+        below = []
         for place, own in places.items():
             fields = {**dict(self), **own.given}
             if place == "" or "q_group_size" in own.given:
                 warn_of_unused_group_size(place, fields["backend"], fields["q_group_size"], DEFAULT_GROUP_SIZE)
             nbits_k, nbits_v = fields["nbits_k"], fields["nbits_v"]
             if nbits_k < nbits_v and own.given.keys() & {"nbits_k", "nbits_v"}:
-                warn_user(
-                    f"{place}nbits_k={nbits_k} is below {place}nbits_v={nbits_v}: keys are usually the more sensitive "
-                    "side (arXiv 2502.15075); measure before you rely on it"
-                )
+                below.append(f"{place}nbits_k={nbits_k} is below {place}nbits_v={nbits_v}")
+        if below:
+            others = f" ({len(below)} such places)" if len(below) > 1 else ""
+            warn_user(
+                f"{below[0]}{others}: keys are usually the more sensitive side (arXiv 2502.15075); measure before you "
+                "rely on it"
+            )
 
     def _fill(self, fields: Mapping[str, Any], source: str | None = None) -> None:
         faults = find_strange_values(fields)
