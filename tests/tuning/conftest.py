@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_texts import LAYERS, make_text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQCacheConfig
-from kvq.evaluation.quality.text import TokenText
-
-LAYERS = 4
-LENGTH = 164
 
 
 @pytest.fixture(scope="session")
@@ -21,11 +18,6 @@ def model():
         num_hidden_layers=LAYERS, vocab_size=199, max_position_embeddings=512, initializer_range=0.2, **shape
     )
     return LlamaForCausalLM(config).eval()
-
-
-def make_text(seed, sequences=2, length=LENGTH):
-    tokens = torch.randint(199, (sequences, length), generator=torch.Generator().manual_seed(seed))
-    return TokenText(f"noise {seed}", tokens, torch.ones(length, dtype=torch.bool))
 
 
 @pytest.fixture(scope="session")

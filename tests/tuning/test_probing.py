@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_texts import LAYERS, make_text
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from kvq import KVQCacheConfig
@@ -13,7 +14,6 @@ from kvq.evaluation.quality.run import evaluate
 from kvq.tuning.layer_skipping import find_layer_modules
 from kvq.tuning.probing import Probes
 from kvq.tuning.side_setting import Pair, SideSetting, build_config
-from tests.tuning.conftest import LAYERS, make_text
 
 TWO, EIGHT = SideSetting("native", 2), SideSetting("native", 8)
 SIZES = {"prefill": 100, "step": 16}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_texts import LAYERS
 
 from kvq import KVQ, KVQCacheConfig
 from kvq.planning import plan
 from kvq.tuning.layer_bytes import LayerBytes
 from kvq.tuning.side_setting import FULL_PRECISION, Pair, SideSetting, build_config
-from tests.tuning.conftest import LAYERS
 
 TWO, FIVE = SideSetting("native", 2), SideSetting("native", 5, group_size=128)
 MIXED = {

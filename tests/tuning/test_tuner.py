@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 import yaml
+from random_texts import LAYERS, make_text
 
 from kvq import KVQ, KVQCacheConfig, attach
 from kvq.errors import EvaluationError
@@ -21,7 +22,6 @@ from kvq.tuning.calibration import CalibrationText
 from kvq.tuning.report import describe_answer, front_rows, layer_rows, list_lines
 from kvq.tuning.tuned_file import describe_point, describe_tuned
 from kvq.tuning.tuner import count_bytes
-from tests.tuning.conftest import LAYERS, make_text
 
 
 class Interrupted:
