@@ -24,6 +24,7 @@ def call_tune(call_kvq, tmp_path):
 
 
 def test_a_run_is_a_configuration_a_record_a_front_and_a_picture(call_tune, call_kvq, tmp_path):
+    pytest.importorskip("matplotlib")
     outputs = ("--out", "own.yaml", "--record", "own.json", "--front", "front", "--picture", "own.svg")
     done = call_tune(*QUICK, "--budget", "5.5", *outputs)
     assert done.returncode == 0
@@ -104,6 +105,7 @@ def test_a_text_without_a_report_part_is_divided(tmp_path):
 
 
 def test_a_sweep_is_a_table_a_file_and_a_picture(call_kvq, tmp_path):
+    pytest.importorskip("matplotlib")
     grid = ("--backend", "native", "--backend", "quanto", "--bits-k", "4,3", "--bits-v", "2", "--no-peers")
     text = ("--model", "embedded", "--dataset", "recall-report", "--sequences", "1", "--length", "300")
     done = call_kvq("sweep", *text, *grid, "--out", "all.json", "--picture", "all.png")
