@@ -15,6 +15,7 @@ from kvq.cli.console import print_error, print_line, print_table
 from kvq.cli.eval_table import ShownRun
 from kvq.cli.eval_tasks import make_tasks, score_plan, show_scores
 from kvq.cli.given_path import exists, find_config_file
+from kvq.cli.model_options import describe_given_model, load_given_model
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
 from kvq.cli.resuming import told_how_to_resume
@@ -167,8 +168,8 @@ def evaluate(
             candidates = _load_candidates(config, peers, peer)
             processes = Processes.find()  # before the model is loaded: it chooses the device of this process
             sizes = {"prefill": prefill, "step": step, "batch_size": batch_size}
-            loaded = _load(model, dtype, device, progress)
-            title = _describe_model(model)
+            loaded = load_given_model(model, dtype, device, progress)
+            title = describe_given_model(model)
             plan = _make_plan(loaded, candidates, chosen, sizes)
             task_sets = make_tasks(plan, loaded[1], tasks)
         shown = ShownRun(plan, title) if processes.is_main else None
@@ -227,20 +228,6 @@ def _load_candidates(files: list[Path] | None, peers: bool, named: list[str] | N
     if named:
         return [*own, *choose_peers(named)]
     return [*own, *list_peers()] if peers else own
-
-
-def _load(
-    model: str, dtype: str, device: str | None, progress: Progress
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from kvq.evaluation.model_loading import load_model
-
-    return load_model(model, dtype=dtype, device=device, on_step=lambda step: progress.advance(step, 0))
-
-
-def _describe_model(model: str) -> str:
-    from kvq.evaluation.model_loading import describe_model
-
-    return describe_model(model)
 
 
 def _make_plan(
