@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from kvq import KVQ, KVQCacheConfig, attach
 from kvq.layers.biased_keys import KeyBias, explain_biased_keys, find_biased_keys
 from kvq.planning import plan
+from kvq.registry import get_registry
 
 SMALL = dict(vocab_size=99, initializer_range=0.2, pad_token_id=0)
 DECODER = dict(
@@ -174,6 +176,8 @@ def test_it_is_told_where_middles_are_bytes_and_the_bias_is_known():
     assert text_of(30.0, nbits_k=4, nbits_v=2) is None
     assert text_of(30.0, nbits_k=8, **in_bytes) is None, "eight bits have no middles in bytes"
     assert text_of(None, nbits_k=4, **in_bytes) is None
+    own = replace(get_registry().get_backend("native"), uses_group_size=False)
+    assert text_of(30.0, nbits_k=4, backend=own, **in_bytes) is None, "a representation of its own has no middles"
 
 
 def text_of(growth, **fields):

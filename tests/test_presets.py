@@ -176,6 +176,17 @@ class TestWhereOneIsRead:
         assert getattr(KVQCacheConfig(preset="4bit", **fields), step) == "auto"
         assert getattr(KVQCacheConfig(preset="4bit", **fields, **{step: "none"}), step) == "none"
 
+    def test_groups_inside_a_token_and_layers_keep_no_metadata_in_bytes(self):
+        """Scales there differ by more than a byte holds, from token to token of a block."""
+        assert KVQCacheConfig(preset="2bit", backend="hqq").metadata_dtype is torch.int8
+        for fields in (
+            {"axis_key": "per_token"},
+            {"axis_value": 0, "backend": "quanto"},
+            {"layers": {0: {"nbits_k": 4}}},
+        ):
+            assert KVQCacheConfig(preset="2bit", **fields).metadata_dtype is None
+        assert KVQCacheConfig(preset="2bit", axis_key="per_token", metadata_dtype="int8").metadata_dtype is torch.int8
+
 
 class TestWhatIsLeft:
     def test_what_is_written_holds_the_fields_alone(self):

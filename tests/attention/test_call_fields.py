@@ -104,3 +104,12 @@ def test_two_layers_keep_apart():
     for _ in range(3):
         one.check()
         other.check()
+
+
+@pytest.mark.parametrize("option", ["scaling", "softcap"])
+def test_a_number_that_a_model_keeps_in_a_tensor_and_changes_is_read_each_time(option):
+    steps = Steps()
+    number = torch.tensor(0.3 if option == "scaling" else 5.0)
+    for factor in (1.0, 1.0, 0.2):
+        number.mul_(factor)
+        steps.check(**{option: number})

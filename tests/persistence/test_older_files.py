@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from kvq import KVQ, KVQCacheConfig
 
@@ -34,6 +35,13 @@ def test_a_configuration_with_all_fields_of_its_time_gets_nothing_new(folder):
     for side in (layer.key, layer.value):
         assert (side.rotation, side.balance, side.clip) == STEPS_THEN[folder]
     assert KVQCacheConfig.from_mapping(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("folder", STEPS_THEN)
+def test_a_step_that_is_added_by_hand_brings_no_other(folder):
+    values = yaml.safe_load((OLDER / folder / "config.yaml").read_text(encoding="utf-8"))
+    config = KVQCacheConfig.from_mapping({**values, "clip_k": 0.9})
+    assert (config.balance_v, config.clip_k, config.clip_v) == (STEPS_THEN[folder][1], 0.9, "none")
 
 
 def test_one_that_leaves_fields_out_gets_the_defaults_of_today():
