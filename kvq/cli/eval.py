@@ -14,8 +14,16 @@ import typer
 from kvq.cli.console import print_error, print_line, print_table
 from kvq.cli.eval_table import ShownRun
 from kvq.cli.eval_tasks import make_tasks, score_plan, show_scores
-from kvq.cli.given_path import exists, find_config_file
-from kvq.cli.model_options import describe_given_model, load_given_model
+from kvq.cli.given_text import check_sizes, check_text, load_text
+from kvq.cli.model_options import (
+    GivenDevice,
+    GivenDtype,
+    GivenModel,
+    check_length,
+    describe_given_model,
+    find_positions,
+    load_given_model,
+)
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
 from kvq.cli.resuming import told_how_to_resume
@@ -44,13 +52,7 @@ MAX_NEEDLES = 1000
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH_OR_ID",
-            help="A causal model of transformers, a GGUF file, 'embedded', or 'smollm2': a real model, fetched once.",
-        ),
-    ] = EMBEDDED,
+    model: GivenModel = EMBEDDED,
     config: Annotated[
         list[Path] | None, typer.Option("--config", "-c", metavar="FILE", help="A configuration file; repeatable.")
     ] = None,
@@ -124,12 +126,8 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME", help="Only this one of them, such as quanto-4 or hqq-4; repeatable."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Such as cuda or cpu. Default: a GPU if there is one.")
-    ] = None,
+    dtype: GivenDtype = "auto",
+    device: GivenDevice = None,
     details: Annotated[
         bool, typer.Option("--details", help="Also print KL by position, error by distance, answers by depth.")
     ] = False,
@@ -162,8 +160,8 @@ def evaluate(
             from kvq.evaluation.quality.gate import parse_gate
 
             conditions = parse_gate(gate) if gate is not None else ()
-            _check_sizes(length, prefill)
-            _check_texts(text)
+            check_sizes(length, prefill)
+            check_text(text, None)
             check_outputs(out, picture)
             candidates = _load_candidates(config, peers, peer)
             processes = Processes.find()  # before the model is loaded: it chooses the device of this process
@@ -200,30 +198,13 @@ class _TextChoice:
     continuation: int | None
 
 
-def _check_sizes(length: int, prefill: int) -> None:
-    if prefill + 1 >= length:
-        raise EvaluationError(f"--prefill {prefill} leaves nothing of --length {length} to score")
-
-
-def _check_texts(files: list[Path] | None) -> None:
-    """Refuse a text that is not a file, before minutes of loading a model."""
-    for file in files or []:
-        if not exists(file):
-            raise EvaluationError(f"--text {str(file)!r} does not exist; give the path of a text file")
-        if file.is_dir():
-            raise EvaluationError(f"--text {str(file)!r} is a directory; give a text file in it")
-
-
 def _load_candidates(files: list[Path] | None, peers: bool, named: list[str] | None) -> list[Candidate]:
     """Return the candidates of the files, or of the defaults where none is given, and all peers or those named."""
+    from kvq.cli.given_configs import read_configs
     from kvq.config import KVQCacheConfig
     from kvq.evaluation.quality.candidates import choose_peers, list_peers, make_candidate
 
-    configs = {file.stem: KVQCacheConfig.from_file(find_config_file(file)) for file in files or []} or {
-        "defaults": KVQCacheConfig()
-    }
-    if files and len(configs) < len(files):
-        raise EvaluationError("two configurations have the same file name; rename one, the table needs two names")
+    configs = read_configs(files) or {"defaults": KVQCacheConfig()}
     own = [make_candidate(label, config) for label, config in configs.items()]
     if named:
         return [*own, *choose_peers(named)]
@@ -238,7 +219,7 @@ def _make_plan(
 ) -> EvaluationPlan:
     from kvq.evaluation.quality.needle import build_task
     from kvq.evaluation.quality.run import EvaluationPlan
-    from kvq.evaluation.quality.text import BUILT_IN_TEXTS, load_dataset, load_files
+    from kvq.evaluation.quality.text import BUILT_IN_TEXTS
 
     model, tokenizer = loaded
     shape = {"sequences": chosen.sequences, "length": chosen.length}
@@ -246,13 +227,8 @@ def _make_plan(
         raise EvaluationError(
             f"give the text: either --text FILE or --dataset ID (built in: {', '.join(BUILT_IN_TEXTS)})"
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and chosen.length > longest:
-        raise EvaluationError(f"--length {chosen.length} is more than the {longest} positions of the model")
-    if chosen.files is not None:
-        text = load_files(chosen.files, tokenizer, **shape)
-    else:
-        text = load_dataset(str(chosen.dataset), tokenizer, **shape)
+    check_length(model, chosen.length)
+    text = load_text(chosen.files, chosen.dataset, tokenizer, **shape)
     needles = None
     if chosen.needles:
         needles = build_task(tokenizer, text.sequences, length=chosen.length, per_depth=chosen.needles)
@@ -262,6 +238,7 @@ def _make_plan(
     plan = EvaluationPlan(
         model, text, candidates, needles, continuation=_choose_continuation(chosen, model, text), **sizes
     )
+    longest = find_positions(model)
     if longest is not None and plan.continuation and plan.prompt_length + plan.continuation > longest:
         raise EvaluationError(
             f"--continuation {plan.continuation} goes beyond the {longest} positions of the model; at --length "

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from kvq.cli.console import get_console, make_printable
+from kvq.watcher import Watcher
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -23,20 +24,8 @@ LINE_LABEL = "progress: "
 """The start of each line, by which a program tells it from warnings and errors."""
 
 
-class Progress(Protocol):
+class Progress(Watcher, Protocol):
     """How far a command is."""
-
-    def begin(self, label: str, total: int, unit: str) -> None:
-        """Start a part of the work.
-
-        Args:
-            label: names the first task.
-            total: units of work in this part.
-            unit: the units' name, in the plural.
-        """
-
-    def advance(self, label: str, done: int = 1) -> None:
-        """Note that units are done, and name the next task."""
 
 
 class ProgressLines:

@@ -11,15 +11,20 @@ import typer
 
 from kvq.cli.console import print_line
 from kvq.cli.eval_table import ShownRun
-from kvq.cli.given_path import find_config_file
 from kvq.cli.given_text import check_sizes, check_text, load_text
 from kvq.cli.grid_options import Axes, Backends, Balances, GroupSizes, Rotations, make_grid, parse_bits
-from kvq.cli.model_options import check_length, describe_given_model, load_given_model
+from kvq.cli.model_options import (
+    GivenDevice,
+    GivenDtype,
+    GivenModel,
+    check_length,
+    describe_given_model,
+    load_given_model,
+)
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
 from kvq.cli.resuming import told_how_to_resume
 from kvq.cli.usage_errors import usage_errors
-from kvq.errors import EvaluationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,13 +38,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH_OR_ID",
-            help="A causal model of transformers, a GGUF file, 'embedded', or 'smollm2': a real model, fetched once.",
-        ),
-    ],
+    model: GivenModel,
     backend: Backends = None,
     bits_k: Annotated[
         str | None, typer.Option(metavar="LIST", help="Bits of the keys. Default: 4,3,2.", show_default=False)
@@ -70,12 +69,8 @@ def sweep(
     ] = 128,
     step: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Tokens of each later forward.")] = 32,
     batch_size: Annotated[int, typer.Option(metavar="INTEGER", min=1, help="Sequences read together.")] = 2,
-    dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Such as cuda or cpu. Default: a GPU if there is one.")
-    ] = None,
+    dtype: GivenDtype = "auto",
+    device: GivenDevice = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything measured to this JSON file.")
     ] = None,
@@ -133,13 +128,10 @@ def _make_grid(sides: Grid, bits_v: tuple[float, ...], windows: list[int] | None
 
 def _others(files: list[Path] | None, *, peers: bool) -> list[Candidate]:
     """Return the configurations of the files, and transformers' caches."""
-    from kvq.config import KVQCacheConfig
+    from kvq.cli.given_configs import read_configs
     from kvq.evaluation.quality.candidates import list_peers, make_candidate
 
-    given = {file.stem: KVQCacheConfig.from_file(find_config_file(file)) for file in files or []}
-    if len(given) < len(files or []):
-        raise EvaluationError("two configurations have the same file name; rename one, the table needs two names")
-    own = [make_candidate(label, one) for label, one in given.items()]
+    own = [make_candidate(label, one) for label, one in read_configs(files).items()]
     return [*own, *list_peers()] if peers else own
 
 

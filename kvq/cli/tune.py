@@ -14,7 +14,7 @@ import typer
 from kvq.cli.given_path import find_config_file
 from kvq.cli.given_text import check_sizes
 from kvq.cli.grid_options import Axes, Backends, Balances, GroupSizes, Rotations, make_grid, parse_bits
-from kvq.cli.model_options import describe_given_model, load_given_model
+from kvq.cli.model_options import GivenDevice, GivenDtype, GivenModel, describe_given_model, load_given_model
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
 from kvq.cli.resuming import told_how_to_resume
@@ -32,13 +32,7 @@ if TYPE_CHECKING:
 
 
 def tune(
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH_OR_ID",
-            help="A causal model of transformers, a GGUF file, 'embedded', or 'smollm2': a real model, fetched once.",
-        ),
-    ],
+    model: GivenModel,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -114,12 +108,8 @@ def tune(
         int,
         typer.Option(metavar="INTEGER", min=0, help="Whole configurations to measure for exchanges between layers."),
     ] = 14,
-    dtype: Annotated[
-        str, typer.Option(metavar="DTYPE", help="auto (the model's own), float16, bfloat16 or float32.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Such as cuda or cpu. Default: a GPU if there is one.")
-    ] = None,
+    dtype: GivenDtype = "auto",
+    device: GivenDevice = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The configuration: a YAML file.")] = Path("tuned.yaml"),
     record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write everything measured to this JSON file.")

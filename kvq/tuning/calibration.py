@@ -12,7 +12,7 @@ from kvq.tuning.kept_probes import KeptProbes
 from kvq.tuning.probing import Probes
 from kvq.tuning.side_setting import Assignment
 from kvq.tuning.tuning_plan import TuningPlan
-from kvq.tuning.watcher import Watcher
+from kvq.watcher import Watcher
 
 AT_ONCE = 7
 """Assignments of one forward: each takes the memory of a cache in full precision."""

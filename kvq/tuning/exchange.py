@@ -66,7 +66,7 @@ def refine(
     *,
     tries: int,
     at_once: int,
-    is_allowed: Callable[[Choice], bool] = lambda choice: True,  # noqa: ARG005
+    is_allowed: Callable[[Choice], bool] = lambda _: True,
 ) -> Refined:
     """Try exchanges, those first that are predicted to cost least, and keep what lowers the joint divergence.
 

@@ -23,8 +23,8 @@ from kvq.tuning.sensitivity import Sensitivity, list_probes, measure_probes
 from kvq.tuning.side_setting import build_config
 from kvq.tuning.sizes import Sizes
 from kvq.tuning.tuning_plan import TuningPlan
-from kvq.tuning.watcher import Nobody, Watcher
 from kvq.tuning.weight_norms import measure_weight_norms
+from kvq.watcher import Nobody, Watcher
 
 FRONT_POINTS = 14
 """Configurations along the front, about: as many as two batches measure."""

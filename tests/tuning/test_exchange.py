@@ -39,7 +39,10 @@ def test_an_exchange_that_lowers_the_joint_divergence_is_kept():
 def test_what_is_no_better_than_chance_is_not_kept():
     generator = torch.Generator().manual_seed(0)
     chosen = Allocator(GROUPS).within(5)
-    noise = lambda choices: [1 + torch.rand(2, 50, generator=generator) for _ in choices]  # noqa: E731
+
+    def noise(choices):
+        return [1 + torch.rand(2, 50, generator=generator) for _ in choices]
+
     assert refine(chosen, GROUPS, 5, noise, tries=6, at_once=3).choice == chosen
 
 

@@ -1,4 +1,4 @@
-"""How far tuning is, for whoever shows it; nobody by default."""
+"""How far a long piece of work is, for whoever shows it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Watcher(Protocol):
-    """Is told how far tuning is."""
+    """Is told how far the work is."""
 
     def begin(self, label: str, total: int, unit: str) -> None:
         """Start a part of the work.
