@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 AXES = ("per_channel", "per_token")
 ROTATIONS = ("auto", "none", "hadamard")
 BALANCES = ("auto", "none", "rms")
+METADATA = ("default", "float16", "bfloat16", "float32", "int8")
 
 Backends = Annotated[
     list[str] | None,
@@ -37,6 +38,14 @@ Balances = Annotated[
     list[str] | None,
     typer.Option("--balance", metavar="NAME", help=f"{', '.join(BALANCES)}; repeatable. Default: auto."),
 ]
+Clips = Annotated[
+    list[str] | None,
+    typer.Option("--clip", metavar="SHARE", help="auto, none, or the part of a range that is kept; repeatable."),
+]
+Metadata = Annotated[
+    list[str] | None,
+    typer.Option("--metadata", metavar="DTYPE", help=f"{', '.join(METADATA)}: of scales and middles; repeatable."),
+]
 
 
 def make_grid(
@@ -46,8 +55,10 @@ def make_grid(
     group_sizes: list[int] | None,
     rotations: list[str] | None,
     balances: list[str] | None,
+    clips: list[str] | None,
+    metadata: list[str] | None,
 ) -> Grid:
-    """Return the grid that the options span.
+    """Return the grid that the options span; what is not given is as in `Grid`.
 
     Raises:
         EvaluationError: a word is not accepted.
@@ -58,6 +69,7 @@ def make_grid(
         ("axis", axes, AXES),
         ("rotation", rotations, ROTATIONS),
         ("balance", balances, BALANCES),
+        ("metadata", metadata, METADATA),
     ):
         wrong = [word for word in given or () if word not in accepted]
         if wrong:
@@ -69,9 +81,23 @@ def make_grid(
         "group_sizes": group_sizes,
         "rotations": rotations,
         "balances": balances,
+        "clips": [_parse_clip(word) for word in clips or ()],
+        "metadata": metadata,
     }
     spans: dict[str, Any] = {name: tuple(dict.fromkeys(some)) for name, some in values.items() if some}
     return Grid(**spans)
+
+
+def _parse_clip(word: str) -> str | float:
+    if word in ("auto", "none"):
+        return word
+    try:
+        share = float(word)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise EvaluationError(f"--clip {word!r} is not accepted; write auto, none, or a part of the range such as 0.9")
+    return share
 
 
 def parse_bits(text: str, option: str = "--bits") -> tuple[float, ...]:

@@ -12,7 +12,17 @@ import typer
 from kvq.cli.console import print_line
 from kvq.cli.eval_table import ShownRun
 from kvq.cli.given_text import check_sizes, check_text, load_text
-from kvq.cli.grid_options import Axes, Backends, Balances, GroupSizes, Rotations, make_grid, parse_bits
+from kvq.cli.grid_options import (
+    Axes,
+    Backends,
+    Balances,
+    Clips,
+    GroupSizes,
+    Metadata,
+    Rotations,
+    make_grid,
+    parse_bits,
+)
 from kvq.cli.model_options import (
     GivenDevice,
     GivenDtype,
@@ -50,6 +60,8 @@ def sweep(
     group_size: GroupSizes = None,
     rotation: Rotations = None,
     balance: Balances = None,
+    clip: Clips = None,
+    metadata: Metadata = None,
     window: Annotated[
         list[int] | None,
         typer.Option(metavar="INTEGER", min=0, help="Newest tokens kept exact; repeatable. Default: 32."),
@@ -93,7 +105,8 @@ def sweep(
         check_text(text, dataset)
         check_outputs(out, picture)
         keys, values = _parse(bits_k, "--bits-k"), _parse(bits_v, "--bits-v")
-        grid = _make_grid(make_grid(backend, keys, axis, group_size, rotation, balance), values, window)
+        sides = make_grid(backend, keys, axis, group_size, rotation, balance, clip or ["auto"], metadata or ["default"])
+        grid = _make_grid(sides, values, window)
         candidates, left_out = grid.candidates()
         candidates += _others(config, peers=peers)
         loaded = load_given_model(model, dtype, device, progress)

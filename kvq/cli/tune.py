@@ -13,7 +13,17 @@ import typer
 
 from kvq.cli.given_path import find_config_file
 from kvq.cli.given_text import check_sizes
-from kvq.cli.grid_options import Axes, Backends, Balances, GroupSizes, Rotations, make_grid, parse_bits
+from kvq.cli.grid_options import (
+    Axes,
+    Backends,
+    Balances,
+    Clips,
+    GroupSizes,
+    Metadata,
+    Rotations,
+    make_grid,
+    parse_bits,
+)
 from kvq.cli.model_options import GivenDevice, GivenDtype, GivenModel, describe_given_model, load_given_model
 from kvq.cli.outputs import check_outputs, write_output
 from kvq.cli.progress import Progress, show_progress
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvq.config import KVQCacheConfig
+    from kvq.evaluation.quality.processes import Processes
     from kvq.tuning import Goal, Grid, SearchSpace, TunedCache, TuningPlan
 
 
@@ -54,12 +65,15 @@ def tune(
     ] = 4096,
     backend: Backends = None,
     bits: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Bits to choose from. Default: 2,3,4,5,6,8.", show_default=False)
+        str | None,
+        typer.Option(metavar="LIST", help="Bits to choose from. Default: 1,2,3,4,5,6,8.", show_default=False),
     ] = None,
     axis: Axes = None,
     group_size: GroupSizes = None,
     rotation: Rotations = None,
     balance: Balances = None,
+    clip: Clips = None,
+    metadata: Metadata = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", metavar="FILE", help="A configuration whose window, sinks and so on are kept."),
@@ -135,16 +149,23 @@ def tune(
     on a held-out text, beside the best uniform configuration of that size.
 
     --out gets a commented configuration, which `attach`, `KVQ`, `kvq eval`, `kvq plan` and `kvq bench` take. A run that
-    was stopped goes on where it was: finished measurements lie beside it.
+    was stopped goes on where it was: finished measurements lie beside it. Under `accelerate launch` all processes share
+    the work.
 
     Exit codes: 0 fine; 1 a result cannot be written; 2 wrong usage, or something is missing.
     """
+    from kvq.evaluation.quality.processes import Processes
+
     own_parts = parts is None
     parts = parts or out.with_name(f"{out.name}.parts")
     texts = TextOptions(text, dataset, held_out_text, held_out_dataset, sequences, held_out_sequences, length)
     layers = LayerOptions(keep_first, keep_last, together, most_settings)
     sizes = {"prefill": prefill, "step": step, "batch_size": batch_size, "tries": tries}
-    with show_progress("loading the model") as progress, usage_errors(), told_how_to_resume(parts):
+    with (
+        show_progress("loading the model", hidden=not Processes.is_first()) as progress,
+        usage_errors(),
+        told_how_to_resume(parts, quiet=not Processes.is_first()),
+    ):
         goal = _read_goal(budget, memory, max_kl, context)
         texts.check()
         check_sizes(length, prefill)
@@ -152,9 +173,14 @@ def tune(
         _check_folder("--front", front)
         _check_folder("--parts", parts)
         base = _read_base(config)
-        grid = make_grid(backend, parse_bits(bits) if bits is not None else (), axis, group_size, rotation, balance)
+        widths = parse_bits(bits) if bits is not None else ()
+        metadata = metadata or _own_metadata(config, base)
+        grid = make_grid(backend, widths, axis, group_size, rotation, balance, clip, metadata)
+        processes = Processes.find()  # before the model is loaded: it chooses the device of this process
         plan = _make_plan(load_given_model(model, dtype, device, progress), texts, goal, base, layers, grid, sizes)
-        answer = _tune(plan, parts, progress)
+        answer = _tune(plan, parts, progress, processes)
+    if not processes.is_main:
+        return
     name, command = describe_given_model(model), _describe_command()
     show_answer(answer, name)
     _write(answer, name, command, out)
@@ -190,9 +216,9 @@ class LayerOptions:
         Raises:
             EvaluationError: nothing is left to choose.
         """
-        from kvq.tuning import SearchSpace, find_quantizable, group_layers
+        from kvq.tuning import SearchSpace, find_quantizable, group_layers, widen_for_biases
 
-        settings = tuple(grid.settings())
+        settings = tuple(widen_for_biases(grid, model).settings())
         groups, kept = group_layers(
             find_quantizable(model, base), together=self.together, keep_first=self.keep_first, keep_last=self.keep_last
         )
@@ -254,10 +280,17 @@ def _make_plan(
     return TuningPlan(model, text, held_out, layers.make_space(model, base, grid), goal, base, **sizes)
 
 
-def _tune(plan: TuningPlan, parts: Path, progress: Progress) -> TunedCache:
+def _own_metadata(config: Path | None, base: KVQCacheConfig) -> list[str] | None:
+    """Return the dtype of scales and middles that a given configuration has; None without one."""
+    if config is None:
+        return None
+    return [str(base.to_dict()["metadata_dtype"] or "default")]
+
+
+def _tune(plan: TuningPlan, parts: Path, progress: Progress, processes: Processes) -> TunedCache:
     from kvq.tuning import tune as run
 
-    return run(plan, parts=parts, watcher=progress)
+    return run(plan, parts=parts, watcher=progress, processes=processes)
 
 
 def _write(answer: TunedCache, name: str, command: str, out: Path) -> None:

@@ -15,7 +15,7 @@ from kvq.plugin_api.quantizer import QuantSpec
 LEAST_ROTATION_BLOCK = 16
 """Elements of a transform from which `auto` rotates: a shorter one spreads little."""
 
-CLIP_SHARES = {2: 0.85, 3: 0.95}
+CLIP_SHARES = {1: 0.4, 2: 0.85, 3: 0.95}
 """The part of a range that `auto` keeps, by bits of a code; at four bits clipping changes nothing, at more it hurts."""
 
 

@@ -3,7 +3,7 @@
 from kvq.tuning.answer import Point, TunedCache
 from kvq.tuning.goal import Goal
 from kvq.tuning.kvtuner import read_kvtuner
-from kvq.tuning.search_space import Grid, SearchSpace, default_base, find_quantizable, group_layers
+from kvq.tuning.search_space import Grid, SearchSpace, default_base, find_quantizable, group_layers, widen_for_biases
 from kvq.tuning.side_setting import Pair, SideSetting
 from kvq.tuning.tuner import tune
 from kvq.tuning.tuning_plan import TuningPlan
@@ -22,4 +22,5 @@ __all__ = [
     "group_layers",
     "read_kvtuner",
     "tune",
+    "widen_for_biases",
 ]

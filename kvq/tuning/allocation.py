@@ -64,7 +64,7 @@ class Allocator:
     """
 
     def __init__(self, groups: Sequence[Sequence[Option]]) -> None:
-        self._groups = [_without_dominated(options) for options in groups]
+        self._groups = [without_dominated(options) for options in groups]
         self.least_bytes = sum(options[0].num_bytes for options in self._groups)
         self.most_bytes = sum(options[-1].num_bytes for options in self._groups)
         self._unit = _find_unit(self._groups, self.most_bytes - self.least_bytes)
@@ -138,7 +138,7 @@ def allocate(groups: Sequence[Sequence[Option]], solve: Solve, most_names: int |
 
 
 def _exchange(groups: Sequence[Sequence[Option]], names: set[Any], solve: Solve) -> Choice | None:
-    every = {one.name for options in groups for one in options}
+    every = {one.name for options in groups for one in without_dominated(options)}
     best = _solve_with(groups, names, solve)
     improved = True
     while improved:
@@ -166,7 +166,7 @@ def _worth(choice: Choice | None) -> tuple[float, float]:
     return (math.inf, math.inf) if choice is None else (choice.cost, choice.num_bytes)
 
 
-def _without_dominated(options: Sequence[Option]) -> list[Option]:
+def without_dominated(options: Sequence[Option]) -> list[Option]:
     """Return the options that no other one beats in bytes and cost at once, smallest first."""
     kept: list[Option] = []
     for one in sorted(options, key=lambda option: (option.num_bytes, option.cost)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,7 +54,7 @@ class TunedCache:
         before: the divergence before settings were exchanged between layers.
         tries: whole configurations that were measured for that.
         exchanges: how many exchanges were kept.
-        sensitivities: what every setting costs alone.
+        sensitivities: what every setting costs alone that was worth measuring.
         front: configurations along the whole range, smallest first.
         memory: the plan of the cache at the goal's context.
         held_out: how the held-out text was read.
@@ -93,11 +94,11 @@ class TunedCache:
         return self.tuned.config
 
     def single_effect(self, layers: tuple[int, ...], side: Side, setting: SideSetting | None) -> float:
-        """Return what a setting of a group of layers costs alone; 0 in full precision."""
+        """Return what a setting of a group of layers costs alone; 0 in full precision, NaN if it was not measured."""
         if setting is None:
             return 0.0
         probe = Probe(layers, side, setting)
-        return next(one.kl for one in self.sensitivities if one.probe == probe)
+        return next((one.kl for one in self.sensitivities if one.probe == probe), math.nan)
 
 
 def name_uniform(point: Point) -> str:

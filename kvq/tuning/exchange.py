@@ -13,7 +13,7 @@ from itertools import combinations
 
 import torch
 
-from kvq.tuning.allocation import Choice, Option
+from kvq.tuning.allocation import Choice, Option, without_dominated
 
 Measure = Callable[[Sequence[Choice]], list[torch.Tensor]]
 """Returns the divergence of each token, `[N, S]`, under each choice."""
@@ -119,7 +119,7 @@ def list_exchanges(choice: Choice, groups: Sequence[Sequence[Option]], most_byte
     single = [
         (place, option, option.num_bytes - old.num_bytes, option.cost - old.cost)
         for place, (old, options) in enumerate(zip(choice.options, groups, strict=True))
-        for option in options
+        for option in without_dominated(options)
         if option != old
     ]
     for place, option, more, cost in single:

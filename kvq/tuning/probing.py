@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.quality.forcing import read_on
-from kvq.evaluation.quality.metrics import Expected, TokenScores
+from kvq.evaluation.quality.metrics import Expected, measure_kl
 from kvq.evaluation.quality.prefix import Prefix
 from kvq.evaluation.quality.text import TokenText
 from kvq.layers.quantized_layer import KVQLayer
@@ -76,7 +76,7 @@ class Probes:
         found: list[list[torch.Tensor]] = [[] for _ in assignments]
         for expected, logits in self._run(assignments):
             for divergences, rows in zip(found, logits.chunk(len(assignments)), strict=True):
-                divergences.append(TokenScores.compare(rows, expected).kl)
+                divergences.append(measure_kl(rows, expected))
         return [torch.cat(divergences, dim=1)[:, self._scored] for divergences in found]
 
     @torch.inference_mode()
@@ -100,10 +100,7 @@ class Probes:
         self.skips = True
         try:
             pairs = self._run([{}], start=self._count // 2, pieces=1)
-            return all(
-                float(TokenScores.compare(logits, expected).kl.max()) <= MAX_KL_OF_SKIPPING
-                for expected, logits in pairs
-            )
+            return all(float(measure_kl(logits, expected).max()) <= MAX_KL_OF_SKIPPING for expected, logits in pairs)
         except Exception:  # noqa: BLE001  # code of any model, run in a way that it does not expect
             return False
 

@@ -111,6 +111,8 @@ def _shorten(setting: SideSetting | None, answer: TunedCache) -> str:
         ("group_size", f"by {setting.group_size}"),
         ("rotation", f"rotation {setting.rotation}"),
         ("balance", f"balance {setting.balance}"),
+        ("clip", f"clip {setting.clip}"),
+        ("metadata", f"metadata {setting.metadata}"),
     ):
         if len({getattr(one, name) for one in every}) > 1:
             words.append(text)

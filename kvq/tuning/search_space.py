@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kvq.cache.kvq import KVQ
 from kvq.config import PRESETS, KVQCacheConfig
 from kvq.errors import EvaluationError
+from kvq.layers.biased_keys import find_biased_keys
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
@@ -18,7 +19,12 @@ from kvq.registry import get_registry
 from kvq.tuning.side_setting import Pair, SideSetting
 
 DEFAULT_BACKEND: str = PRESETS["4bit"]["backend"]
-DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
+DEFAULT_BITS = (1, 2, 3, 4, 5, 6, 8)
+CLIPS: dict[float, tuple[str | float, ...]] = {2: ("auto", 0.75, 0.95), 3: ("auto", 0.9, "none"), 4: ("auto", 0.97)}
+"""Clipping to choose from by bits, elsewhere `auto` alone: more of it, which suits most layers, and less,
+for layers in which few large elements decide."""
+METADATA = "int8"
+"""`metadata_dtype` of candidates: up to 4 bits as good as others, in fewer bytes; wider codes keep the default."""
 
 
 def default_base() -> KVQCacheConfig:
@@ -37,6 +43,8 @@ class Grid:
         group_sizes: elements per scale.
         rotations: as in a configuration.
         balances: as in a configuration.
+        clips: as in a configuration; None: for the presets' backend those of `CLIPS`, else `auto`.
+        metadata: `metadata_dtype` of a configuration, or `default`.
     """
 
     backends: Sequence[str] = (DEFAULT_BACKEND,)
@@ -45,6 +53,8 @@ class Grid:
     group_sizes: Sequence[int] = (64,)
     rotations: Sequence[str] = ("auto",)
     balances: Sequence[str] = ("auto",)
+    clips: Sequence[str | float] | None = None
+    metadata: Sequence[str] = (METADATA,)
 
     def settings(self) -> list[SideSetting]:
         """Return the settings that the backends have.
@@ -78,11 +88,16 @@ class Grid:
 
     def _settings_of(self, spec: BackendSpec) -> Iterator[SideSetting]:
         has = spec.capabilities
-        for bits, axis, size, rotation, balance in product(
-            self.bits, self.axes, self.group_sizes, self.rotations, self.balances
-        ):
+        shapes = product(self.bits, self.axes, self.group_sizes, self.rotations, self.balances, self.metadata)
+        for bits, axis, size, rotation, balance, metadata in shapes:
             if bits in has.nbits and Granularity(axis) in has.granularities:
-                yield SideSetting(spec.name, bits, axis, size, rotation, balance)
+                for clip in self._clips_of(spec, bits):
+                    yield SideSetting(spec.name, bits, axis, size, rotation, balance, clip, metadata)
+
+    def _clips_of(self, spec: BackendSpec, bits: float) -> Sequence[str | float]:
+        if self.clips is not None:
+            return self.clips
+        return CLIPS.get(bits, ("auto",)) if spec.name == DEFAULT_BACKEND else ("auto",)
 
 
 @dataclass(frozen=True)
@@ -105,8 +120,9 @@ class SearchSpace:
 
     @property
     def pairs(self) -> list[Pair]:
-        """All pairs of settings."""
-        return [Pair(key, value) for key in self.keys for value in self.values]
+        """All pairs of settings that a configuration can say."""
+        every = [Pair(key, value) for key in self.keys for value in self.values]
+        return [pair for pair in every if pair.is_possible]
 
     @property
     def layers(self) -> list[int]:
@@ -121,6 +137,16 @@ def find_quantizable(model: PreTrainedModel, base: KVQCacheConfig) -> list[int]:
         ModelError: there are none.
     """
     return [index for index, layer in enumerate(KVQ(base, model=model).layers) if isinstance(layer, KVQLayer)]
+
+
+def widen_for_biases(grid: Grid, model: PreTrainedModel) -> Grid:
+    """Return the grid with the default metadata beside bytes where the model's keys have a large bias.
+
+    Bytes may be too coarse for the middles of such keys, so both are measured.
+    """
+    if tuple(grid.metadata) != (METADATA,) or not find_biased_keys(model):
+        return grid
+    return replace(grid, metadata=(METADATA, "default"))
 
 
 def group_layers(

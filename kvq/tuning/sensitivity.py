@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +12,9 @@ from kvq.plugin_api.quantizer import Side
 from kvq.tuning.calibration import CalibrationText
 from kvq.tuning.search_space import SearchSpace
 from kvq.tuning.side_setting import Assignment, Pair, SideSetting
+
+FIRST_BITS = 3
+"""Bits that every side is measured at."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +65,32 @@ class Sensitivity:
         return {"layers": list(probe.layers), "side": probe.side, **setting, "kl": self.kl, "spread": self.spread}
 
 
-def list_probes(space: SearchSpace) -> list[Probe]:
-    """Return all probes, those of a group of layers one after another."""
-    found: list[Probe] = []
-    for group in space.groups:
-        found += [Probe(group, "key", setting) for setting in space.keys]
-        found += [Probe(group, "value", setting) for setting in space.values]
-    return found
+def split_pair(layers: tuple[int, ...], pair: Pair) -> list[Probe]:
+    """Return the probes of the quantized sides of a group of layers under a pair of settings."""
+    sides: tuple[tuple[Side, SideSetting | None], ...] = (("key", pair.key), ("value", pair.value))
+    return [Probe(layers, side, setting) for side, setting in sides if setting is not None]
 
 
-def measure_probes(probes: Sequence[Probe], text: CalibrationText) -> list[torch.Tensor]:
-    """Return the divergences `[N, S]` of each probe.
+def list_first_probes(space: SearchSpace) -> list[Probe]:
+    """Return a probe of each side of each group of layers, from which the others are estimated: a middle width."""
+    key, value = _middle(space.keys), _middle(space.values)
+    return [probe for group in space.groups for probe in split_pair(group, Pair(key, value))]
+
+
+def measure_probes(probes: Sequence[Probe], text: CalibrationText) -> list[Sensitivity]:
+    """Measure probes, those of the first layers first: neighbours run in one batch, which begins at the first of them.
 
     Args:
-        probes: the probes, those of a group of layers one after another.
+        probes: the probes.
         text: measures them.
     """
-    found: list[torch.Tensor] = []
-    for layers, group in groupby(probes, key=lambda probe: probe.layers):
-        found += text.measure([probe.assignment for probe in group], f"layer {layers[0]}")
-    return found
+    ordered = sorted(probes, key=lambda probe: (probe.layers, probe.side))
+    divergences = text.measure([probe.assignment for probe in ordered], "single effects")
+    return [Sensitivity.of(*one) for one in zip(ordered, divergences, strict=True)]
+
+
+def _middle(settings: Sequence[SideSetting]) -> SideSetting:
+    """Return the setting at 3 bits where there is one, else one with a middle number of bits; the first of these."""
+    bits = sorted({one.nbits for one in settings})
+    chosen = FIRST_BITS if FIRST_BITS in bits else bits[(len(bits) - 1) // 2]
+    return next(one for one in settings if one.nbits == chosen)

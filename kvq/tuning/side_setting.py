@@ -23,6 +23,7 @@ class SideSetting:
         rotation: as in a configuration.
         balance: as in a configuration.
         clip: as in a configuration.
+        metadata: `metadata_dtype` of a configuration; `default`: what it is where nobody names one.
     """
 
     backend: str
@@ -32,10 +33,12 @@ class SideSetting:
     rotation: str = "auto"
     balance: str = "auto"
     clip: str | float = "auto"
+    metadata: str = "default"
 
     def __str__(self) -> str:
         named = (("rotation", self.rotation), ("balance", self.balance), ("clip", self.clip))
         steps = [f"{name} {word}" for name, word in named if word != "auto"]
+        steps += [f"metadata {self.metadata}"] if self.metadata != "default" else []
         return ", ".join([f"{self.backend} {self.nbits:g} bit {self.axis} by {self.group_size}", *steps])
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +52,11 @@ class Pair:
 
     key: SideSetting | None
     value: SideSetting | None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a configuration can say it: it names one `metadata_dtype` for both sides."""
+        return self.key is None or self.value is None or self.key.metadata == self.value.metadata
 
     def __str__(self) -> str:
         return " / ".join("full precision" if side is None else str(side) for side in (self.key, self.value))
@@ -71,6 +79,7 @@ class Pair:
             "balance_v": value.balance,
             "clip_k": key.clip,
             "clip_v": value.clip,
+            "metadata_dtype": None if key.metadata == "default" else key.metadata,
         }
 
 
@@ -92,7 +101,7 @@ def build_config(base: KVQCacheConfig, layers: Assignment, count: int) -> KVQCac
         ConfigError: a backend does not take these settings.
     """
     pairs = [layers.get(index, FULL_PRECISION) for index in range(count)]
-    outer = next((pair for pair in _by_frequency(pairs) if pair != FULL_PRECISION), FULL_PRECISION)
+    outer = _choose_outer(pairs)
     shared = outer.to_fields() if outer != FULL_PRECISION else {}
     own = {_name_run(*run): _differing(pair.to_fields(), shared) for pair, run in _list_runs(pairs) if pair != outer}
     fields = {**dict(base), **shared, "layers": own}
@@ -108,6 +117,16 @@ def fewer_bits_for_keys_allowed() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*nbits_k.*below.*nbits_v.*")
         yield
+
+
+def _choose_outer(pairs: Sequence[Pair]) -> Pair:
+    """Return the pair whose settings hold unless a layer names others: the most frequent one that all can differ from.
+
+    A layer cannot take back a `metadata_dtype` of the configuration around it.
+    """
+    quantized = [pair for pair in _by_frequency(pairs) if pair != FULL_PRECISION]
+    plain = [pair for pair in quantized if pair.to_fields()["metadata_dtype"] is None]
+    return next(iter([*plain, *quantized]), FULL_PRECISION)
 
 
 def _by_frequency(pairs: Sequence[Pair]) -> list[Pair]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
 
-from kvq.plugin_api.quantizer import Side
 from kvq.tuning.allocation import Choice, Option
+from kvq.tuning.costs import CostOf
 from kvq.tuning.layer_bytes import LayerBytes
 from kvq.tuning.search_space import SearchSpace
-from kvq.tuning.sensitivity import Sensitivity
-from kvq.tuning.side_setting import FULL_PRECISION, Assignment, Pair, SideSetting
+from kvq.tuning.sensitivity import Probe, split_pair
+from kvq.tuning.side_setting import FULL_PRECISION, Assignment
 
 
 class Sizes:
@@ -47,21 +47,22 @@ class Sizes:
         pairs = zip(self._space.groups, choice.options, strict=True)
         return {index: option.name for group, option in pairs for index in group}
 
-    def options(self, sensitivities: Sequence[Sensitivity]) -> list[list[Option]]:
-        """Return the options of each group: all pairs, with their bytes and the sum of what their sides cost alone."""
-        costs = _by_side(sensitivities)
-        return [
-            [Option(pair, size, _cost(costs, group, pair)) for pair, size in own.items()]
+    def options(self, cost_of: CostOf) -> list[list[Option]]:
+        """Return the options of each group: all pairs, with their bytes and the sum of what their sides cost alone.
+
+        Args:
+            cost_of: returns the cost of one side; a pair with a side of infinite cost is left out.
+        """
+        costs = [
+            {pair: sum(cost_of(probe) for probe in split_pair(group, pair)) for pair in own}
             for group, own in zip(self._space.groups, self._groups, strict=True)
         ]
+        return [
+            [Option(pair, size, cost[pair]) for pair, size in own.items() if cost[pair] < math.inf]
+            for cost, own in zip(costs, self._groups, strict=True)
+        ]
 
-
-_Costs = Mapping[tuple[tuple[int, ...], Side, SideSetting | None], float]
-
-
-def _by_side(sensitivities: Sequence[Sensitivity]) -> _Costs:
-    return {(one.probe.layers, one.probe.side, one.probe.setting): one.kl for one in sensitivities}
-
-
-def _cost(costs: _Costs, group: tuple[int, ...], pair: Pair) -> float:
-    return costs[group, "key", pair.key] + costs[group, "value", pair.value]
+    def list_probes(self, choice: Choice) -> list[Probe]:
+        """Return the probes of both sides of each group of layers."""
+        pairs = zip(self._space.groups, choice.options, strict=True)
+        return [probe for group, option in pairs for probe in split_pair(group, option.name)]

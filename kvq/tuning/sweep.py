@@ -63,6 +63,8 @@ class SweepGrid:
         words += [f"g{key.group_size}"] if len(sides.group_sizes) > 1 else []
         words += [f"rotation {key.rotation}"] if len(sides.rotations) > 1 else []
         words += [f"balance {key.balance}"] if len(sides.balances) > 1 else []
+        words += [f"clip {key.clip}"] if len(sides.clips or ()) > 1 else []
+        words += [f"metadata {key.metadata}"] if len(sides.metadata) > 1 else []
         words += [f"w{window}"] if len(self.windows) > 1 else []
         return " ".join(words)
 

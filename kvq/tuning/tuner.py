@@ -7,19 +7,25 @@ from functools import partial
 from pathlib import Path
 
 from kvq.attention.hint import without_hint
+from kvq.config import KVQCacheConfig
 from kvq.errors import EvaluationError
 from kvq.evaluation.quality.candidates import make_candidate
 from kvq.evaluation.quality.plan import EvaluationPlan
+from kvq.evaluation.quality.processes import Processes
 from kvq.evaluation.quality.record import QualityRecord
 from kvq.evaluation.quality.run import evaluate
+from kvq.layers.biased_keys import explain_biased_keys, find_biased_keys
 from kvq.planning import plan as plan_memory
-from kvq.tuning.allocation import Allocator, Choice, Option, allocate
+from kvq.plugin_api.granularity import Granularity
+from kvq.tuning.allocation import Allocator, Choice, Option, Solve, allocate
 from kvq.tuning.answer import Point, TunedCache, name_uniform
 from kvq.tuning.calibration import AT_ONCE, CalibrationText, check_quantized
+from kvq.tuning.costs import Costs
 from kvq.tuning.exchange import Refined, refine
+from kvq.tuning.goal import Goal
 from kvq.tuning.kept_probes import KeptProbes
 from kvq.tuning.layer_bytes import LayerBytes
-from kvq.tuning.sensitivity import Sensitivity, list_probes, measure_probes
+from kvq.tuning.sensitivity import Probe, list_first_probes, measure_probes
 from kvq.tuning.side_setting import build_config
 from kvq.tuning.sizes import Sizes
 from kvq.tuning.tuning_plan import TuningPlan
@@ -38,13 +44,24 @@ FEW_TOKENS = 500
 """Predicted tokens of the calibration text below which a warning is due."""
 
 
-def tune(plan: TuningPlan, *, parts: Path | None = None, watcher: Watcher | None = None) -> TunedCache:
+NEARLY_BEST = 1.02
+"""A choice of measured settings is good enough where settings that are not measured could not better it by more."""
+
+
+def tune(
+    plan: TuningPlan,
+    *,
+    parts: Path | None = None,
+    watcher: Watcher | None = None,
+    processes: Processes | None = None,
+) -> TunedCache:
     """Fit a cache to a model and a goal.
 
     Args:
         plan: what to tune, and how.
         parts: folder for what is finished, or None; needed to resume after an interruption.
         watcher: is told how far it is.
+        processes: the processes that share the measurements; this one alone unless given. All return the same answer.
 
     Raises:
         EvaluationError: the goal cannot be reached, or the text is too short for anything to be quantized.
@@ -52,7 +69,7 @@ def tune(plan: TuningPlan, *, parts: Path | None = None, watcher: Watcher | None
         ModelError: the cache cannot serve this model.
     """
     with without_hint():  # full precision and every cache are read by the same attention
-        return Tuner(plan, parts, watcher or Nobody()).tune()
+        return Tuner(plan, parts, watcher or Nobody(), processes or Processes()).tune()
 
 
 def count_bytes(plan: TuningPlan) -> Sizes:
@@ -78,22 +95,27 @@ class Tuner:
         plan: what to tune.
         parts: see `tune`.
         watcher: see `tune`.
+        processes: see `tune`.
     """
 
-    def __init__(self, plan: TuningPlan, parts: Path | None, watcher: Watcher) -> None:
+    def __init__(self, plan: TuningPlan, parts: Path | None, watcher: Watcher, processes: Processes) -> None:
         self._plan = plan
         self._parts = parts
         self._watcher = watcher
+        self._processes = processes
+        self._costs = Costs()
         self._sizes = count_bytes(plan)
         kept = KeptProbes(parts, plan.conditions if parts else {})
-        self._text = CalibrationText(plan, kept, watcher)
+        self._text = CalibrationText(plan, kept, watcher, processes)
 
     def tune(self) -> TunedCache:
         """Measure, allocate, exchange, verify."""
         plan = self._plan
-        sensitivities = self._measure_single_effects()
-        groups = self._sizes.options(sensitivities)
-        refined = self._refine(self._choose(groups), groups)
+        self._measure(list_first_probes(plan.space))
+        check_quantized([one.kl for one in self._costs.sensitivities], plan)
+        chosen = self._choose()
+        groups = self._sizes.options(self._costs.estimate)
+        refined = self._refine(chosen, groups)
         tuned = self._point(refined.choice, refined.after)
         allowed = plan.goal.most_bytes(self._sizes.layer_bytes) or tuned.num_bytes
         uniforms = self._find_uniforms(groups, allowed)
@@ -106,7 +128,7 @@ class Tuner:
             before=refined.before,
             tries=refined.tried,
             exchanges=refined.taken,
-            sensitivities=sensitivities,
+            sensitivities=self._costs.sensitivities,
             front=front,
             memory=plan_memory(plan.model.config, tuned.config, context=plan.goal.context, dtype=plan.model.dtype),
             held_out=held_out,
@@ -116,26 +138,43 @@ class Tuner:
             warnings=tuple(_list_warnings(plan, tuned, records)),
         )
 
-    def _measure_single_effects(self) -> list[Sensitivity]:
-        probes = list_probes(self._plan.space)
+    def _measure(self, probes: Sequence[Probe]) -> None:
         self._watcher.begin("single effects", len(probes), "settings")
-        divergences = measure_probes(probes, self._text)
-        check_quantized(divergences, self._plan)
-        return [Sensitivity.of(*pair) for pair in zip(probes, divergences, strict=True)]
+        self._costs.add(measure_probes(probes, self._text))
 
-    def _choose(self, groups: Sequence[Sequence[Option]]) -> Choice:
+    def _choose(self) -> Choice:
         """Return the choice that the sum of single effects makes."""
         most = self._most_choice_bytes()
         if most is not None:
-            return _found(allocate(groups, lambda one: one.within(most), self._plan.space.most_pairs))
-        return self._reach(groups, self._plan.goal.max_kl or 0.0)
+            return _found(self._settle(lambda one: one.within(most)))
+        return self._reach(self._plan.goal.max_kl or 0.0)
 
-    def _reach(self, groups: Sequence[Sequence[Option]], max_kl: float) -> Choice:
+    def _settle(self, solve: Solve) -> Choice | None:
+        """Return the best choice of measured settings; what could be better is measured first.
+
+        Each round finds the best choice by measured costs, and bounds of the others. If a choice of measured ones
+        comes close to it there is no better one; else those are measured that it takes and nobody has measured.
+        """
+        limit = self._plan.space.most_pairs
+        while True:
+            best = allocate(self._sizes.options(self._costs.bound), solve, limit)
+            if best is None:
+                return None
+            unknown = self._costs.list_unknown(self._sizes.list_probes(best))
+            known = self._sizes.options(self._costs.known)
+            measured = allocate(known, solve, limit) if unknown and all(known) else None
+            if not unknown:
+                return best
+            if measured is not None and _is_as_good(measured, best, self._plan.goal):
+                return measured
+            self._measure(unknown)
+
+    def _reach(self, max_kl: float) -> Choice:
         """Return the smallest choice found whose divergence, measured as a whole, is within a bound."""
         target = max_kl
         for _ in range(KL_ROUNDS):
             reach: Callable[[Allocator], Choice | None] = partial(Allocator.reaching, cost=target)
-            choice = allocate(groups, reach, self._plan.space.most_pairs)
+            choice = self._settle(reach)
             if choice is None:
                 break
             measured = self._measure_choices([choice], "reaching the divergence")[0]
@@ -202,7 +241,14 @@ class Tuner:
         candidates = [make_candidate(label, point.config) for label, point in named.items()]
         plan = self._plan.evaluation(self._plan.held_out, candidates)
         self._watcher.begin("the held-out text", plan.units, "forwards")
-        return plan, evaluate(plan, parts=self._parts, on_progress=self._watcher.advance)
+        return plan, evaluate(plan, parts=self._parts, processes=self._processes, on_progress=self._watcher.advance)
+
+
+def _is_as_good(measured: Choice, best: Choice, goal: Goal) -> bool:
+    """Return whether a choice comes close to the best that there could be, in what the goal leaves open."""
+    if goal.max_kl is not None:
+        return measured.num_bytes <= NEARLY_BEST * best.num_bytes
+    return measured.cost <= NEARLY_BEST * best.cost
 
 
 def _uniform(groups: Sequence[Sequence[Option]], pair: object) -> Choice:
@@ -229,6 +275,16 @@ def _list_warnings(plan: TuningPlan, tuned: Point, records: Sequence[QualityReco
             f"on the held-out text the divergence is {held_out / tuned.measured:.1f} times that on the calibration "
             "text: calibrate on text like that which the model will read"
         )
+    found += _list_biased_keys(plan, tuned.config)
     if plan.base.sink_length == 0:
         found.append("no first tokens are kept exact (sink_length: 0), and many models attend to them most")
     return found
+
+
+def _list_biased_keys(plan: TuningPlan, config: KVQCacheConfig) -> list[str]:
+    """Return a warning where the middles of keys with a large bias are bytes: only the weights tell how large it is."""
+    settings = {index: config.for_layer(index) for index in plan.space.layers}
+    if any(one.key.granularity is Granularity.PER_TOKEN for one in settings.values()):
+        return []  # of these the plan of the cache warns
+    told = explain_biased_keys(find_biased_keys(plan.model), settings)
+    return [] if told is None else [told]

@@ -68,6 +68,9 @@ def test_a_run_is_a_configuration_a_record_a_front_and_a_picture(call_tune, call
         (("--budget", "5", "--bits", "9"), "backend 'native' has none of the candidates"),
         (("--budget", "5", "--backend", "nobody"), "backend 'nobody' is unknown"),
         (("--budget", "5", "--axis", "sideways"), "--axis 'sideways' is not accepted"),
+        (("--budget", "5", "--clip", "1.5"), "--clip '1.5' is not accepted; write auto, none, or a part of the range"),
+        (("--budget", "5", "--clip", "some"), "--clip 'some' is not accepted"),
+        (("--budget", "5", "--metadata", "int4"), "--metadata 'int4' is not accepted; choose from default, float16"),
         (("--budget", "5", "--keep-first", "2", "--keep-last", "1"), "leave none of the 3 layers to quantize"),
         (("--budget", "5", "--text", "nowhere.txt"), "--text 'nowhere.txt' does not exist"),
         (("--budget", "5", "--held-out-text", "folder"), "--held-out-text 'folder' is a directory"),
@@ -91,6 +94,27 @@ def test_a_wrong_use_is_one_line_and_exit_code_2(call_tune, args, said):
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert said in line
+
+
+@pytest.mark.slow
+@pytest.mark.costly
+def test_two_processes_choose_what_one_does(run, call_tune, tmp_path):
+    args = (*SMALL, "--sequences", "1", "--held-out-sequences", "2", "--batch-size", "1", "--budget", "5.5")
+    args = (*args, "--tries", "7", "--device", "cpu")
+    assert call_tune(*args, "--out", "one.yaml", "--record", "one.json").returncode == 0
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
+    outputs = ("--out", "two.yaml", "--record", "two.json", "--parts", "kept")
+    done = run(*launcher, *options, "--module", "kvq", "tune", *args, *outputs, HF_HUB_OFFLINE=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("KL of keys alone") == 1  # one table, of both
+    assert done.stderr.count("warning: only") == 1
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["records"] == two["records"]
+    for name in ("tuned", "front", "uniforms", "sensitivities", "before_exchanges"):
+        assert one["tuning"][name] == two["tuning"][name]
+    config = KVQCacheConfig.from_file(tmp_path / "two.yaml")
+    assert config == KVQCacheConfig.from_file(tmp_path / "one.yaml")
 
 
 def test_a_text_without_a_report_part_is_divided(tmp_path):

@@ -60,9 +60,8 @@ class TokenScores:
         log_probabilities = logits.float().log_softmax(-1)
         nll = -log_probabilities.gather(-1, expected.targets[..., None])[..., 0]
         agreement = (log_probabilities.argmax(-1) == expected.best).float()
-        difference = torch.sub(expected.log_probabilities, log_probabilities, out=log_probabilities)
-        kl = difference.mul_(expected.probabilities).sum(-1)
-        return cls(kl.clamp_min(0).cpu(), nll.cpu(), expected.nll.cpu(), agreement.cpu())
+        kl = _diverge(log_probabilities, expected)
+        return cls(kl.cpu(), nll.cpu(), expected.nll.cpu(), agreement.cpu())
 
     def select(self, tokens: torch.Tensor | slice) -> TokenScores:
         """Return the scores of some tokens only, a mask `[S]` or a slice."""
@@ -72,6 +71,17 @@ class TokenScores:
     def concatenate(cls, scores: Sequence[TokenScores], dim: int) -> TokenScores:
         """Concatenate scores of further tokens (`dim=1`) or sequences (`dim=0`)."""
         return cls(*(torch.cat([getattr(one, name) for one in scores], dim=dim) for name in cls.__dataclass_fields__))
+
+
+def measure_kl(logits: torch.Tensor, expected: Expected) -> torch.Tensor:
+    """Return `TokenScores.kl` alone, float32 `[B, T]`, on the CPU."""
+    return _diverge(logits.float().log_softmax(-1), expected).cpu()
+
+
+def _diverge(log_probabilities: torch.Tensor, expected: Expected) -> torch.Tensor:
+    """Return the divergence of each token, float32 `[B, T]`; overwrites `log_probabilities` `[B, T, V]`."""
+    difference = torch.sub(expected.log_probabilities, log_probabilities, out=log_probabilities)
+    return difference.mul_(expected.probabilities).sum(-1).clamp_min(0)
 
 
 @dataclass(frozen=True)
