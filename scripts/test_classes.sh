@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:?the interpreter of an environment with pytest}
 shift
 # Programs for a GPU and graphs of torch.compile know no class of processor; the other file builds for each by itself.
-tests=(tests/attention --ignore-glob='*triton*' --ignore-glob='*/test_compile.py' --ignore-glob='*/test_other_processors.py')
+tests=(tests/attention tests/encoding --ignore-glob='*triton*' --ignore-glob='*/test_compile.py' --ignore-glob='*/test_other_processors.py')
 
 # run TITLE CAPABILITY VARIABLE=VALUE...: CAPABILITY is what torch must say of itself, or empty.
 run() {

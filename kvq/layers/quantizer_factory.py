@@ -8,6 +8,7 @@ import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.config.layer_config import BALANCE_FIELDS, CLIP_FIELDS
+from kvq.encoding.encoder import CompiledEncoder
 from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
 from kvq.layers.metadata_dtypes import find_mid_dtype, find_scale_dtype
 from kvq.layers.quantizer_kind import find_kind
@@ -98,6 +99,7 @@ def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtyp
         chosen.backend.name,
         balanced=is_balanced(chosen, spec),
         clip_share=choose_clip_share(chosen, spec),
+        encoder=CompiledEncoder(),
     )
 
 

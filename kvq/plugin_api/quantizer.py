@@ -54,6 +54,10 @@ class AffineQuantizer(Protocol):
     Attributes:
         group_local: whether the result for a group depends on that group alone. Where False, the core always calls
             with exactly one block of one batch row, so the stored bytes never depend on how updates were split.
+
+    A quantizer may have an attribute `rounds_to_nearest`. True says that its results are, bit for bit, those of kvq's
+    own backend "native" without clipping: codes spread evenly from the least to the largest element. The core may then
+    do it without calling `encode`, in C. Where the bytes of the first block differ, it calls `encode` all the same.
     """
 
     group_local: bool

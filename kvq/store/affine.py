@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -38,6 +38,19 @@ def balanced_group_length(head_dim: int, group_size: int) -> int:
     return math.ceil(head_dim / math.ceil(head_dim / group_size))
 
 
+class BlockEncoder(Protocol):
+    """Encodes whole blocks in torch's place: compiled code, which the store never names."""
+
+    def encode(self, codec: AffineCodec, states: torch.Tensor) -> Mapping[str, torch.Tensor] | None:
+        """Return the very bytes of `AffineCodec.encode_by_torch`, in new tensors, or None where states are not served.
+
+        Args:
+            codec: what encodes them otherwise.
+            states: whole blocks `[B, H, T, D]`; not written to.
+        """
+        ...
+
+
 class AffineCodec:
     """Stores what an `AffineQuantizer` decides; satisfies `Quantizer`.
 
@@ -51,6 +64,7 @@ class AffineCodec:
         backend: name of what built the quantizer, for errors.
         balanced: whether each token is divided by a factor of its own after the rotation; per channel only.
         clip_share: the part of each group's range, around its middle, that codes are spread over.
+        encoder: may encode in the place of torch, or None.
 
     Attributes:
         packed_format: where codes, scales and mids lie, for kernels, which read them without this class.
@@ -67,12 +81,14 @@ class AffineCodec:
         *,
         balanced: bool = False,
         clip_share: float = 1.0,
+        encoder: BlockEncoder | None = None,
     ) -> None:
         self.quantizer = quantizer
         self.spec = spec
         self.rotation = rotation
         self.compute_dtype = compute_dtype
         self.clip_share = clip_share
+        self.encoder = encoder
         self.bits = math.ceil(spec.nbits)
         self.per_channel = spec.granularity is Granularity.PER_CHANNEL
         self.block_length = spec.group_length if self.per_channel else PER_TOKEN_BLOCK_LENGTH
@@ -117,6 +133,11 @@ class AffineCodec:
         A group with an element that is not finite comes back as NaN, all of it: its states are lost, and no ordinary
         number may take their place. The backend sees zeros there.
         """
+        parts = None if self.encoder is None else self.encoder.encode(self, states)
+        return self.encode_by_torch(states) if parts is None else parts
+
+    def encode_by_torch(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Do as `encode`, without compiled code: what that is compared with."""
         rotated = states if self.rotation is None else self.rotation.apply(states.float())
         blocks: torch.Tensor = rotated.unflatten(2, (-1, self.block_length))
         parts: dict[str, torch.Tensor] = {}
@@ -128,13 +149,37 @@ class AffineCodec:
             groups = groups.masked_fill(lost[..., None], 0)
         if self.clip_share < 1:
             groups = clip(groups, self.clip_share)
-        codes, scale, offset = self._encode_groups(groups, lost)
+        codes, scale, offset = self.encode_groups(groups, lost)
         for width, plane in split_planes(self._ungroup(codes), self.bits).items():
             parts[f"codes_{width}"] = pack(plane, width, self.packed_format.packed_dim)
         # In two steps: the whole distance to the middle may be past the largest fp32 where both ends are not.
         half_way = scale * 2.0 ** (self.bits - 2)
         mid = (offset + half_way + half_way).masked_fill_(lost, math.nan)
         return {**parts, **self._round_metadata(scale, mid)}
+
+    def encode_groups(
+        self, groups: torch.Tensor, lost: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what the backend makes of groups, checked.
+
+        Args:
+            groups: fp32, `[B, H, blocks, D, L]` per channel, `[B, H, blocks, L, groups, G]` per token.
+            lost: bool `[...]`, the groups whose states are not finite, which hold zeros.
+
+        Returns:
+            Codes uint8 in the shape of `groups`, scale and offset fp32 in that of `lost`.
+        """
+        with self.origin.naming("encode"):
+            encoded = self.quantizer.encode(groups)
+        if not isinstance(encoded, (tuple, list)) or len(encoded) != 3:
+            found = f"{len(encoded)} things" if isinstance(encoded, (tuple, list)) else f"a {type(encoded).__name__}"
+            raise QuantizerContractError(
+                f"{self.origin}: encode returned {found}; the contract is codes, scale, offset"
+            )
+        codes, scale, offset = encoded
+        self._check_result(groups, codes, scale, offset)
+        check_first_codes(self._kind, self._name, self.bits, (codes, scale, offset), lost)
+        return codes, scale, offset
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Write the states that parts stand for into `out` `[B, H, T, D]`; see `decode_packed`."""
@@ -175,22 +220,6 @@ class AffineCodec:
             "mid": (torch.ldexp(mid, shift) if packed.shifts_mid else mid).to(packed.mid_dtype),
             "exponent": exponent.to(torch.int8),
         }
-
-    def _encode_groups(
-        self, groups: torch.Tensor, lost: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return codes, scale and offset of `groups`, of which those that are `lost` hold zeros."""
-        with self.origin.naming("encode"):
-            encoded = self.quantizer.encode(groups)
-        if not isinstance(encoded, (tuple, list)) or len(encoded) != 3:
-            found = f"{len(encoded)} things" if isinstance(encoded, (tuple, list)) else f"a {type(encoded).__name__}"
-            raise QuantizerContractError(
-                f"{self.origin}: encode returned {found}; the contract is codes, scale, offset"
-            )
-        codes, scale, offset = encoded
-        self._check_result(groups, codes, scale, offset)
-        check_first_codes(self._kind, self._name, self.bits, (codes, scale, offset), lost)
-        return codes, scale, offset
 
     def _check_result(self, groups: torch.Tensor, codes: Any, scale: Any, offset: Any) -> None:
         expected = {"codes": (groups.shape, torch.uint8)}

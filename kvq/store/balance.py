@@ -25,9 +25,10 @@ LARGEST_EXPONENT = 100
 
 FACTORS = Table(2 ** (-code / FACTOR_STEPS) for code in range(256))
 """The factor of each code."""
-_INVERSES = Table(2 ** (code / FACTOR_STEPS) for code in range(256))
-# Where a ratio of sums of squares passes from one code to the next.
-_BOUNDARIES = Table(2 ** ((2 * code + 1) / FACTOR_STEPS) for code in range(255))
+INVERSE_FACTORS = Table(2 ** (code / FACTOR_STEPS) for code in range(256))
+"""What a token with each code is multiplied by before it is rounded."""
+FACTOR_BOUNDARIES = Table(2 ** ((2 * code + 1) / FACTOR_STEPS) for code in range(255))
+"""Where a ratio of sums of squares passes from one code to the next."""
 
 
 def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,11 +47,11 @@ def even_out(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     unit = (mantissa / peak).clamp_(2.0**-126, 2.0**126)
     squares = _sum_squares(finite * unit[..., None, None])
     ratio = squares.amax(-1, keepdim=True) / squares
-    codes = torch.bucketize(ratio.contiguous(), _BOUNDARIES.on(blocks.device))
+    codes = torch.bucketize(ratio.contiguous(), FACTOR_BOUNDARIES.on(blocks.device))
     # Nothing but zeros has no ratio, and numbers at the end of fp32 have no room.
     is_left = ratio.isnan() | (exponent > LARGEST_EXPONENT)[..., None]
     codes = codes.masked_fill_(is_left, 0)
-    return blocks * _INVERSES.on(blocks.device)[codes][..., None], codes.to(torch.uint8)
+    return blocks * INVERSE_FACTORS.on(blocks.device)[codes][..., None], codes.to(torch.uint8)
 
 
 def read_factors(codes: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ LARGEST_MID = 127
 # Where the ratio of the largest scale to one passes from a code to the next. The last one is halfway from the smallest
 # scale there is to none.
 _BETWEEN = (2 ** ((2 * code + 1) / (2 * FACTOR_STEPS)) for code in range(ZERO_SCALE - 1))
-_BOUNDARIES = Table([*_BETWEEN, 2 * 2 ** ((ZERO_SCALE - 1) / FACTOR_STEPS)])
+SCALE_BOUNDARIES = Table([*_BETWEEN, 2 * 2 ** ((ZERO_SCALE - 1) / FACTOR_STEPS)])
 
 
 def write_bytes(scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def write_bytes(scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tenso
     lost = mid.isnan()
     step = mid.masked_fill(lost, 0).abs().flatten(3).amax(-1) / LARGEST_MID
     ratio = _meet(largest, scale) / scale
-    codes = torch.bucketize(ratio.contiguous(), _BOUNDARIES.on(scale.device))
+    codes = torch.bucketize(ratio.contiguous(), SCALE_BOUNDARIES.on(scale.device))
     multiples = (mid / _meet(step, mid)).round_().clamp_(-LARGEST_MID, LARGEST_MID)
     return {
         # 0 / 0, where all scales of the block are 0, is no ratio.

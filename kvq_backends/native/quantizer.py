@@ -44,6 +44,7 @@ class NativeQuantizer(AffineQuantizer):
     def __init__(self, nbits: int, *, clip_candidates: int = 0) -> None:
         self.largest_code = 2**nbits - 1
         self.clip_candidates = clip_candidates
+        self.rounds_to_nearest = not clip_candidates
 
     def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Quantize groups: `x ~ scale * code + offset`.

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kvq.config import KVQCacheConfig
+from kvq.encoding.library import EncodeLibrary, find_encode_library, why_encode_unavailable
+from kvq.encoding.structure import EncodeRequest
 from kvq.layers.quantized_layer import KVQLayer
 
 HEADS, DIM, RESIDUAL, FLUSH = 2, 8, 64, 32
@@ -118,6 +120,13 @@ def measure_updates(quantization, tokens, rotation="none"):
     return counters
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """Let torch quantize: the counter does not see what C does."""
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "eager")
+
+
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("quantization", COVERING, ids=str)
 def test_a_flush_costs_the_same_at_1k_and_at_16k_tokens(quantization):
     short, long = measure_updates(quantization, 1024), measure_updates(quantization, 16384)
@@ -132,12 +141,36 @@ def test_a_flush_costs_the_same_at_1k_and_at_16k_tokens(quantization):
     assert max(counter.set_aside for counter in (*short, *long)) <= room
 
 
+@pytest.mark.usefixtures("counted")
 def test_a_flush_under_rotation_costs_the_same_too():
     chosen = next(quantization for quantization in COVERING if quantization.name == "quanto")
     short, long = (measure_updates(chosen, tokens, "hadamard") for tokens in (1024, 16384))
     assert [counter.costs for counter in short] == [counter.costs for counter in long]
 
 
+@pytest.mark.parametrize("backend", ["native", "quanto"])
+def test_c_is_given_the_flushed_block_alone(monkeypatch, backend):
+    library, blocks = find_encode_library(), []
+    if library is None:
+        pytest.skip(why_encode_unavailable())
+
+    def encode(place):
+        request = EncodeRequest.from_address(place)
+        blocks.append((request.batch, request.heads, request.blocks, request.block_length))
+        return library.encode(place)
+
+    chosen = next(one for one in COVERING if one.name == backend and one.nbits == 4)
+    monkeypatch.setattr("kvq.encoding.encoder.find_encode_library", lambda: EncodeLibrary(encode, None))
+    given = []
+    for tokens in (1024, 16384):
+        counters = measure_updates(chosen, tokens)
+        given.append([sum(counter.costs.values()) for counter in counters])
+        flushes = 6 * 2 * (1 if backend == "native" else 2)  # two sides; quanto is called between two halves
+        assert {block[2] * block[3] for block in blocks[-flushes:]} == {FLUSH}
+    assert given[0] == given[1]
+
+
+@pytest.mark.usefixtures("counted")
 def test_chunks_are_opened_so_seldom_that_room_stays_in_proportion():
     layer = KVQLayer(0, KVQCacheConfig(residual_length=0, axis_key="per_token").for_layer(0))
     states = periodic_states(32, 4096)

@@ -9,11 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvq.attention.kernels.compiled.compiler import BuildError
 from kvq.attention.kernels.compiled.kept_library import BuiltLibrary, provide_library
 from kvq.attention.kernels.compiled.structures import IN_ORDER
+from kvq.attention.kernels.compiled.torch_threads import find_run_parallel
 
 _LOG = logging.getLogger("kvq")
 SOURCE = Path(__file__).with_name("attend.c")
@@ -88,14 +87,4 @@ def _open(built: BuiltLibrary) -> Library:
         if sizes(number) != ctypes.sizeof(structure):
             raise BuildError(f"the compiler lays out {structure.__name__} in another way than Python's ctypes")
     attend.argtypes, attend.restype = (ctypes.c_void_p,), ctypes.c_int
-    return Library(attend, _find_run_parallel(), built.digest)
-
-
-def _find_run_parallel() -> int | None:
-    """Return the address of `GOMP_parallel` in the OpenMP that torch itself is linked with."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-        try:
-            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
+    return Library(attend, find_run_parallel(), built.digest)
