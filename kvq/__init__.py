@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kvq.attaching.attachment import Attachment, attach
     from kvq.cache import KVQ
     from kvq.cache.encoder_decoder import EncoderDecoderKVQ
+    from kvq.calibrating import calibrate
+    from kvq.calibration import Calibration
     from kvq.config import KVQCacheConfig, LayerConfig
     from kvq.errors import KVQError
     from kvq.layers.memory_report import MemoryReport
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KVQ",
     "Attachment",
+    "Calibration",
     "EncoderDecoderKVQ",
     "KVQCacheConfig",
     "KVQError",
@@ -30,6 +33,7 @@ __all__ = [
     "MemoryReport",
     "attach",
     "available_backends",
+    "calibrate",
     "register_backend",
 ]
 
@@ -39,6 +43,7 @@ __version__ = "1.0.0.dev0"
 _HOMES = {
     "KVQ": "kvq.cache",
     "Attachment": "kvq.attaching.attachment",
+    "Calibration": "kvq.calibration",
     "EncoderDecoderKVQ": "kvq.cache.encoder_decoder",
     "KVQCacheConfig": "kvq.config",
     "KVQError": "kvq.errors",
@@ -46,6 +51,7 @@ _HOMES = {
     "MemoryReport": "kvq.layers.memory_report",
     "attach": "kvq.attaching.attachment",
     "available_backends": "kvq.registry",
+    "calibrate": "kvq.calibrating",
     "register_backend": "kvq.registry",
 }
 

@@ -15,6 +15,7 @@
     ├── EvaluationError (ValueError)         a measurement that cannot be made, or not as it was asked for
     ├── MissingExtraError (ImportError)      a part of kvq needs an extra that is not installed
     ├── CacheFileError (ValueError)          a file that is not a cache, or not the one that was asked for
+    ├── CalibrationError (ValueError)        statistics of a model that cannot be used, or a file of something else
     ├── ContractViolationError (AssertionError)  a backend fails a check of `kvq.testing`
     ├── CheckNotApplicableError (LookupError)    a check of `kvq.testing` does not apply to this backend
     └── CacheStateError (RuntimeError)       an operation that the cache cannot do in its present state
@@ -165,6 +166,10 @@ class MissingExtraError(KVQError, ImportError):
 
 class CacheFileError(KVQError, ValueError):
     """A cache's file cannot be written, or is refused; the message says why."""
+
+
+class CalibrationError(KVQError, ValueError):
+    """Statistics of a model cannot be read, written or collected, or are of another model."""
 
 
 class ContractViolationError(KVQError, AssertionError):

@@ -26,6 +26,7 @@ TREE = {
     "EvaluationError": (KVQError, ValueError),
     "MissingExtraError": (KVQError, ImportError),
     "CacheFileError": (KVQError, ValueError),
+    "CalibrationError": (KVQError, ValueError),
     "ContractViolationError": (KVQError, AssertionError),
     "CheckNotApplicableError": (KVQError, LookupError),
     "CacheStateError": (KVQError, RuntimeError),

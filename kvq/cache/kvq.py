@@ -21,6 +21,7 @@ from kvq.cache.linear_states import CarriedStates
 from kvq.cache.padding import BatchPadding
 from kvq.cache.thread_guard import ThreadGuard
 from kvq.cache.token_history import TokenHistory
+from kvq.calibration import Calibration
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError, ConfigError, Fault, ModelError, StatesError
 from kvq.layers.devices import move_layers, reading_ahead
@@ -30,7 +31,7 @@ from kvq.layers.memory_report import MemoryReport
 from kvq.layers.model_layers import DecoderConfig, build_layers
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.layers.transformers_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
-from kvq.persistence import CacheFile, ModelReference, write_layers
+from kvq.persistence import CacheFile, ModelReference, check_calibration_matches, write_layers
 from kvq.transformers_seams.layer_kinds import new_layer
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
@@ -65,7 +66,9 @@ class KVQ(CarriedStates, KnownTokens):
         padding: Sequence[int] | None = None,
         **overrides: Any,
     ) -> None:
-        self._fill(resolve_config(config, **overrides), None if model is None else find_decoder(model), padding)
+        own = resolve_config(config, **overrides)
+        check_calibration_matches(own.calibration, model)
+        self._fill(own, None if model is None else find_decoder(model), padding)
         self._model = ModelReference(model)
 
     @classmethod
@@ -213,6 +216,7 @@ class KVQ(CarriedStates, KnownTokens):
         *,
         model: PreTrainedModel | PretrainedConfig | None = None,
         device: str | torch.device | None = None,
+        calibration: Calibration | str | Path | None = None,
     ) -> KVQ:
         """Return the cache that a file holds; nothing in the file is executed.
 
@@ -220,12 +224,14 @@ class KVQ(CarriedStates, KnownTokens):
             path: the file to read.
             model: the model that goes on with it; checked against the one whose states were saved.
             device: where the states live; default: where the layers of the model are, or the CPU.
+            calibration: where the calibration is that the cache was made with; default: where it was then. The file
+                has its digest alone, and another one is refused.
 
         Raises:
             CacheFileError: the file is damaged, of another kind, newer than this release, or of another model.
             ConfigError, BackendError: the configuration in the file is not available here.
         """
-        with CacheFile(path) as file:
+        with CacheFile(path, calibration) as file:
             if model is not None:
                 file.check_model(model)
             cache = cls(file.config, model=model, padding=file.header.padding)

@@ -16,6 +16,7 @@ import typer
 from kvq import __version__
 from kvq.cli.backends import backends
 from kvq.cli.bench import bench
+from kvq.cli.calibrate import calibrate
 from kvq.cli.check import check
 from kvq.cli.console import print_error
 from kvq.cli.demo import demo
@@ -40,6 +41,7 @@ app = typer.Typer(
 # One line a command, in the order of the help.
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command()(tune)
 app.command()(sweep)
 app.command("import-kvtuner")(import_kvtuner)

@@ -88,6 +88,7 @@ def describe_spec(spec: BackendSpec) -> dict[str, Any]:
         "head_dim": HEAD_DIM,
         "group_size": _group_size(spec),
         "uses_group_size": spec.uses_group_size,
+        "calibration": spec.calibration,
         "defaults": to_jsonable_python(dict(spec.defaults)),
     }
 

@@ -30,11 +30,11 @@ def backends(
     With NAME one such object, and where the plugin can be loaded "device_types" and "states_dtypes" (empty: any),
     "axis_names" (integer axis to granularity), "requirements" ("name", "required", "installed", "met"), "options"
     ("name", "type", "required", "default", "description"), "defaults" (what the backend proposes for fields that are
-    not set), "uses_group_size", "head_dim", "group_size" (null where it is not used, one each under "key" and "value"
-    where they differ), and "effective_bits", a list with "nbits", "granularity", "key" and "value" (stored bits per
-    element, null where "reason" says why not); and "readers", a list with "granularity", "kernels" (how each kernel of
-    attention reads what is stored: "codes" as they are, the backend's own "FusedScores", "decoded" block by block, or
-    null) and "reasons" (why a kernel does not).
+    not set), "calibration" (whether it asks for statistics of the model), "uses_group_size", "head_dim", "group_size"
+    (null where it is not used, one each under "key" and "value" where they differ), and "effective_bits", a list with
+    "nbits", "granularity", "key" and "value" (stored bits per element, null where "reason" says why not); "readers", a
+    list with "granularity", "kernels" (how each kernel of attention reads what is stored: "codes" as they are, the
+    backend's own "FusedScores", "decoded" block by block, or null) and "reasons" (why a kernel does not).
     """
     from kvq.cli.backend_facts import collect_backend, collect_backends
 
@@ -85,6 +85,7 @@ def _print_one(facts: dict[str, Any]) -> None:
     rows += [
         ("bits", _join_bits(facts["nbits"])),
         ("granularities", ", ".join(facts["granularities"])),
+        ("statistics of the model", facts["calibration"]),
         ("defaults", ", ".join(f"{field}: {value}" for field, value in facts["defaults"].items()) or "those of kvq"),
         ("group size", _group_size_text(facts)),
         ("axis names", ", ".join(f"{axis} = {word}" for axis, word in facts["axis_names"].items())),

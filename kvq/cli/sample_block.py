@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from kvq.calibration.calibration import STANDARD
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.config.backend_defaults import find_group_size
 from kvq.config.cache_config import DEFAULT_GROUP_SIZE
@@ -30,6 +31,7 @@ def plain_settings(backend: BackendSpec, nbits: float, granularity: Granularity)
         axis_key=granularity,
         axis_value=granularity,
         q_group_size=proposed_group_sizes(backend),
+        calibration=None if backend.calibration == "unused" else STANDARD,
     )
     return config.for_layer(0)
 

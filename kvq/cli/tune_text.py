@@ -59,12 +59,12 @@ def load_texts(
     Raises:
         EvaluationError: a text cannot be read, is too short, or longer than the model reads.
     """
-    from kvq.evaluation.quality.text import is_recall_tokenizer
+    from kvq.evaluation.quality.text import default_calibration_text
 
     check_length(model, options.length)
     dataset = options.dataset
     if dataset is None and not options.files:
-        dataset = "recall-calibration" if is_recall_tokenizer(tokenizer) else "topics-calibration"
+        dataset = default_calibration_text(tokenizer)
     other = options.held_out_dataset
     if other is None and not options.held_out_files and dataset is not None and dataset.endswith(CALIBRATION):
         other = dataset.removesuffix(CALIBRATION) + REPORT

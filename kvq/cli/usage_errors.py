@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from kvq.cli.console import print_error
-from kvq.errors import BackendError, ConfigError, EvaluationError, ModelError
+from kvq.errors import BackendError, CalibrationError, ConfigError, EvaluationError, ModelError
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def usage_errors() -> Iterator[None]:
     """End the command with exit code 2 if the block raises an error about the user's options; print it."""
     try:
         yield
-    except (EvaluationError, ConfigError, BackendError, ModelError) as error:
+    except (EvaluationError, ConfigError, BackendError, CalibrationError, ModelError) as error:
         print_usage_error(error)
         raise typer.Exit(2) from error
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
+from kvq.calibration import Calibration
 from kvq.config.backend_choice import BackendChoice, check_backends, check_writable, get_side_backend
 from kvq.config.backend_defaults import fill_in_defaults
 from kvq.config.backend_limits import (
@@ -24,6 +25,8 @@ from kvq.config.backend_limits import (
     warn_of_unused_group_size,
 )
 from kvq.config.backend_options import resolve_options
+from kvq.config.calibration_choice import FIELD as CALIBRATION_FIELD
+from kvq.config.calibration_choice import UNUSED, GivenCalibration, check_named, check_needed, place_beside
 from kvq.config.faults import FaultCollector, not_accepted, shown
 from kvq.config.field_types import (
     FORMAT_VERSION,
@@ -143,6 +146,11 @@ class KVQCacheConfig(FrozenModel):
     backend_options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="options by backend name, checked by that backend's own model"
     )
+    calibration: GivenCalibration | None = Field(
+        default=None,
+        description="statistics of the model for backends that ask for them: the path of a file that `kvq calibrate` "
+        "wrote, in a file relative to its folder; `{file: ..., digest: ...}`; or `standard`: of standard normal states",
+    )
 
     @field_validator("backend")
     @classmethod
@@ -215,8 +223,15 @@ class KVQCacheConfig(FrozenModel):
         layers = info.data.get("layers", {})
         return resolve_options(value, [info.data.get("backend"), *(layer.backend for layer in layers.values())])
 
+    @field_validator("calibration")
+    @classmethod
+    def _check_calibration(cls, value: Calibration | None, info: ValidationInfo) -> Calibration | None:
+        check_needed(value, _list_backends(info.data))
+        return value
+
     def model_post_init(self, context: Any) -> None:  # noqa: ARG002  # pydantic passes it
-        """Warn of group sizes without effect, and of keys with fewer bits than values, usually the wrong way round."""
+        """Warn of settings without effect, and of keys with fewer bits than values, usually the wrong way round."""
+        self._warn_of_unused_calibration()
         places = {
             "": LayerConfig(nbits_k=self.nbits_k),
             **{f"layers[{text!r}].": own for text, own in self.layers.items()},
@@ -235,6 +250,12 @@ class KVQCacheConfig(FrozenModel):
                 f"{below[0]}{others}: keys are usually the more sensitive side (arXiv 2502.15075); measure before you "
                 "rely on it"
             )
+
+    def _warn_of_unused_calibration(self) -> None:
+        specs = _list_backends(dict(self))
+        if self.calibration is not None and all(spec.calibration == UNUSED for spec in specs):
+            names = ", ".join(sorted({repr(spec.name) for spec in specs}))
+            warn_user(f"calibration: {self.calibration} has no effect: backend {names} asks for no statistics")
 
     def _fill(self, fields: Mapping[str, Any], source: str | None = None) -> None:
         faults = find_strange_values(fields)
@@ -274,7 +295,7 @@ class KVQCacheConfig(FrozenModel):
             ConfigError: the file cannot be read or parsed, or its content is wrong; the message names the file.
             BackendError: as from the constructor; the message names the file.
         """
-        return cls.from_mapping(load_mapping(path), source=str(path))
+        return cls.from_mapping(place_beside(load_mapping(path), path), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values that YAML and JSON can hold.
@@ -282,7 +303,8 @@ class KVQCacheConfig(FrozenModel):
         Every field is written out; an entry of `layers` has only the fields that were set.
 
         Raises:
-            ConfigError: a backend was given as an object that is not registered, which no file can name.
+            ConfigError: a backend was given as an object that is not registered, which no file can name, or a
+            calibration that was never saved.
         """
         faults = FaultCollector()
         with faults.at("backend"):
@@ -290,6 +312,8 @@ class KVQCacheConfig(FrozenModel):
         for text, layer in self.layers.items():
             with faults.at("layers", text, "backend"):
                 check_writable(layer.backend)
+        with faults.at():
+            check_named(self.calibration)
         faults.raise_faults()
         layers = {text: layer.model_dump(mode="json", exclude_defaults=True) for text, layer in self.layers.items()}
         return {**self.model_dump(mode="json"), "layers": layers}
@@ -331,12 +355,18 @@ _LATER_STEPS = {*BALANCE_FIELDS.values(), *CLIP_FIELDS.values()}
 
 def _complete_older(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return fields as they were written before some of today's existed, with what these did not do then."""
-    missing = KVQCacheConfig.model_fields.keys() - fields.keys()
+    missing = KVQCacheConfig.model_fields.keys() - fields.keys() - {CALIBRATION_FIELD}
     return {**fields, **dict.fromkeys(missing, "none")} if missing <= _LATER_STEPS else fields
 
 
 def _add_defaults(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return fill_in_defaults(fields, backend=DEFAULT_BACKEND, group_size=DEFAULT_GROUP_SIZE)
+
+
+def _list_backends(fields: Mapping[str, Any]) -> list[BackendSpec]:
+    """Return the backends of a configuration's fields and of its layers; none where a choice was refused."""
+    choices = [fields.get("backend"), *(layer.backend for layer in fields.get("layers", {}).values())]
+    return [get_side_backend(choice, side) for choice in choices if choice is not None for side in SIDES]
 
 
 def _backend_of_field(info: ValidationInfo) -> BackendSpec | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvq.calibration import Calibration
 from kvq.config.backend_choice import get_side_backend
 from kvq.config.field_types import Balance, Clip, Rotation, of_side
 from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, CLIP_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
@@ -30,6 +31,7 @@ class ResolvedSide:
         balance: how tokens are evened out between rotating and quantizing; `auto`: where it can help.
         clip: the part of each group's range that codes are spread over, or `none`: all; `auto`: what suits the width.
         metadata_dtype: dtype of scale and mid, or None: the core chooses.
+        calibration: statistics of the model, or None.
     """
 
     backend: BackendSpec
@@ -41,6 +43,7 @@ class ResolvedSide:
     balance: Balance
     clip: Clip
     metadata_dtype: torch.dtype | None
+    calibration: Calibration | None = None
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], side: Side) -> ResolvedSide:
@@ -56,6 +59,7 @@ class ResolvedSide:
             balance=fields[BALANCE_FIELDS[side]],
             clip=fields[CLIP_FIELDS[side]],
             metadata_dtype=fields["metadata_dtype"],
+            calibration=fields.get("calibration"),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedSide:

@@ -17,6 +17,7 @@ from kvq.layers.steps import choose_clip_share, is_balanced, is_rotated
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
+from kvq.plugin_api.statistics import LayerStatistics
 from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.guard import GuardedQuantizer
@@ -39,6 +40,7 @@ def build_codec(settings: ResolvedLayer, side: Side, layer_idx: int, states: tor
         ConfigError: the configuration makes no sense for these states.
         StatesError: the backend does not take states of this dtype or device.
         QuantizerContractError: the backend built something that is not a quantizer.
+        CalibrationError: the calibration has no statistics of such states.
     """
     chosen = settings.side(side)
     _check_states(chosen.backend, states)
@@ -66,7 +68,14 @@ def _build_spec(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.
         metadata_dtype=find_mid_dtype(chosen, group_length),
         device=states.device,
         seed=2 * layer_idx + (side == "value"),
+        statistics=_find_statistics(chosen, side, layer_idx, states),
     )
+
+
+def _find_statistics(chosen: ResolvedSide, side: Side, layer_idx: int, states: torch.Tensor) -> LayerStatistics | None:
+    if chosen.backend.calibration == "unused" or chosen.calibration is None:
+        return None
+    return chosen.calibration.get(layer_idx, side, num_heads=states.shape[1], head_dim=states.shape[-1])
 
 
 def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:

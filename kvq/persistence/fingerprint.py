@@ -14,8 +14,9 @@ from packaging.requirements import Requirement
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from kvq.files.model_fingerprint import ModelFingerprint, WeightsSample
 from kvq.installed import find_version
-from kvq.persistence.header import BackendFingerprint, ModelFingerprint, WeightsSample
+from kvq.persistence.header import BackendFingerprint
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.registry import get_registry
 from kvq.transformers_seams.key_projections import find_key_projections

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from kvq.files.model_fingerprint import ModelFingerprint
+
 FORMAT_NAME = "kvq.cache"
 FORMAT_VERSION = 1
 EXTENDED_VERSION = 2
@@ -145,20 +147,6 @@ class SlidingHeader(_Strict):
 
 
 LayerHeader = QuantizedHeader | DynamicHeader | SlidingHeader
-
-
-class WeightsSample(_Strict):
-    """A digest of fixed elements of a key projection."""
-
-    name: str
-    digest: str
-
-
-class ModelFingerprint(_Strict):
-    """Facts of a model's configuration and samples of its weights, by which it is recognized."""
-
-    facts: dict[str, Any]
-    weights: list[WeightsSample]
 
 
 class BackendFingerprint(_Strict):

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from kvq.errors import CacheStateError
+from kvq.files.container import SavedTensor, TensorSpec
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.persistence.container import SavedTensor, TensorSpec
 from kvq.persistence.header import LayerHeader
 from kvq.persistence.plain_layer import DynamicLayerFormat, SlidingLayerFormat
 from kvq.persistence.quantized_layer import QuantizedLayerFormat

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kvq.errors import CacheFileError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvq.calibration import Calibration
+from kvq.errors import CacheFileError, ConfigError, Fault
+from kvq.files.model_fingerprint import ModelFingerprint, explain_difference
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.persistence.fingerprint import fingerprint_backends
-from kvq.persistence.header import BackendFingerprint, ModelFingerprint
+from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model
+from kvq.persistence.header import BackendFingerprint
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.store.affine import AffineCodec
 from kvq.user_warnings import warn_user
@@ -16,23 +20,28 @@ from kvq.user_warnings import warn_user
 def check_model_matches(saved: ModelFingerprint, here: ModelFingerprint) -> None:
     """Check that states that were saved are those of the model here.
 
-    Weights are compared where both sides have them: a configuration alone has none.
-
     Raises:
         CacheFileError: they are of another model.
     """
-    differing = [
-        f"{name} is {saved.facts.get(name)!r} there and {here.facts.get(name)!r} here"
-        for name in sorted({*saved.facts, *here.facts})
-        if saved.facts.get(name) != here.facts.get(name)
-    ]
-    if differing:
-        raise CacheFileError(f"its states are those of another model: {'; '.join(differing)}")
-    there, own = ({sample.name: sample.digest for sample in one.weights} for one in (saved, here))
-    common = there.keys() & own.keys()
-    names = sorted(name for name in common or there if there[name] != own.get(name) and own)
-    if names:
-        raise CacheFileError(f"its states are those of another model: the weights of {', '.join(names)} differ")
+    difference = explain_difference(saved, here)
+    if difference is not None:
+        raise CacheFileError(f"its states are those of another model: {difference}")
+
+
+def check_calibration_matches(
+    calibration: Calibration | None, model: PreTrainedModel | PretrainedConfig | None
+) -> None:
+    """Check that statistics that a configuration names, if it does, were collected on the model here.
+
+    Raises:
+        ConfigError: they are of another model.
+    """
+    if calibration is None or calibration.model is None or model is None:
+        return
+    difference = explain_difference(calibration.model, fingerprint_model(model))
+    if difference is not None:
+        problem = f"{calibration} is of another model: {difference}; run `kvq calibrate` on this one"
+        raise ConfigError([Fault(("calibration",), problem)])
 
 
 def check_backends_match(saved: Mapping[str, BackendFingerprint], layers: Sequence[KVQLayer]) -> None:

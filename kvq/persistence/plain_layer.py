@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvq.errors import CacheFileError
-from kvq.persistence.container import SavedTensor, TensorSpec
+from kvq.files.container import SavedTensor, TensorSpec
 from kvq.persistence.header import DynamicHeader, PlainStates, SlidingHeader, name_dtypes
 
 

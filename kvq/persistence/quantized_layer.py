@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from kvq.errors import CacheFileError
+from kvq.files.container import SavedTensor, TensorSpec
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.persistence.container import SavedTensor, TensorSpec
 from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, TensorHeader, name_dtypes
 from kvq.plugin_api.quantizer import Side
 from kvq.store.cropped_groups import CroppedGroups

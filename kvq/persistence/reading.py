@@ -17,12 +17,14 @@ import torch
 from pydantic import ValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from kvq.calibration import Calibration
 from kvq.config import KVQCacheConfig
+from kvq.config.calibration_choice import move_calibration
 from kvq.errors import CacheFileError
+from kvq.files.atomic import find_other_kind
+from kvq.files.container import ContainerReader, TensorSpec, parse_json
 from kvq.layers.devices import usable_device
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.persistence.atomic import find_other_kind
-from kvq.persistence.container import ContainerReader, TensorSpec, parse_json
 from kvq.persistence.fingerprint import fingerprint_model
 from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader, QuantizedHeader
 from kvq.persistence.layer_format import LayerFormat, find_form, format_of
@@ -53,6 +55,7 @@ class CacheFile:
 
     Args:
         path: the file to read.
+        calibration: where the calibration is now that the cache was made with, or None: where it was.
 
     Attributes:
         header: the header of the file.
@@ -63,8 +66,9 @@ class CacheFile:
         ConfigError, BackendError: the configuration in it is not available here.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, calibration: Calibration | str | Path | None = None) -> None:
         self.path = Path(path)
+        self._calibration = calibration
 
     def __enter__(self) -> CacheFile:
         try:
@@ -164,7 +168,8 @@ class CacheFile:
             raise CacheFileError(f"its header is wrong at {where}: {first['msg']}") from error
 
     def _parse_config(self) -> KVQCacheConfig:
-        config = KVQCacheConfig.from_mapping(self.header.config, source=str(self.path))
+        fields = move_calibration(self.header.config, self._calibration)
+        config = KVQCacheConfig.from_mapping(fields, source=str(self.path))
         # The states' own type meant "with the states", also where these are on another type of device from now on.
         with_states = config.device is not None and config.device.type == self.header.states_device
         return config.replace(device=None) if with_states else config

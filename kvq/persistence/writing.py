@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheFileError, CacheStateError
+from kvq.files.atomic import written_atomically
+from kvq.files.container import SavedTensor, is_storable, write_container
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.persistence.atomic import written_atomically
-from kvq.persistence.container import SavedTensor, is_storable, write_container
 from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model
 from kvq.persistence.header import FORMAT_NAME, CacheHeader, LayerHeader
 from kvq.persistence.layer_format import describe_layer, find_form, format_of

@@ -22,6 +22,7 @@ from kvq.plugin_api.hooks import hookimpl, hookspec
 from kvq.plugin_api.packed_format import PackedFormat
 from kvq.plugin_api.packing import pack_codes, packed_length, unpack_codes
 from kvq.plugin_api.quantizer import AffineQuantizer, FusedScores, Part, Quantizer, QuantSpec, Side
+from kvq.plugin_api.statistics import LayerStatistics
 
 __all__ = [
     "API_VERSION",
@@ -33,6 +34,7 @@ __all__ = [
     "FusedScores",
     "Granularity",
     "KVQError",
+    "LayerStatistics",
     "PackedFormat",
     "Part",
     "QuantSpec",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +20,8 @@ DEFAULT_FIELDS = (
     *("rotation_k", "rotation_v", "balance_k", "balance_v", "clip_k", "clip_v"),
 )
 """The fields of a configuration for which a backend may propose its own values."""
+CALIBRATION_WORDS = ("unused", "optional", "required")
+"""What a backend may say of the statistics of a model."""
 
 
 class BackendOptions(BaseModel):
@@ -62,6 +64,8 @@ class BackendSpec:
             as in a file. They rank below what a user or a preset says, and above kvq's own defaults.
         uses_group_size: whether `q_group_size` changes anything; where False, kvq warns of a value that was set.
         url: where to read more.
+        calibration: whether `QuantSpec.statistics` is read, and what becomes of a user who gives none: `unused` (the
+            backend is given none), `optional` or `required` (a configuration without them is refused).
     """
 
     name: str
@@ -75,6 +79,7 @@ class BackendSpec:
     url: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     uses_group_size: bool = True
+    calibration: Literal["unused", "optional", "required"] = "unused"
 
     def build_options(self, options: Mapping[str, Any] | None = None) -> BackendOptions:
         """Return validated options.

@@ -6,12 +6,13 @@ Owns the contract between the core and a backend. It must not know how the core 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from kvq.plugin_api.granularity import Granularity
+from kvq.plugin_api.statistics import LayerStatistics
 
 Side = Literal["key", "value"]
 
@@ -32,6 +33,8 @@ class QuantSpec:
         metadata_dtype: dtype in which the core stores the metadata of affine quantizers.
         device: where the states live.
         seed: differs per layer and side, equal from run to run.
+        statistics: what the states of this side of this layer were like on a text; None where the backend asks for no
+            statistics, or the user has given none.
     """
 
     side: Side
@@ -45,6 +48,7 @@ class QuantSpec:
     metadata_dtype: torch.dtype
     device: torch.device
     seed: int
+    statistics: LayerStatistics | None = field(default=None, compare=False, repr=False)
 
 
 @runtime_checkable

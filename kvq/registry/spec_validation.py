@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from packaging.requirements import InvalidRequirement, Requirement
 
 from kvq.errors import BrokenBackendError
-from kvq.plugin_api.backend_spec import API_VERSION, BackendOptions, BackendSpec, Capabilities
+from kvq.plugin_api.backend_spec import API_VERSION, CALIBRATION_WORDS, BackendOptions, BackendSpec, Capabilities
 from kvq.plugin_api.granularity import Granularity
 from kvq.registry.default_faults import find_default_faults
 
@@ -63,6 +63,8 @@ def _find_faults(spec: BackendSpec, name: str) -> Iterator[str]:
     yield from _find_requirement_faults(spec.requires)
     if not isinstance(spec.uses_group_size, bool):
         yield f"uses_group_size={spec.uses_group_size!r} is not True or False"
+    if spec.calibration not in CALIBRATION_WORDS:
+        yield f"calibration={spec.calibration!r} is none of {', '.join(CALIBRATION_WORDS)}"
     yield from find_default_faults(spec)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvq.cache.kvq import KVQ
+from kvq.calibration.calibration import STANDARD
 from kvq.config import KVQCacheConfig
 from kvq.errors import CheckNotApplicableError, ContractViolationError
 from kvq.layers.quantized_layer import KVQLayer
@@ -87,6 +88,8 @@ class ContractCase:
             "residual_length": RESIDUAL_LENGTH,
             **PLAIN,
         }
+        if self.backend.calibration != "unused":
+            own["calibration"] = STANDARD
         if self.options:
             own["backend_options"] = {self.backend.name: dict(self.options)}
         return {**own, **fields}
@@ -116,6 +119,7 @@ class ContractCase:
         like: torch.Tensor | None = None,
         head_dim: int = HEAD_DIM,
         group_size: int = GROUP_SIZE,
+        **fields: Any,
     ) -> Quantizer:
         """Build the codec that a cache would build for one side of one layer.
 
@@ -125,9 +129,10 @@ class ContractCase:
             like: states whose heads, head dim, dtype and device to take; default: those of `states`.
             head_dim: elements of one head of the default states.
             group_size: elements that share a scale.
+            **fields: further fields of the configuration.
         """
         like = self.states(0, head_dim=head_dim) if like is None else like
-        settings = self.config(q_group_size=group_size).for_layer(layer_idx)
+        settings = self.config(q_group_size=group_size, **fields).for_layer(layer_idx)
         with warnings.catch_warnings():
             # The kit chooses the head: that little is saved of a short one says nothing about the backend.
             warnings.filterwarnings("ignore", message="q_group_size: ")

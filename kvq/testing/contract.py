@@ -22,6 +22,7 @@ from kvq.testing.honest_bytes import check_constant_bytes, check_honest_bytes
 from kvq.testing.isolation import check_independent, check_threads
 from kvq.testing.models import check_fused_attention, check_fused_scores, check_generation
 from kvq.testing.operations import check_copies, check_operations, check_save_and_load
+from kvq.testing.statistics import check_calibration
 from kvq.testing.storage import check_append_only, check_chunk_invariant, check_exact_ends
 from kvq.testing.tensors import (
     check_codes,
@@ -44,6 +45,7 @@ BACKEND_CHECKS: tuple[Check, ...] = (
     check_options,
     check_requirements,
     check_defaults,
+    check_calibration,
 )
 """Checks of the backend as such: run on its first case."""
 DIRECTION_CHECKS: tuple[Check, ...] = (check_more_bits,)

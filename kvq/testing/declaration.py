@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kvq.calibration.calibration import STANDARD
 from kvq.config import KVQCacheConfig
 from kvq.config.field_types import SIDES
 from kvq.errors import BrokenBackendError, CheckNotApplicableError, ConfigError, KVQError
@@ -121,7 +122,9 @@ def _check_group_size_is_unused(case: ContractCase) -> None:
 
 def _find_refusal(case: ContractCase) -> str:
     """Return why a configuration that sets nothing but the backend is refused, or an empty string."""
-    options = {"backend_options": {case.backend.name: dict(case.options)}} if case.options else {}
+    options: dict[str, Any] = {"backend_options": {case.backend.name: dict(case.options)}} if case.options else {}
+    if case.backend.calibration == "required":
+        options["calibration"] = STANDARD
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

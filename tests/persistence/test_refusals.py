@@ -13,18 +13,20 @@ import torch
 from cache_files import SMALL, fill, mixed_cache, opaque_cache, sliding_config
 from mutated_files import Image
 
+import kvq.files
 import kvq.persistence
 from kvq import KVQ
 from kvq.errors import CacheFileError
-from kvq.persistence.container import ContainerReader
+from kvq.files.container import ContainerReader
 
-FOLDER = Path(kvq.persistence.__file__).parent
+FOLDER, FILES = Path(kvq.persistence.__file__).parent, Path(kvq.files.__file__).parent
 
 
 @cache
 def reading_raises():
     """Return where the code that reads files refuses them: file, first and last line of each raise."""
-    trees = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py") if path.stem != "writing"}
+    trees = {path.stem: ast.parse(path.read_text()) for folder in (FOLDER, FILES) for path in folder.glob("*.py")}
+    del trees["writing"]
     return {
         (name, node.lineno, node.end_lineno) for name, tree in trees.items() for node in ast.walk(tree)
         if isinstance(node, ast.Raise) and node.exc is not None and "CacheFileError" in ast.unparse(node.exc)
@@ -36,7 +38,7 @@ def reached(error):
     while error is not None:
         for frame, line in traceback.walk_tb(error.__traceback__):
             folder, _, file = frame.f_code.co_filename.rpartition(os.sep)
-            if folder == str(FOLDER):
+            if folder in (str(FOLDER), str(FILES)):
                 yield from (at for at in reading_raises() if at[0] == file[:-3] and at[1] <= line <= at[2])
         error = error.__cause__
 

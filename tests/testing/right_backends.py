@@ -68,5 +68,5 @@ def make_spec(build, nbits=(8,), **fields):
 
 
 DEFAULTS = {"nbits_k": 8, "nbits_v": 8, "axis_key": "per_token", "axis_value": "per_token"}
-AFFINE = make_spec(RightAffine, nbits=(3, 8), defaults=DEFAULTS)
-OPAQUE = make_spec(RightOpaque, defaults=DEFAULTS, uses_group_size=False)
+AFFINE = make_spec(RightAffine, nbits=(3, 8), defaults=DEFAULTS, calibration="required")
+OPAQUE = make_spec(RightOpaque, defaults=DEFAULTS, uses_group_size=False, calibration="optional")

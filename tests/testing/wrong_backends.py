@@ -351,6 +351,26 @@ class ShiftsKeys(RightOpaque):
             out.copy_(out.unflatten(2, (-1, self.block_length)).roll(1, 3).flatten(2, 3))
 
 
+class WritesIntoStatistics(RightOpaque):
+    def __init__(self, spec):
+        super().__init__(spec)
+        spec.statistics.maximum.clamp_(max=1)
+
+
+class BlocksByStatistics(RightOpaque):
+    def __init__(self, spec):
+        super().__init__(spec)
+        is_even = spec.statistics is None or len(spec.statistics.maximum.unique()) == 1
+        self.block_length = 32 if is_even else 64
+
+
+class DividesByStatistics(RightOpaque):
+    def decode_into(self, parts, out):
+        super().decode_into(parts, out)
+        if self.spec.statistics is not None:
+            out.div_(self.spec.statistics.mean.abs().sum())
+
+
 WRONG = {
     "check_spec": [make_spec(RightOpaque, summary="")],
     "check_options": [make_spec(RightOpaque, options=Undescribed), make_spec(RightOpaque, options=Demanding)],
@@ -358,6 +378,11 @@ WRONG = {
     "check_defaults": [
         make_spec(RightAffine, uses_group_size=False, defaults={"nbits_v": 8}),
         make_spec(RightOpaque, defaults={"nbits_k": 8}),  # values would get 2 bits, which it lacks
+    ],
+    "check_calibration": [
+        make_spec(WritesIntoStatistics, calibration="required"),
+        make_spec(BlocksByStatistics, calibration="optional"),
+        make_spec(DividesByStatistics, calibration="optional"),
     ],
     "check_configuration": [
         make_spec(RightOpaque, capabilities=Capabilities(AnyWidth((8,)), (Granularity.PER_TOKEN,)))

@@ -89,6 +89,11 @@ def is_recall_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     ) == tuple(recall.VOCABULARY)
 
 
+def default_calibration_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the name of the built-in text that settings are chosen on where a user names none."""
+    return "recall-calibration" if is_recall_tokenizer(tokenizer) else "topics-calibration"
+
+
 def _read(paths: Sequence[Path]) -> Iterator[str]:
     for path in paths:
         try:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from kvq.errors import CacheFileError
-from kvq.persistence.atomic import UnfinishedFile
+from kvq.files.atomic import UnfinishedFile
 
 MAX_HEADER_BYTES = 1 << 25
 """Longest header that is parsed; some kilobytes a layer are needed."""
