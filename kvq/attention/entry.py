@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvq.attention import ATTENTION_NAME
 from kvq.attention.attention_detector import report_model
+from kvq.attention.chosen_keys import ARGUMENT, lay_choice_over
 from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.dispatch.kernel_registry import Choice, get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
@@ -121,6 +122,9 @@ def kvq_attention_forward(
         attention_mask: the mask that `kvq_mask` made.
         **options: scaling, dropout and any other argument that the model passes.
     """
+    if options.get(ARGUMENT) is not None:
+        causal = is_causal(module, options)
+        attention_mask, options = lay_choice_over(attention_mask, options, key.shape[2], causal=causal)
     if isinstance(key, PackedStates) and isinstance(value, PackedStates) and key.pair is value.pair:
         key.check_fresh()
         return attend(module, query, key.pair, attention_mask, **options)

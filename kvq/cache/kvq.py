@@ -30,7 +30,15 @@ from kvq.layers.held_bytes import report_memory
 from kvq.layers.memory_report import MemoryReport
 from kvq.layers.model_layers import DecoderConfig, build_layers
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.layers.transformers_layers import carries_sum, count_rows, fork_layer, has_forgotten, reset_layer, select_rows
+from kvq.layers.transformers_layers import (
+    carrier_of,
+    carries_sum,
+    count_rows,
+    fork_layer,
+    has_forgotten,
+    reset_layer,
+    select_rows,
+)
 from kvq.persistence import CacheFile, ModelReference, check_calibration_matches, write_layers
 from kvq.transformers_seams.layer_kinds import new_layer
 
@@ -276,7 +284,7 @@ class KVQ(CarriedStates, KnownTokens):
             CacheStateError: a layer carries a state that is the sum of all tokens, from which none can be taken back.
             StatesError: the number is positive.
         """
-        stuck = [index for index, layer in enumerate(self.layers) if carries_sum(layer)]
+        stuck = [index for index, layer in enumerate(self.layers) if carries_sum(carrier_of(layer))]
         if tokens_to_remove < 0 and stuck:
             raise CacheStateError(
                 f"crop({tokens_to_remove}): layers {stuck} carry states of linear attention, which cannot go back; "

@@ -5,7 +5,6 @@ It knows layers, and no cache.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -15,6 +14,7 @@ import torch
 
 from kvq.errors import ConfigError, Fault
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.transformers_layers import moved_layer
 
 
 def move_layers(layers: Sequence[Any], device: str | torch.device) -> list[Any]:
@@ -25,7 +25,7 @@ def move_layers(layers: Sequence[Any], device: str | torch.device) -> list[Any]:
         KVQError: a backend cannot work there.
     """
     wanted = usable_device(device)
-    return [layer.moved_to(wanted) if isinstance(layer, KVQLayer) else _moved(layer, wanted) for layer in layers]
+    return [layer.moved_to(wanted) if isinstance(layer, KVQLayer) else moved_layer(layer, wanted) for layer in layers]
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -81,17 +81,3 @@ def _on_side_stream(device: torch.device) -> AbstractContextManager[Any]:
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _moved(layer: Any, device: torch.device) -> Any:
-    """Return a layer of transformers with every tensor in it on a device."""
-    other = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, torch.Tensor):
-            setattr(other, name, value.to(device))
-        elif isinstance(value, dict):
-            moved = {key: one.to(device) if isinstance(one, torch.Tensor) else one for key, one in value.items()}
-            setattr(other, name, moved)
-        elif isinstance(value, torch.device):
-            setattr(other, name, device)
-    return other

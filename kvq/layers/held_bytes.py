@@ -39,12 +39,14 @@ def _count_quantized(index: int, layer: KVQLayer) -> tuple[LayerMemory, dict[int
         held = list(side.held())
         sides[name] = _describe_side(layer.settings.side(name), side, held)
         found |= _storages(one.tensor for one in held)
+    carried = {} if layer.carried is None else _storages(_tensors_of(vars(layer.carried).values()))
+    found |= carried
     entry = LayerMemory(
         index,
         type(layer).__name__,
         layer.get_seq_length(),
         sum(found.values()),
-        sum(_full_precision_bytes(side, layer.get_seq_length()) for _, side in layer.sides()),
+        sum(_full_precision_bytes(side, layer.get_seq_length()) for _, side in layer.sides()) + sum(carried.values()),
         key=sides.get("key"),
         value=sides.get("value"),
         attention=layer.kernel_cache.last_reader,

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import ModelError
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.transformers_seams.layer_kinds import Replaced, kind_of
+from kvq.transformers_seams.layer_kinds import Replaced, kind_of, new_carrier
 
 LATENT_VALUE_BITS = 8
 """Fewest bits for the values of latent attention, which are the part of the keys that the position rotates."""
@@ -87,7 +87,7 @@ def build_layers(
     if is_latent(model_config):
         settings |= {index: _spare_rope_part(settings[index]) for index in quantized}
     return [
-        KVQLayer(index, settings[index], padding)
+        KVQLayer(index, settings[index], padding, new_carrier(layer))
         if index in quantized
         else (_as_long_as_others(layer) if index in replaced else layer)
         for index, layer in enumerate(layers)

@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import StatesError
+from kvq.layers.carrying_layer import CarryingLayer
 from kvq.layers.given_states import check_continuity, check_pair, check_states, goes_on
 from kvq.layers.quantizer_factory import build_codec
 from kvq.layers.store_device import choose_store_device
+from kvq.layers.transformers_layers import crop_carried, fork_layer, moved_layer, reset_layer, select_rows
 from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.store.flush_length import common_flush_length
 from kvq.store.read_states import ReadStates, refuse_assignment
@@ -27,24 +28,32 @@ DEFERRED_LENGTH = 256
 ones be quantized. Assisted decoding proposes some 20 at a time; a flag that is forgotten costs no more than these."""
 
 
-class KVQLayer(CacheLayerMixin):
+class KVQLayer(CarryingLayer):
     """Keys and values of one layer: quantized history, sinks and the newest tokens exact.
 
     Args:
         layer_idx: index of the layer in the model.
         settings: the configuration of this layer.
         padding: tokens of left padding in each row, or None where there is none.
+        carried: an empty layer of transformers that holds what the model's layer has beside keys and values: states of
+            linear attention, keys of an indexer. None: it has nothing.
     """
 
     is_compileable = False
-    is_croppable = True
     is_sliding = False
 
-    def __init__(self, layer_idx: int, settings: ResolvedLayer, padding: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        layer_idx: int,
+        settings: ResolvedLayer,
+        padding: tuple[int, ...] | None = None,
+        carried: Any = None,
+    ) -> None:
         # CacheLayerMixin's constructor assigns `keys` and `values`, which are computed here.
         self.layer_idx = layer_idx
         self.settings = settings
         self.padding = padding
+        self.carried = carried
         self.is_initialized = False
         self.record_past = False
         self.kernel_cache = KernelCache()
@@ -204,6 +213,8 @@ class KVQLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise StatesError(f"crop({tokens_to_remove}) is not supported; pass a negative number of tokens to remove")
+        if self.carried is not None:
+            crop_carried(self.carried, tokens_to_remove)
         if not self.is_initialized:
             return
         length = max(0, self.get_seq_length() + int(tokens_to_remove))  # a tensor where 5.17 decodes assisted
@@ -221,6 +232,8 @@ class KVQLayer(CacheLayerMixin):
         self._sides = {}
         self.padding = None
         self.is_initialized = False
+        if self.carried is not None:
+            reset_layer(self.carried)
         self.kernel_cache.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -266,6 +279,8 @@ class KVQLayer(CacheLayerMixin):
     def moved_to(self, device: torch.device) -> KVQLayer:
         """Return an independent layer with its states on another device."""
         other = self.fork()
+        if self.carried is not None:
+            other.carried = moved_layer(self.carried, device)
         if self.is_initialized:
             other.device, store_device = device, choose_store_device(self.settings.device, device)
             for name, side in self._sides.items():
@@ -276,7 +291,8 @@ class KVQLayer(CacheLayerMixin):
 
     def fork(self) -> KVQLayer:
         """Return an independent layer that shares the present chunks."""
-        other = KVQLayer(self.layer_idx, self.settings, self.padding)
+        carried = None if self.carried is None else fork_layer(self.carried)
+        other = KVQLayer(self.layer_idx, self.settings, self.padding, carried)
         other.is_initialized, other.record_past = self.is_initialized, self.record_past
         if self.is_initialized:
             other.dtype, other.device = self.dtype, self.device
@@ -310,6 +326,8 @@ class KVQLayer(CacheLayerMixin):
             return
         for side in self._sides.values():
             side.select_rows(rows)
+        if self.carried is not None:
+            select_rows(self.carried, rows)
         self.kernel_cache.note_rearrangement()
 
     def _row_numbers(self) -> torch.Tensor:

@@ -20,6 +20,20 @@ def fork_layer(layer: Any) -> Any:
     return copy.copy(layer) if kind_of(layer).is_never_written else copy.deepcopy(layer)
 
 
+def moved_layer(layer: Any, device: torch.device) -> Any:
+    """Return a layer of transformers with every tensor in it on a device."""
+    other = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            setattr(other, name, value.to(device))
+        elif isinstance(value, dict):
+            moved = {key: one.to(device) if isinstance(one, torch.Tensor) else one for key, one in value.items()}
+            setattr(other, name, moved)
+        elif isinstance(value, torch.device):
+            setattr(other, name, device)
+    return other
+
+
 def select_rows(layer: Any, rows: torch.Tensor) -> None:
     """Reorder the rows: row `i` becomes the former row `rows[i]`, int64 `[B']`; more or fewer than before."""
     if hasattr(layer, "reorder_cache"):
@@ -39,16 +53,47 @@ def has_forgotten(layer: Any) -> bool:
 
 
 def reset_layer(layer: Any) -> None:
-    """Forget everything that a layer holds."""
+    """Forget everything that a layer holds; states of another shape may follow."""
     if kind_of(layer).holds_tokens:
         layer.keys = layer.values = None
         layer.is_initialized = False
+    if hasattr(layer, "indexer_keys"):
+        layer.indexer_keys, layer.is_indexer_initialized = None, False
     layer.reset()
+    for name in kind_of(layer).states:
+        held = getattr(layer, name)
+        if isinstance(held, dict):
+            held.update(dict.fromkeys(held))
+            known = getattr(layer, f"is_{name}_initialized")
+            known.update(dict.fromkeys(known, False))
 
 
 def carries_sum(layer: Any) -> bool:
     """Return whether a layer holds a state that no crop can put back; transformers crops the rest and leaves that."""
     return kind_of(layer).holds_sums and any(layer.is_recurrent_states_initialized.values())
+
+
+def crop_carried(carried: Any, tokens_to_remove: int) -> None:
+    """Crop what a quantized layer carries.
+
+    Args:
+        carried: a layer of transformers without keys and values.
+        tokens_to_remove: zero or negative.
+    """
+    if not hasattr(carried, "indexer_keys"):
+        carried.crop(tokens_to_remove)
+    elif tokens_to_remove and carried.indexer_keys is not None:
+        # Not by `crop`, which before 5.18 wants keys and values.
+        positions = getattr(carried, "indexer_position_ids", None)
+        carried.indexer_keys = carried.indexer_keys[:, :tokens_to_remove]
+        if positions is not None:
+            carried.indexer_position_ids = positions[..., :tokens_to_remove]
+
+
+def carrier_of(layer: Any) -> Any:
+    """Return the layer of transformers that holds what a layer has beside keys and values; else the layer itself."""
+    carried = getattr(layer, "carried", None)
+    return layer if carried is None else carried
 
 
 def _states(layer: Any) -> Iterator[torch.Tensor | None]:

@@ -16,6 +16,7 @@ from kvq.layers.biased_keys import explain_biased_keys
 from kvq.layers.given_states import STATES_DTYPES
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.layers.savings import effective_bits
+from kvq.layers.transformers_layers import carrier_of
 from kvq.planning.cache_plan import CachePlan, LayerPlan, SidePlan, join_layers
 from kvq.planning.model_outline import ModelOutline, find_dtype, outline_model
 from kvq.planning.reasons import Reasons
@@ -215,7 +216,7 @@ def _list_warnings(cache: KVQ, outline: ModelOutline, layers: tuple[LayerPlan, .
 def _list_unsupported(layers: Sequence[Any]) -> tuple[str, ...]:
     found: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
-        if unsupported := kind_of(layer).unsupported:
+        if unsupported := kind_of(carrier_of(layer)).unsupported:
             found.setdefault(unsupported, []).append(index)
     return tuple(f"{what} are not quantized (layers {join_layers(indices)})" for what, indices in found.items())
 

@@ -38,7 +38,8 @@ class Reasons:
         entry = find_selector(self.config.layers, layer_idx, len(self.layers))
         place = "default" if entry is None else f"layers[{entry!r}]"
         if isinstance(self.layers[layer_idx], KVQLayer):
-            return "; ".join(filter(None, (place, self._why_sliding(window), self._latent)))
+            beside = kind_of(outline).beside
+            return "; ".join(filter(None, (place, self._why_sliding(window), self._latent, beside)))
         if entry is not None and self.config.layers[entry].full_precision:
             return f"{place}: full_precision"
         return kind_of(outline).reason.format(window=window)

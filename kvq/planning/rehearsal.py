@@ -19,10 +19,11 @@ from kvq.errors import ModelError
 from kvq.layers.held_bytes import report_memory
 from kvq.layers.memory_report import LayerMemory
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.transformers_layers import carrier_of
 from kvq.planning.layout_only import LayoutOnly
 from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.store.side_contents import SideContents
-from kvq.transformers_seams.layer_kinds import Growth, kind_of
+from kvq.transformers_seams.layer_kinds import Growth, kind_of, new_carrier
 
 MAX_HORIZON = 512
 """Tokens that are rehearsed one at a time; of longer blocks the next flush may not be among them."""
@@ -91,6 +92,15 @@ class Rehearsal:
         kind, held = (self.kind, type(self.kept)), _measure(self.outline).total_bytes
         return kind, window, shapes, held, self._quantized_signature()
 
+    def _find_carried(self) -> Any:
+        """Return a layer with what the outline holds beside keys and values of tokens, or None."""
+        carried = new_carrier(self.outline)
+        for name in kind_of(carried).states if carried is not None else ():
+            held = getattr(self.outline, name, None)
+            if isinstance(held, dict):
+                setattr(carried, name, dict(held))
+        return carried
+
     def _find_kept(self, layer: Any) -> Any:
         """Return the layer in full precision: transformers' own, or one that holds all tokens in its place."""
         if type(layer) is not DynamicLayer or type(self.outline) is DynamicLayer or self.states is None:
@@ -135,6 +145,9 @@ class Rehearsal:
             layer.update(keys, values, packed=True)  # handles, which decode nothing
         else:
             layer.update(keys, values)
+        indexer_keys = getattr(self.outline, "indexer_keys", None)
+        if indexer_keys is not None:
+            carrier_of(layer).update_indexer(indexer_keys.expand(-1, count, -1))
 
     def _quantized_signature(self) -> Hashable:
         if self.quantized is None:
@@ -155,7 +168,7 @@ class Rehearsal:
         built = self.quantized
         if built is None or self.states is None:
             raise ModelError(f"a layer of type {type(self.outline).__name__} gets no states")
-        layer = KVQLayer(built.layer_idx, built.settings)
+        layer = KVQLayer(built.layer_idx, built.settings, carried=self._find_carried())
         codecs: dict[Side, Quantizer] = {name: LayoutOnly(side.codec) for name, side in built.sides()}
         layer.begin(codecs, {"key": self.states[0], "value": self.states[1]})
         return layer

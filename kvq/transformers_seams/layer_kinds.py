@@ -48,6 +48,8 @@ class LayerKind:
         is_never_written: whether its tensors are replaced by new ones and never written to: forks share them.
         form_in_files: the `kind` of its header in saved caches; None: no file can hold it.
         unsupported: the states that kvq never quantizes, under any configuration; empty: none.
+        carrier: the class that holds what such a layer has beside keys and values, for the quantized layer in its
+            place; None: it has nothing.
     """
 
     layer_class: type
@@ -59,11 +61,17 @@ class LayerKind:
     is_never_written: bool = False
     form_in_files: str | None = None
     unsupported: str = ""
+    carrier: type | None = None
 
     @property
     def holds_tokens(self) -> bool:
         """Whether it holds keys and values of tokens."""
         return "keys" in self.states
+
+    @property
+    def beside(self) -> str:
+        """What stays in full precision beside quantized keys and values, in words; empty: nothing."""
+        return "" if self.carrier is None else f"{self.unsupported} stay in full precision"
 
     @property
     def holds_sums(self) -> bool:
@@ -74,6 +82,9 @@ class LayerKind:
 _FULL_PRECISION = "dynamic"
 _TOKENS = ("keys",)
 _LINEAR = ("conv_states", "recurrent_states")
+_INDEXER = ("indexer_keys",)
+_LINEAR_STATES = "the states of linear attention"
+_INDEXER_KEYS = "the keys of the indexers of sparse attention"
 _LISTED = (
     LayerKind(
         cache_utils.DynamicLayer,
@@ -95,18 +106,30 @@ _LISTED = (
         form_in_files="sliding",
     ),
     LayerKind(
+        cache_utils.DynamicIndexedLayer,
+        reason="sparse attention with an indexer, kept by transformers",
+        states=_TOKENS + _INDEXER,
+        growth=Growth.BY_UPDATE,
+        replaced=Replaced.ALWAYS,
+        is_never_written=True,
+        unsupported=_INDEXER_KEYS,
+        carrier=cache_utils.DynamicIndexedLayer,
+    ),
+    LayerKind(
         cache_utils.LinearAttentionLayer,
         reason="linear attention, a state of fixed size",
         states=_LINEAR,
         growth=Growth.FIXED,
-        unsupported="the states of linear attention",
+        unsupported=_LINEAR_STATES,
     ),
     LayerKind(
         cache_utils.LinearAttentionAndFullAttentionLayer,
-        reason="linear and full attention in one layer",
+        reason="linear and full attention in one layer, kept by transformers",
         states=_TOKENS + _LINEAR,
         growth=Growth.BY_UPDATE,
-        unsupported="layers with both linear and full attention",
+        replaced=Replaced.ALWAYS,
+        unsupported=_LINEAR_STATES,
+        carrier=cache_utils.LinearAttentionLayer,
     ),
     LayerKind(
         cache_utils.LinearAttentionAndSlidingWindowAttentionLayer,
@@ -139,6 +162,16 @@ def new_layer(form: str = _FULL_PRECISION, window: int | None = None) -> Any:
     """
     layer_class = next(kind.layer_class for kind in _LISTED if kind.form_in_files == form)
     return layer_class() if window is None else layer_class(window)
+
+
+def new_carrier(layer: Any) -> Any:
+    """Return an empty layer for what a layer of transformers has beside keys and values, or None where it has nothing.
+
+    Args:
+        layer: a layer that holds nothing yet.
+    """
+    carrier = kind_of(layer).carrier
+    return None if carrier is None else carrier(number_of_states=getattr(layer, "number_of_states", 1))
 
 
 def _inherited(layer_class: type) -> LayerKind:

@@ -80,7 +80,12 @@ SEAMS = (
     Seam(
         "record_past",
         "layers keep what a later crop may bring back while it is set; assisted decoding clears it at its end",
-        ("cache/kvq.py", "layers/transformers_layers.py", "layers/quantized_layer.py"),
+        (
+            "cache/kvq.py",
+            "layers/carrying_layer.py",
+            "layers/transformers_layers.py",
+            "layers/quantized_layer.py",
+        ),
     ),
     Seam(
         "is_recurrent_states_initialized",
@@ -90,7 +95,12 @@ SEAMS = (
     Seam(
         "recurrent_states",
         "a mapping of the states of a layer of linear attention, [B, ...]; `conv_states` too",
-        ("transformers_seams/layer_kinds.py",),
+        ("transformers_seams/layer_kinds.py", "layers/carrying_layer.py"),
+    ),
+    Seam(
+        "indexer_keys",
+        "the keys [B, T, D] of the indexer of a layer of sparse attention, a new tensor after each update",
+        ("transformers_seams/layer_kinds.py", "layers/transformers_layers.py", "planning/rehearsal.py"),
     ),
     Seam(
         "cumulative_length",

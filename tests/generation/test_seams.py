@@ -10,7 +10,7 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer
 
 import kvq
 from kvq.transformers_seams import private_names as seams
@@ -125,6 +125,16 @@ def _(llama, _prompts):
     layer.update_recurrent_state(torch.ones(3, 2, 2))
     held = [*layer.conv_states.values(), *layer.recurrent_states.values()]
     assert {one.shape[0] for one in held if one is not None} == {3}
+
+
+@checks("indexer_keys")
+def _(llama, _prompts):
+    layer = DynamicIndexedLayer()
+    layer.update_indexer(torch.ones(3, 5, 2))
+    before = layer.indexer_keys
+    layer.update_indexer(torch.ones(3, 1, 2))
+    assert (before.shape, layer.indexer_keys.shape) == ((3, 5, 2), (3, 6, 2))
+    assert layer.get_seq_length() == 0
 
 
 @checks("cumulative_length")

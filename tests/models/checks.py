@@ -12,11 +12,12 @@ import pytest
 import torch
 from families import PADDING, PROMPT_LENGTH, Family
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionCacheLayerMixin
 
 from kvq import KVQ, EncoderDecoderKVQ, attach
 from kvq.errors import CacheStateError, ModelError, StatesError
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.transformers_layers import carrier_of
 from kvq.planning.reasons import Reasons
 
 NEW_TOKENS = 12
@@ -122,7 +123,8 @@ class Examination:
         assert next(_quantized_layers(attachment.cache)).padding == (PADDING, 0)
 
     def _check_without_model(self) -> str:
-        carries_states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.cache({}).layers)
+        carriers = [carrier_of(layer) for layer in self.cache({}).layers]
+        carries_states = any(isinstance(one, LinearAttentionCacheLayerMixin | DynamicIndexedLayer) for one in carriers)
         if self.is_encoder_decoder or carries_states:
             with pytest.raises(StatesError if self.is_encoder_decoder else ModelError, match="pass `model=`"):
                 self._generate(False, KVQ(EXACT))
@@ -160,7 +162,7 @@ class Examination:
     def _check_crop(self) -> str:
         """Crop far into the store, and go on with other tokens."""
         cache = self.cache(QUANTIZED)
-        if any(getattr(layer, "recurrent_states", None) for layer in cache.layers):
+        if any(getattr(carrier_of(layer), "recurrent_states", None) for layer in cache.layers):
             self._prefill(cache, self.text[False], None)
             held = cache.get_seq_length()
             with pytest.raises(CacheStateError, match="cannot go back"):

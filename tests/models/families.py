@@ -37,6 +37,12 @@ SHARED = dict(
     hidden_size_per_layer_input=16,
     vocab_size_per_layer_input=VOCABULARY,
 )
+LATENT = dict(kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32)
+# Fewer keys than the prompt has tokens, but most of them: a small error seldom lets the indexer choose others.
+INDEXER = dict(index_topk=160, index_head_dim=32, index_n_heads=4)
+LATENT_EXPERTS = dict(moe_intermediate_size=32, n_routed_experts=2, num_experts_per_tok=2, n_group=1, topk_group=1)
+SPARSE = {**DECODER, "num_key_value_heads": 4, **LATENT, **INDEXER, **LATENT_EXPERTS}
+DENSE_AND_SPARSE = dict(mlp_layer_types=["dense", "sparse"])
 ENCODER_DECODER = dict(
     vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=None, decoder_start_token_id=0
 )
@@ -62,6 +68,7 @@ class Family:
         seed: of the weights; one whose text is lively.
         encoder: what an encoder-decoder model's encoder reads: "text" or "audio"; None for the others.
         images: whether the prompt has an image.
+        needs: name of the configuration in transformers, where not every supported release has it.
     """
 
     title: str
@@ -70,6 +77,12 @@ class Family:
     seed: int = 7
     encoder: str | None = None
     images: bool = False
+    needs: str | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether this release of transformers has such models."""
+        return self.needs is None or hasattr(transformers, self.needs)
 
     def build(self) -> PreTrainedModel:
         """Return the model in float32."""
@@ -221,6 +234,45 @@ FAMILIES = {
             **{**DECODER, "num_key_value_heads": 4},
         ),
     ),
+    "deepseek_v32": Family(
+        "DeepSeek-V3.2",
+        lambda: transformers.DeepseekV32Config(first_k_dense_replace=1, **SPARSE),
+        std=0.2,
+        seed=12,
+        needs="DeepseekV32Config",
+    ),
+    "glm_moe_dsa": Family(
+        "GLM-5",
+        lambda: transformers.GlmMoeDsaConfig(**DENSE_AND_SPARSE, **SPARSE),
+        std=0.15,
+        needs="GlmMoeDsaConfig",
+    ),
+    "axk2": Family(
+        "A.X K2", lambda: transformers.AXK2Config(**DENSE_AND_SPARSE, **SPARSE), std=0.2, seed=12, needs="AXK2Config"
+    ),
+    "hy_v4": Family(
+        "HY 4", lambda: transformers.HYV4Config(**DENSE_AND_SPARSE, **SPARSE), std=0.2, seed=12, needs="HYV4Config"
+    ),
+    "dots3_note": Family(
+        "dots3.note",
+        lambda: transformers.Dots3NoteTextConfig(
+            sliding_window=SLIDING_WINDOW,
+            layer_types=["sliding_attention", "indexed_attention"],
+            swa_num_attention_heads=4,
+            swa_num_key_value_heads=4,
+            swa_q_lora_rank=32,
+            swa_kv_lora_rank=32,
+            swa_head_dim=32,
+            swa_qk_nope_head_dim=16,
+            swa_qk_rope_head_dim=16,
+            swa_v_head_dim=32,
+            **DENSE_AND_SPARSE,
+            **SPARSE,
+        ),
+        std=0.2,
+        seed=12,
+        needs="Dots3NoteTextConfig",
+    ),
     "qwen3_next": Family(
         "Qwen3-Next",
         lambda: transformers.Qwen3NextConfig(
@@ -248,6 +300,48 @@ FAMILIES = {
             use_mamba_kernels=False,
             **{**DECODER, "num_hidden_layers": 4},
         ),
+    ),
+    "falcon_h1": Family(
+        "Falcon-H1",
+        lambda: transformers.FalconH1Config(
+            head_dim=32,
+            mamba_d_ssm=64,
+            mamba_n_heads=4,
+            mamba_d_head=16,
+            mamba_n_groups=1,
+            mamba_d_state=16,
+            mamba_chunk_size=32,
+            **DECODER,
+        ),
+    ),
+    "zamba2": Family(
+        "Zamba 2",
+        lambda: transformers.Zamba2Config(
+            mamba_d_state=16,
+            mamba_headdim=32,
+            n_mamba_heads=4,
+            mamba_ngroups=1,
+            chunk_size=32,
+            layers_block_type=["linear_attention", "hybrid"] * 2,
+            num_mem_blocks=1,
+            **{**DECODER, "num_hidden_layers": 4, "num_key_value_heads": 4},
+        ),
+        std=0.15,
+        seed=8,
+    ),
+    "zaya": Family(
+        "ZAYA1",
+        lambda: transformers.ZayaConfig(
+            head_dim=32,
+            sliding_window=SLIDING_WINDOW,
+            layer_types=["hybrid_sliding", "hybrid"],
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=32,
+            **DECODER,
+        ),
+        std=0.15,
+        needs="ZayaConfig",
     ),
     "t5": Family(
         "T5",

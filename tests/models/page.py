@@ -38,8 +38,9 @@ Layers are those of the default configuration in the small model: numbers of lay
 {{rows}}
 
 A model that is not here works in the same way if its layers do: `KVQ(model=model)` takes transformers' own list of
-layers and replaces those that hold plain keys and values. Layers of other kinds stay as they are, and
-if nothing is left to be quantized (Mamba, sparse attention with an indexer) `KVQ` says so. Where a model hands keys and
+layers and replaces those that hold keys and values. What such a layer holds beside them stays as it is: a state of
+linear attention, the keys of an indexer. Layers of other kinds stay as they are too, and if nothing is left to be
+quantized (Mamba) `KVQ` says so. Where a model hands keys and
 values to code of its own instead of an attention function of transformers, that code gets them in full precision.
 """
 

@@ -9,6 +9,8 @@ from page import PAGE, find_version, render
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_kind_of_model(name):
+    if not FAMILIES[name].is_known:
+        pytest.skip(f"this release of transformers has no {FAMILIES[name].needs}")
     report = examine(FAMILIES[name])
     page = PAGE.read_text(encoding="utf-8")
     if find_version(page) == transformers.__version__:  # the layers of some kinds depend on it

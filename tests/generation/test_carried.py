@@ -1,0 +1,171 @@
+"""Layers that hold more than keys and values: states of linear attention, keys of an indexer."""
+
+import pytest
+import torch
+import transformers
+
+from kvq import KVQ, attach
+from kvq.errors import CacheStateError
+from kvq.layers.quantized_layer import KVQLayer
+from kvq.planning import plan
+
+SMALL = dict(
+    vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    initializer_range=0.2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+EXACT = dict(residual_length=2048)
+QUANTIZED = dict(nbits_k=8, nbits_v=8, residual_length=32, q_group_size=32)
+
+
+def falcon_h1():
+    return transformers.FalconH1Config(
+        head_dim=32, num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1,
+        mamba_d_state=16, mamba_chunk_size=32, **SMALL,
+    )  # fmt: skip
+
+
+def glm_5():
+    return transformers.GlmMoeDsaConfig(
+        num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+        v_head_dim=32, index_topk=20, index_head_dim=32, index_n_heads=4, moe_intermediate_size=32, n_routed_experts=2,
+        num_experts_per_tok=2, n_group=1, topk_group=1, mlp_layer_types=["dense", "sparse"], **SMALL,
+    )  # fmt: skip
+
+
+KINDS = {"linear": falcon_h1, "indexed": glm_5}
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    torch.manual_seed(0)
+    config = KINDS[request.param]()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if request.param == "linear":  # whose initialization leaves attention and state of one size
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def ids(rows=2, tokens=60):
+    return torch.randint(3, 99, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def generate(model, cache, text, **options):
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(text, attention_mask=torch.ones_like(text), past_key_values=cache, **options)
+
+
+def read(model, text, cache=None):
+    """Return a cache, by default `DynamicCache`, that has read a text at once."""
+    cache = transformers.DynamicCache(config=model.config) if cache is None else cache
+    with torch.no_grad():
+        model(text, past_key_values=cache)
+    return cache
+
+
+def carried_tensors(layer):
+    kept = layer.carried if isinstance(layer, KVQLayer) else layer
+    states = [getattr(kept, name, {}) for name in ("conv_states", "recurrent_states")]
+    found = [one for held in states for one in held.values()]
+    return found or [kept.indexer_keys]
+
+
+def test_beams_reorder_what_is_carried_too(model):
+    text = ids(1)
+    reference = generate(model, transformers.DynamicCache(config=model.config), text, num_beams=3)
+    assert len(set(reference[0, 60:].tolist())) >= 4
+    assert torch.equal(generate(model, KVQ(EXACT, model=model), text, num_beams=3), reference)
+
+
+def test_a_fork_goes_its_own_way(model):
+    text = ids()
+    cache = read(model, text[:, :50], KVQ(EXACT, model=model))
+    fork = cache.fork()
+    generate(model, fork, torch.cat([text[:, :50], text[:, :10]], dim=1))
+    assert cache.get_seq_length() == 50
+    reference = generate(model, read(model, text[:, :50]), text)
+    assert torch.equal(generate(model, cache, text), reference)
+
+
+def test_after_a_reset_another_batch_may_come(model):
+    cache = KVQ(EXACT, model=model)
+    generate(model, cache, ids(2))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    reference = generate(model, transformers.DynamicCache(config=model.config), ids(3))
+    assert torch.equal(generate(model, cache, ids(3)), reference)
+
+
+def test_what_is_carried_is_that_of_dynamic_cache_and_counted(model):
+    cache, plain = KVQ(QUANTIZED, model=model), transformers.DynamicCache(config=model.config)
+    for one in (cache, plain):
+        read(model, ids(), one)
+    for own, other in zip(cache.layers[:1], plain.layers[:1], strict=True):  # what comes before any quantized token
+        for ours, theirs in zip(carried_tensors(own), carried_tensors(other), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    carried = sum(one.nbytes for layer in cache.layers for one in carried_tensors(layer))
+    assert carried
+    report = cache.memory()
+    held = sum(
+        sum(side.held_bytes.values()) + side.slack_bytes for one in report.layers for side in (one.key, one.value)
+    )
+    assert report.total_bytes == held + carried
+    plain_bytes = sum(one.nbytes for layer in plain.layers for one in (layer.keys, layer.values))
+    assert report.full_precision_bytes == plain_bytes + carried
+
+
+def test_a_plan_counts_what_is_carried(model):
+    planned = plan(model.config, QUANTIZED, context=150, batch=2, dtype=torch.float32)
+    assert all("stay in full precision" in one.reason for one in planned.layers)
+    assert any("are not quantized (layers 0-1)" in text for text in planned.unsupported)
+    cache = read(model, ids(2, 150), KVQ(QUANTIZED, model=model))
+    assert planned.total_bytes == cache.memory().total_bytes
+
+
+def test_rows_are_repeated_and_chosen(model):
+    text = ids()
+    cache = read(model, text[:, :-1], KVQ(EXACT, model=model))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    reference = generate(model, read(model, text.flip(0)[:, :-1]), text.flip(0))
+    assert torch.equal(generate(model, cache, text.flip(0)), reference)
+
+
+def test_a_crop_takes_back_the_keys_of_an_indexer_and_is_refused_for_a_sum(model):
+    text = ids()
+    cache = read(model, text.flip(1), KVQ(EXACT, model=model))
+    assert cache.is_croppable == (not hasattr(model.config, "mamba_d_ssm"))
+    if not cache.is_croppable:
+        with pytest.raises(CacheStateError, match=r"layers \[0, 1\] carry states of linear attention"):
+            cache.crop(-10)
+        return
+    cache.crop(-60)
+    read(model, text, cache).crop(-30)
+    plain = read(model, text)
+    plain.crop(-30)
+    reference = generate(model, plain, text)
+    assert torch.equal(generate(model, cache, text), reference)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Qwen4ExpTextConfig"), reason="no Qwen4-Exp in this release")
+def test_an_indexer_over_plain_keys_reads_them_packed():
+    config = transformers.Qwen4ExpTextConfig(
+        head_dim=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=16, linear_value_head_dim=16, layer_types=["linear_attention", "indexed_attention"],
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=32, indexer_budget=16, indexer_compress_ratio=4,
+        num_experts=2, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=2, **SMALL,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    text = ids()
+    mask = torch.ones_like(text)
+    mask[0, :9] = 0
+    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    reference = model.generate(text, **options)
+    assert len(set(reference[1, 60:].tolist())) >= 8
+    with attach(model, EXACT):
+        assert torch.equal(model.generate(text, **options), reference)
+    with attach(model, QUANTIZED) as attachment:
+        model.generate(ids(2, 100), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert attachment.cache.memory().layers[1].attention == "compiled"
