@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from kvq.cache.given_arguments import resolve_config
 from kvq.cache.kvq import KVQ
+from kvq.cache.snapshot import Restorable
 from kvq.config import KVQCacheConfig
 from kvq.errors import ModelError
 from kvq.layers.held_bytes import report_memory
@@ -21,7 +22,7 @@ from kvq.layers.model_layers import DecoderConfig
 from kvq.layers.transformers_layers import fork_layer, reset_layer
 
 
-class EncoderDecoderKVQ(EncoderDecoderCache):
+class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
     """A quantized cache for encoder-decoder models: T5, BART, Whisper.
 
     Self-attention, which grows with every token, is quantized. Cross-attention holds the encoder's states, as many as
@@ -88,6 +89,15 @@ class EncoderDecoderKVQ(EncoderDecoderCache):
         other.self_attention_cache = self.self_attention_cache.fork()
         other.cross_attention_cache = _fork(self.cross_attention_cache)
         return other
+
+    def _take(self, held: Any) -> None:
+        self.self_attention_cache, self.cross_attention_cache = held.self_attention_cache, held.cross_attention_cache
+        self.is_updated = held.is_updated
+
+    @property
+    def _model_config(self) -> PretrainedConfig | None:
+        config: PretrainedConfig | None = self.self_attention_cache._model_config
+        return config
 
     def reset(self) -> None:
         """Forget everything; the next update may bring states of another shape."""

@@ -19,6 +19,7 @@ from kvq.cache.given_arguments import check_padding, find_decoder, resolve_confi
 from kvq.cache.known_tokens import KnownTokens
 from kvq.cache.linear_states import CarriedStates
 from kvq.cache.padding import BatchPadding
+from kvq.cache.snapshot import Restorable
 from kvq.cache.thread_guard import ThreadGuard
 from kvq.cache.token_history import TokenHistory
 from kvq.calibration import Calibration
@@ -45,7 +46,7 @@ from kvq.transformers_seams.layer_kinds import new_layer
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
 
 
-class KVQ(CarriedStates, KnownTokens):
+class KVQ(CarriedStates, KnownTokens, Restorable):
     """A quantized KV cache.
 
     Args:
@@ -272,6 +273,10 @@ class KVQ(CarriedStates, KnownTokens):
         other.layers = [layer.fork() if isinstance(layer, KVQLayer) else fork_layer(layer) for layer in self.layers]
         return other
 
+    def _take(self, held: KVQ) -> None:
+        self.layers, self._padding, self._history = held.layers, held._padding, held._history
+        self._records_past = held._records_past
+
     def activate_past_recording(self) -> None:
         """Let layers keep the states that a crop may have to bring back; see `KVQLayer.activate_past_recording`."""
         self._records_past = True
@@ -288,7 +293,7 @@ class KVQ(CarriedStates, KnownTokens):
         if tokens_to_remove < 0 and stuck:
             raise CacheStateError(
                 f"crop({tokens_to_remove}): layers {stuck} carry states of linear attention, which cannot go back; "
-                "copy or fork the cache before the tokens that may have to go"
+                "cache.snapshot() before the tokens that may have to go, and cache.restore(snapshot), do"
             )
         if tokens_to_remove > 0:
             raise StatesError(f"crop({tokens_to_remove}) is not supported; pass a negative number of tokens to remove")
@@ -296,7 +301,7 @@ class KVQ(CarriedStates, KnownTokens):
         if bounded:
             raise CacheStateError(
                 f"crop({tokens_to_remove}): layers {bounded} slide and have forgotten what came before their window; "
-                "call cache.activate_past_recording() before the tokens that may have to go"
+                "call cache.activate_past_recording() before the tokens that may have to go, or cache.snapshot()"
             )
         super().crop(tokens_to_remove)
         if self._history is not None and tokens_to_remove < 0:
