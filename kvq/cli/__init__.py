@@ -22,6 +22,7 @@ from kvq.cli.console import print_error
 from kvq.cli.demo import demo
 from kvq.cli.doctor import doctor
 from kvq.cli.eval import evaluate
+from kvq.cli.export import export
 from kvq.cli.import_kvtuner import import_kvtuner
 from kvq.cli.new_backend import new_backend
 from kvq.cli.plan import plan
@@ -45,6 +46,7 @@ app.command()(calibrate)
 app.command()(tune)
 app.command()(sweep)
 app.command("import-kvtuner")(import_kvtuner)
+app.command()(export)
 app.command()(bench)
 app.command()(backends)
 app.command()(presets)

@@ -95,7 +95,8 @@ def find_window(candidate: Candidate, model: PreTrainedModel) -> int | None:
         options = candidate.settings["transformers"]
         return None if options["backend"] == "fp8" else options.get("residual_length", PEER_WINDOW)
     layers = candidate.build(model).layers
-    return min(layer.settings.residual_length for layer in layers if isinstance(layer, KVQLayer))
+    windows = (layer.settings.residual_length for layer in layers if isinstance(layer, KVQLayer))
+    return min(windows, default=None)
 
 
 def count_held_bytes(cache: Cache) -> int:
