@@ -20,6 +20,8 @@ from kvq.attention.full_precision import SDPA_OPTIONS, attend_full_precision, fi
 from kvq.attention.handle import PackedPair, PackedStates
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.padding_mask import kvq_mask
+from kvq.attention.traced.deferred import DeferredPair, find_pair, settled
+from kvq.attention.traced.step import define_step
 
 READ_OPTIONS = SDPA_OPTIONS | {"softcap", "s_aux"}
 """Arguments that kernels obey."""
@@ -102,8 +104,6 @@ def find_reason_to_materialize(query: torch.Tensor, pair: PackedPair, options: M
     return None if beyond is None else f"argument {beyond!r}"
 
 
-# Under torch.compile each layer breaks its graph here and at `KVQ.update`: chunks and addresses are Python's.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
 def kvq_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -117,11 +117,32 @@ def kvq_attention_forward(
     Args:
         module: the model's attention module.
         query: `[B, Hq, Tq, D]`.
-        key: a handle of a quantized layer, or plain keys `[B, H, Tk, D]`.
+        key: a handle of a quantized layer, or plain keys `[B, H, Tk, D]`; in a model that is being compiled also states
+            that the cache has yet to take.
         value: the same for the values.
         attention_mask: the mask that `kvq_mask` made.
         **options: scaling, dropout and any other argument that the model passes.
     """
+    pair = find_pair(key, value)
+    if pair is not None and _may_step(query, pair, options):
+        return _take_step(module, query, pair, attention_mask, options), None
+    attended: tuple[torch.Tensor, torch.Tensor | None] = _attend_given(
+        module, query, settled(key), settled(value), attention_mask, **options
+    )
+    return attended
+
+
+# Under torch.compile a graph breaks here: chunks and addresses are Python's.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+def _attend_given(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend to states that are handles or plain tensors."""
     if options.get(ARGUMENT) is not None:
         causal = is_causal(module, options)
         attention_mask, options = lay_choice_over(attention_mask, options, key.shape[2], causal=causal)
@@ -132,6 +153,42 @@ def kvq_attention_forward(
     if getattr(config, "_attn_implementation", None) == ATTENTION_NAME:
         report_model(key, config)
     return attend_full_precision(module, query, _plain(key), _plain(value), attention_mask, **options)
+
+
+STEP = define_step(_attend_given)
+"""The operation `kvq::step` of torch."""
+
+
+def _may_step(query: torch.Tensor, pair: DeferredPair, options: Mapping[str, Any]) -> bool:
+    """Return whether the operation obeys all of a call."""
+    needs_gradients = any(states.requires_grad for states in (query, pair.key, pair.value))
+    is_known = not options.get("dropout") and find_option_beyond(READ_OPTIONS, options) is None
+    return is_known and not pair.is_taken and not (torch.is_grad_enabled() and needs_gradients)
+
+
+def _take_step(
+    module: nn.Module,
+    query: torch.Tensor,
+    pair: DeferredPair,
+    attention_mask: torch.Tensor | None,
+    options: Mapping[str, Any],
+) -> torch.Tensor:
+    """Let the cache take the states of a pair and attend to the layer, in one operation."""
+    pair.is_taken = True
+    scaling = options.get("scaling")
+    output: torch.Tensor = STEP(
+        query,
+        pair.key,
+        pair.value,
+        attention_mask,
+        options.get("s_aux"),
+        pair.ticket.number,
+        pair.layer_idx,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        is_causal(module, options),
+        options.get("softcap"),
+    )
+    return output
 
 
 def _plain(states: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from kvq.attention import entry as _entry  # noqa: F401  # registers it with tra
 from kvq.attention.attention_detector import AttentionDetector
 from kvq.attention.hint import hint_at_attention
 from kvq.attention.padding_mask import expect_mask
+from kvq.attention.traced.deferred import DeferredPair
+from kvq.attention.traced.ticket import Ticket
 from kvq.cache.given_arguments import check_padding, find_decoder, resolve_config
 from kvq.cache.known_tokens import KnownTokens
 from kvq.cache.linear_states import CarriedStates
@@ -97,6 +99,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         self._records_past = False
         self._history: TokenHistory | None = None
         self._thread_guard = ThreadGuard()
+        self._ticket = Ticket.of(self)
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=`, which has the number of layers")
             raise ConfigError([fault])
@@ -105,8 +108,6 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         )
         super().__init__(layers=layers)
 
-    # Traced by torch.compile, it would be compiled again with every chunk.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,12 +123,24 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         Returns:
             Keys and values `[B, H, total, D]`: plain tensors that alias nothing in the cache, or handles where the
             model's active attention is "kvq". Without `model=` the cache detects it at the model's first attention.
+            In a model that torch.compile traces: what the "kvq" attention adds to the cache.
 
         Raises:
             StatesError: the states do not fit; the cache is then as it was before.
             CacheStateError: another thread is in the middle of a forward with this cache, which is then as it was. Or
                 torch.export is tracing, which the cache cannot be part of.
         """
+        if torch.compiler.is_dynamo_compiling() and self._may_defer(key_states, value_states):
+            return DeferredPair(self, self._ticket, key_states, value_states, layer_idx).states()
+        states: tuple[torch.Tensor, torch.Tensor] = self.take(key_states, value_states, layer_idx, *args, **kwargs)
+        return states
+
+    # Traced by torch.compile, it would be compiled again with every chunk.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
+    def take(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do as `update`, outside of graphs."""
         if _is_exporting():
             raise CacheStateError(
                 "torch.export cannot record what a KVQ does; export with a cache of transformers: "
@@ -269,6 +282,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         """
         other = copy.copy(self)
         other._thread_guard, other.attention_detector = ThreadGuard(), self.attention_detector.fork()
+        other._ticket = Ticket.of(other)
         other._padding = copy.copy(self._padding)
         other.layers = [layer.fork() if isinstance(layer, KVQLayer) else fork_layer(layer) for layer in self.layers]
         return other
@@ -359,6 +373,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         memo[id(self)] = other
         memo[id(self._model_config)] = self._model_config
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        other._ticket = Ticket.of(other)
         return other
 
     def __repr__(self) -> str:
@@ -378,6 +393,21 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
             return layer.add(key_states, value_states, packed=packed)
         with reading_ahead(self.layers, layer.layer_idx):
             return layer.add(key_states, value_states, packed=packed)
+
+    def _may_defer(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Return whether "kvq" attention is going to add these states, which a model that is being compiled hands over.
+
+        Asked while torch.compile traces, so what it reads here decides when a model is compiled again.
+        """
+        config = self.attention_detector.config
+        return (
+            self._ticket.is_issued
+            and config is not None
+            and config._attn_implementation == ATTENTION_NAME
+            and not getattr(config, "num_kv_shared_layers", None)  # whose layers read one pair several times
+            and not _needs_gradients(key_states, value_states)
+            and not getattr(torch.compiler, "_is_exporting_flag", True)  # torch 2.6 has none
+        )
 
     def _is_in_step(self) -> bool:
         """Whether all quantized layers that hold tokens hold equally many."""

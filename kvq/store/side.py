@@ -55,8 +55,7 @@ class SideView:
     @property
     def length(self) -> int:
         """Tokens in the view."""
-        held = self.contents
-        return held.store.length + held.window.length + (0 if self.new is None else self.new.shape[2])
+        return self.contents.length + (0 if self.new is None else self.new.shape[2])
 
     @property
     def like(self) -> torch.Tensor:
@@ -171,7 +170,7 @@ class LayerSide:
     @property
     def length(self) -> int:
         """Tokens held."""
-        return self.contents.store.length + self.contents.window.length
+        return self.contents.length
 
     @property
     def dtype(self) -> torch.dtype:

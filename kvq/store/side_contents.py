@@ -19,20 +19,25 @@ from kvq.store.window import TokenBuffer
 class SideContents:
     """All that a side holds at one moment: a value, so a checkpoint of a side is a reference to it.
 
-    Every field but the store is an `ExactPiece`. A field that is added here is counted, saved, moved, reordered, forked
-    and undone with the others.
+    Every field that is given, but the store, is an `ExactPiece`. One that is added here is counted, saved, moved,
+    reordered, forked and undone with the others.
 
     Attributes:
         store: the quantized tokens.
         window: the newest tokens, exact.
         sinks: the first tokens, exact.
         cropped: the groups that crops cut.
+        length: tokens held. One number, since torch.compile compiles a model again for each whose changes it sees.
     """
 
     store: ChunkedStore
     window: TokenBuffer
     sinks: SinkTokens
     cropped: CroppedGroups = field(default_factory=CroppedGroups)
+    length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", self.store.length + self.window.length)
 
     def held(self) -> Iterator[Held]:
         """Yield every tensor that is held."""
@@ -108,7 +113,7 @@ class SideContents:
             yield from piece.held()
 
     def _exact_pieces(self) -> dict[str, ExactPiece]:
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "store"}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "store"}
 
     def _with_each(self, change: Callable[[ExactPiece], ExactPiece]) -> SideContents:
         # A tensor made under inference_mode could not be used by autograd outside of it.

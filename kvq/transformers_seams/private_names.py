@@ -61,6 +61,7 @@ SEAMS = (
         "a configuration names in it the attention that its modules call, and each module reads it at every forward",
         (
             "attention/entry.py",
+            "cache/kvq.py",
             "transformers_seams/private_names.py",
             "attaching/attention_switch.py",
             "benchmark/setting.py",
