@@ -62,7 +62,7 @@ def render_excerpt() -> str:
     kl = {
         record["label"]: record["kl"]["mean"]
         for record in result["records"]
-        if record["label"] in wanted and record["settings"] == wanted[record["label"]].to_dict()
+        if record["label"] in wanted and KVQCacheConfig.from_mapping(record["settings"]) == wanted[record["label"]]
     }
     return json.dumps({**{name: result[name] for name in CONDITIONS}, "kl": kl}, indent=2) + "\n"
 

@@ -51,7 +51,7 @@ def test_one_text_has_no_interval():
 def test_the_check_of_the_defaults_is_of_the_defaults():
     for toy in TOYS:
         records = {one["label"]: one for one in json.loads((RESULTS / f"defaults-{toy}.json").read_text())["records"]}
-        assert records["today"]["settings"] == KVQCacheConfig().to_dict()
+        assert KVQCacheConfig.from_mapping(records["today"]["settings"]) == KVQCacheConfig()
         before = records[BEFORE]["settings"]
         assert {before[f"{step}_{side}"] for step in ("rotation", "balance") for side in "kv"} == {"none"}
         assert (before["axis_value"], before["residual_length"]) == ("per_token", 128)
