@@ -16,10 +16,12 @@ from kvq.cache.kvq import KVQ
 from kvq.cache.snapshot import Restorable
 from kvq.config import KVQCacheConfig
 from kvq.errors import ModelError
+from kvq.layers.devices import move_layers
 from kvq.layers.held_bytes import report_memory
 from kvq.layers.memory_report import MemoryReport
 from kvq.layers.model_layers import DecoderConfig
 from kvq.layers.transformers_layers import fork_layer, reset_layer
+from kvq.persistence import CacheFile, ModelReference, write_layers
 
 
 class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
@@ -62,6 +64,7 @@ class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
             # Cross-attention sees the whole input, also in layers whose self-attention slides.
             cross = KVQ.of_decoder(self.config.replace(sliding="quantize"), decoder)
         super().__init__(own, cross)
+        self._model = ModelReference(model)
 
     @property
     def layers(self) -> list[Any]:
@@ -81,6 +84,63 @@ class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
         """
         states: tuple[torch.Tensor, torch.Tensor] = self.self_attention_cache.materialize(layer_idx)
         return states
+
+    def save(self, path: str | Path, *, model: PreTrainedModel | PretrainedConfig | None = None) -> None:
+        """Write both attentions to a file atomically, as `KVQ.save` does.
+
+        Args:
+            path: the file to write, safetensors.
+            model: the model whose states these are, for `load` to check; by default that of the constructor.
+
+        Raises:
+            CacheFileError: the file cannot be written.
+            CacheStateError: the cache is empty, in the middle of a forward, or has layers that no file can hold.
+            ConfigError: a backend was given as an object that no file can name.
+        """
+        write_layers(
+            path,
+            self.config,
+            self.layers,
+            padding=self.self_attention_cache._padding.counts,
+            model=model or self._model.find() or self._model_config,
+            token_ids=None,
+            cross_layers=self.cross_attention_cache.layers,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        model: PreTrainedModel | PretrainedConfig,
+        device: str | torch.device | None = None,
+    ) -> EncoderDecoderKVQ:
+        """Return the cache that a file holds; nothing in the file is executed. The encoder need not run again.
+
+        Args:
+            path: the file to read.
+            model: the model that goes on with it; checked against the one whose states were saved.
+            device: where the states live; default: where the layers of the model are, or the CPU.
+
+        Raises:
+            CacheFileError: the file is damaged, of another kind, newer than this release, or of another model.
+            ConfigError, BackendError: the configuration in the file is not available here.
+        """
+        with CacheFile(path) as file:
+            file.check_model(model)
+            cache = cls(file.config, model=model, padding=file.header.padding)
+            own, cross = cache.self_attention_cache, cache.cross_attention_cache
+            own.layers, cross.layers = file.read_layers(own.layers, model, device, cross.layers)
+        cache.is_updated = dict.fromkeys(range(len(cross.layers)), True)
+        for one in (own, cross):
+            if isinstance(one, KVQ):
+                one._padding.settle()
+        return cache
+
+    def move_to(self, device: str | torch.device) -> None:
+        """Move both attentions to a device; see `KVQ.move_to`."""
+        own, cross = move_layers(self.layers, device), move_layers(self.cross_attention_cache.layers, device)
+        self.self_attention_cache.layers, self.cross_attention_cache.layers = own, cross
 
     def fork(self) -> EncoderDecoderKVQ:
         """Return an independent cache with the same tokens; see `KVQ.fork`."""

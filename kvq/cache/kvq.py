@@ -257,7 +257,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
             if model is not None:
                 file.check_model(model)
             cache = cls(file.config, model=model, padding=file.header.padding)
-            cache.layers = file.read_layers(cache.layers, model, device)
+            cache.layers, _ = file.read_layers(cache.layers, model, device)
             cache._padding.settle()
             cache.token_ids = file.read_token_ids()
         return cache

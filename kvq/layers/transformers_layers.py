@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.cache_utils import CacheLayerMixin
 
 from kvq.transformers_seams.layer_kinds import kind_of
 
@@ -43,6 +44,11 @@ def select_rows(layer: Any, rows: torch.Tensor) -> None:
 def count_rows(layer: Any) -> int | None:
     """Return the rows of the batch that a layer holds, or None where it holds nothing."""
     return next((one.shape[0] for one in _states(layer) if one is not None and one.numel()), None)
+
+
+def count_tokens(layer: Any) -> int:
+    """Return the tokens that a layer was given, 0 where it gets none."""
+    return layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0
 
 
 def has_forgotten(layer: Any) -> bool:

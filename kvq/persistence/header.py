@@ -18,7 +18,11 @@ EXTENDED_VERSION = 2
 """Format of a file that says more: values of another dtype than the keys, or only the first ones of the sinks."""
 OTHERS_VERSION = 3
 """Format of a file with a piece of a side that the other formats have no word for."""
-READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION, OTHERS_VERSION)
+CARRIED_VERSION = 4
+"""Format of a file with states of linear attention, keys of indexers, layers without states or a cross-attention."""
+READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION, OTHERS_VERSION, CARRIED_VERSION)
+MAX_CARRIED = 64
+"""Most states of one layer of linear attention that are believed: models have up to three."""
 MAX_HEAD_DIM = 1 << 11
 """Widest head that is believed: models have up to 576, and a quantizer may build matrices of D * D."""
 MAX_TOKENS = 1 << 40
@@ -124,29 +128,76 @@ class PlainStates(StatesDtypes):
     value: tuple[Heads, HeadDim]
 
 
-class QuantizedHeader(_Strict):
+class LinearCarried(_Strict):
+    """States of linear attention and convolutions, by their index."""
+
+    kind: Literal["linear"] = "linear"
+    conv: list[TensorHeader | None] = Field(max_length=MAX_CARRIED)
+    recurrent: list[TensorHeader | None] = Field(max_length=MAX_CARRIED)
+    kernel_sizes: list[Count | None] = Field(max_length=MAX_CARRIED)
+    previous: list[bool] = Field(max_length=MAX_CARRIED, description="whether a token was seen")
+
+
+class IndexedCarried(_Strict):
+    """The keys of an indexer, and the positions that a model may keep with them."""
+
+    kind: Literal["indexed"] = "indexed"
+    keys: TensorHeader | None
+    positions: TensorHeader | None
+
+
+Carried = Annotated[LinearCarried | IndexedCarried, Field(discriminator="kind")]
+
+
+class _Carrying(_Strict):
+    carried: Carried | None = Field(default=None, description="what it holds beside keys and values, if it can")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.carried is None:
+            del content["carried"]
+        return content
+
+
+class QuantizedHeader(_Carrying):
     """A `KVQLayer`; `states` is null where it holds nothing."""
 
     kind: Literal["quantized"] = "quantized"
     states: QuantizedStates | None
 
 
-class DynamicHeader(_Strict):
-    """A `DynamicLayer` of transformers."""
+class DynamicHeader(_Carrying):
+    """A `DynamicLayer` of transformers, or a layer with more in it."""
 
     kind: Literal["dynamic"] = "dynamic"
     states: PlainStates | None
 
 
-class SlidingHeader(_Strict):
-    """A `DynamicSlidingWindowLayer` of transformers."""
+class SlidingHeader(_Carrying):
+    """A `DynamicSlidingWindowLayer` of transformers, or a layer with more in it."""
 
     kind: Literal["sliding"] = "sliding"
     sliding_window: Count
     states: PlainStates | None
 
 
-LayerHeader = QuantizedHeader | DynamicHeader | SlidingHeader
+class LinearHeader(_Carrying):
+    """A `LinearAttentionLayer` of transformers."""
+
+    kind: Literal["linear"] = "linear"
+    states: None = None
+
+
+class EmptyHeader(_Carrying):
+    """A `DummyLayer` of transformers."""
+
+    kind: Literal["empty"] = "empty"
+    states: None = None
+
+
+LayerHeader = QuantizedHeader | DynamicHeader | SlidingHeader | LinearHeader | EmptyHeader
+LayerHeaders = list[Annotated[LayerHeader, Field(discriminator="kind")]]
 
 
 class BackendFingerprint(_Strict):
@@ -166,11 +217,23 @@ class CacheHeader(_Strict):
     token_ids: tuple[Count, Count] | None
     model: ModelFingerprint | None
     backends: dict[str, BackendFingerprint]
-    layers: list[Annotated[LayerHeader, Field(discriminator="kind")]]
+    layers: LayerHeaders
+    cross_layers: LayerHeaders | None = Field(default=None, description="of the cross-attention, where there is one")
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_there(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.cross_layers is None:
+            del content["cross_layers"]
+        return content
 
     @property
     def format_version(self) -> int:
         """The version of the format that can say all this; readers of older ones take what they know."""
+        if self.cross_layers is not None or any(
+            layer.carried is not None or isinstance(layer, EmptyHeader) for layer in self.layers
+        ):
+            return CARRIED_VERSION
         held = [layer.states for layer in self.layers if layer.states is not None]
         sides = [side for one in held if isinstance(one, QuantizedStates) for side in (one.key, one.value)]
         if any(side.others for side in sides):

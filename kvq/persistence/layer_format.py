@@ -10,7 +10,8 @@ import torch
 from kvq.errors import CacheStateError
 from kvq.files.container import SavedTensor, TensorSpec
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.persistence.header import LayerHeader
+from kvq.persistence.carried import describe_carried
+from kvq.persistence.header import EmptyHeader, LayerHeader, LinearHeader
 from kvq.persistence.plain_layer import DynamicLayerFormat, SlidingLayerFormat
 from kvq.persistence.quantized_layer import QuantizedLayerFormat
 from kvq.transformers_seams.layer_kinds import kind_of
@@ -49,11 +50,42 @@ class LayerFormat(Protocol):
         """
 
 
+class _EmptyFormat:
+    """Layers without keys and values."""
+
+    def __init__(self, header: type[LinearHeader] | type[EmptyHeader]) -> None:
+        self._header = header
+
+    def describe(self, layer: Any) -> LayerHeader:
+        del layer
+        return self._header()
+
+    def collect(self, layer: Any, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
+        del layer, prefix
+        yield from ()
+
+    def prepare(self, layer: Any, states: Any, device: torch.device) -> None:
+        """Do nothing: there are no states."""
+
+    def count_tokens(self, layer: Any, states: Any) -> int:
+        del layer, states
+        return 0
+
+    def plan(self, layer: Any, states: Any, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
+        del layer, states, prefix
+        yield from ()
+
+    def fill(self, layer: Any, states: Any, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
+        """Do nothing, for the same reason."""
+
+
 QUANTIZED = "quantized"
 _FORMATS: Mapping[str, LayerFormat] = {
     QUANTIZED: QuantizedLayerFormat(),
     "dynamic": DynamicLayerFormat(),
     "sliding": SlidingLayerFormat(),
+    "linear": _EmptyFormat(LinearHeader),
+    "empty": _EmptyFormat(EmptyHeader),
 }
 """By the `kind` of a layer's header."""
 
@@ -68,7 +100,7 @@ def describe_layer(layer: Any) -> LayerHeader:
     form = find_form(layer)
     if form is None:
         raise CacheStateError(f"no file can hold a {type(layer).__name__}")
-    return _FORMATS[form].describe(layer)
+    return _FORMATS[form].describe(layer).model_copy(update={"carried": describe_carried(layer)})
 
 
 def format_of(header: LayerHeader) -> LayerFormat:

@@ -6,7 +6,7 @@ of tensors that the quantizers' own layouts ask for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,27 +25,72 @@ from kvq.files.atomic import find_other_kind
 from kvq.files.container import ContainerReader, TensorSpec, parse_json
 from kvq.layers.devices import usable_device
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.persistence.carried import count_states, fill_carried, find_carried_form, plan_carried
 from kvq.persistence.fingerprint import fingerprint_model
-from kvq.persistence.header import FORMAT_NAME, READABLE_VERSIONS, CacheHeader, LayerHeader, QuantizedHeader
-from kvq.persistence.layer_format import LayerFormat, find_form, format_of
+from kvq.persistence.header import (
+    FORMAT_NAME,
+    READABLE_VERSIONS,
+    CacheHeader,
+    LayerHeader,
+    QuantizedHeader,
+    QuantizedStates,
+)
+from kvq.persistence.layer_format import find_form, format_of
 from kvq.persistence.matching import check_backends_match, check_model_matches
 from kvq.transformers_seams.key_projections import find_layer_devices
-from kvq.transformers_seams.layer_kinds import new_layer
+from kvq.transformers_seams.layer_kinds import new_beside, new_layer
 from kvq.user_warnings import warn_user
 
 
 @dataclass(frozen=True)
 class _HeldLayer:
-    """A layer that holds tokens, with what the header says of it and what loads such layers."""
+    """A layer with what the header says of it, and where it goes."""
 
     layer: Any
-    states: Any
-    form: LayerFormat
+    header: LayerHeader
     prefix: str
     device: torch.device
 
-    def plan(self) -> Iterator[tuple[str, TensorSpec]]:
-        return self.form.plan(self.layer, self.states, self.prefix)
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that it will have been given, or None where it holds none."""
+        if self.header.states is None:
+            return None
+        return format_of(self.header).count_tokens(self.layer, self.header.states)
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of its batch, or None where it holds no tokens."""
+        states = self.header.states
+        if states is None:
+            return None
+        return len(states.starts) if isinstance(states, QuantizedStates) else states.batch_size
+
+    def prepare(self) -> None:
+        if self.header.states is not None:
+            format_of(self.header).prepare(self.layer, self.header.states, self.device)
+
+    def plan(self, rows: int | None, tokens: int) -> Iterator[tuple[str, TensorSpec]]:
+        if self.header.states is not None:
+            yield from format_of(self.header).plan(self.layer, self.header.states, self.prefix)
+        if self.header.carried is not None:
+            yield from plan_carried(self.layer, self.header.carried, self.prefix, rows, tokens)
+
+    def fill(self, read: Callable[[str], torch.Tensor]) -> None:
+        if self.header.states is not None:
+            format_of(self.header).fill(self.layer, self.header.states, self.prefix, read)
+        if self.header.carried is not None:
+            fill_carried(self.layer, self.header.carried, self.prefix, read, self.device)
+
+
+def _plan(held: Sequence[_HeldLayer]) -> Iterator[tuple[str, TensorSpec]]:
+    """Yield the tensors that the file must have for the layers of one attention, by name."""
+    lengths = {one.tokens for one in held} - {None}
+    if len(lengths) != 1 or 0 in lengths:
+        raise CacheFileError(f"its layers hold {sorted(filter(None, lengths))} tokens, which is not a state of a cache")
+    rows = next(one.rows for one in held if one.rows is not None)
+    for one in held:
+        yield from one.plan(rows, max(filter(None, lengths)))
 
 
 class CacheFile:
@@ -112,34 +157,59 @@ class CacheFile:
         layers: list[Any],
         model: PreTrainedModel | PretrainedConfig | None,
         device: str | torch.device | None,
-    ) -> list[Any]:
-        """Return the layers of the cache, filled.
+        cross_layers: list[Any] | None = None,
+    ) -> tuple[list[Any], list[Any]]:
+        """Return the layers of the cache and those of its cross-attention, filled.
 
         Args:
             layers: the layers of a new cache with this configuration; where it has none, they are made.
             model: the model on whose devices the states live, or None.
             device: the device of all states, or None: with the model, else the CPU.
+            cross_layers: the layers of the cross-attention of a new cache; None where it has no such attention.
 
         Raises:
             CacheFileError: what the file holds does not fit its configuration or the model.
             KVQError: the backend does not build a quantizer for such states.
         """
-        filled = layers or [self._new_layer(index, header) for index, header in enumerate(self.header.layers)]
-        self._check_kinds(filled)
+        self._check_attentions(has_cross=cross_layers is not None)
+        own = self._prepare("layers", self.header.layers, layers, model, device)
+        cross = self._prepare("cross_layers", self.header.cross_layers or [], cross_layers or [], model, device)
+        groups = [own] if cross_layers is None else [own, cross]
+        self._check_tensors({name: spec for group in groups for name, spec in _plan(group)})
+        every = [one for group in groups for one in group]
+        check_backends_match(self.header.backends, [one.layer for one in every if isinstance(one.layer, KVQLayer)])
+        for one in every:
+            one.fill(self._container.read)
+        return [one.layer for one in own], [one.layer for one in cross]
+
+    def _prepare(
+        self,
+        group: str,
+        headers: list[LayerHeader],
+        layers: list[Any],
+        model: PreTrainedModel | PretrainedConfig | None,
+        device: str | torch.device | None,
+    ) -> list[_HeldLayer]:
+        """Return the layers of one attention, ready to be filled."""
+        filled = layers or [self._new_layer(index, header) for index, header in enumerate(headers)]
+        _check_kinds(headers, filled)
         devices = find_layer_devices(model, len(filled)) if device is None else [usable_device(device)] * len(filled)
         held = [
-            _HeldLayer(layer, header.states, format_of(header), f"layers.{index}", place)
-            for index, (layer, header, place) in enumerate(zip(filled, self.header.layers, devices, strict=True))
-            if header.states is not None
+            _HeldLayer(layer, header, f"{group}.{index}", place)
+            for index, (layer, header, place) in enumerate(zip(filled, headers, devices, strict=True))
         ]
         for one in held:
-            one.form.prepare(one.layer, one.states, one.device)
-        self._check_lengths({one.form.count_tokens(one.layer, one.states) for one in held})
-        self._check_tensors({name: spec for one in held for name, spec in one.plan()})
-        check_backends_match(self.header.backends, [layer for layer in filled if isinstance(layer, KVQLayer)])
-        for one in held:
-            one.form.fill(one.layer, one.states, one.prefix, self._container.read)
-        return filled
+            one.prepare()
+        return held
+
+    def _check_attentions(self, *, has_cross: bool) -> None:
+        if has_cross == (self.header.cross_layers is not None):
+            return
+        if has_cross:
+            raise CacheFileError("it holds no cross-attention; load it by KVQ.load")
+        raise CacheFileError(
+            "it holds the two attentions of an encoder-decoder model; load it by EncoderDecoderKVQ.load"
+        )
 
     def read_token_ids(self) -> torch.Tensor | None:
         """Return the token ids `[B, T]` that were saved with the cache, or None; only after `read_layers`."""
@@ -175,27 +245,14 @@ class CacheFile:
         return config.replace(device=None) if with_states else config
 
     def _new_layer(self, index: int, header: LayerHeader) -> Any:
+        carried, states = None if header.carried is None else header.carried.kind, count_states(header.carried)
         if not isinstance(header, QuantizedHeader):
-            return new_layer(header.kind, _window_of(header))
+            return new_layer(header.kind, _window_of(header), carried, states)
         settings, padding = self.config.for_layer(index), self.header.padding
         if settings.full_precision:
             raise CacheFileError(f"layer {index} is quantized in it, and by its configuration in full precision")
-        return KVQLayer(index, settings, None if padding is None else tuple(padding))
-
-    def _check_kinds(self, layers: Sequence[Any]) -> None:
-        headers = self.header.layers
-        if len(layers) != len(headers):
-            raise CacheFileError(f"it has {len(headers)} layers, and the cache of the model has {len(layers)}")
-        for index, (layer, header) in enumerate(zip(layers, headers, strict=True)):
-            if (find_form(layer), _window_of(layer)) != (header.kind, _window_of(header)):
-                raise CacheFileError(
-                    f"layer {index} is {header.kind} in it, and a {type(layer).__name__} in the cache of the model"
-                )
-
-    @staticmethod
-    def _check_lengths(lengths: set[int]) -> None:
-        if len(lengths) != 1 or 0 in lengths:
-            raise CacheFileError(f"its layers hold {sorted(lengths)} tokens, which is not a state of a cache")
+        beside = None if carried is None else new_beside(carried, states)
+        return KVQLayer(index, settings, None if padding is None else tuple(padding), beside)
 
     def _check_tensors(self, planned: Mapping[str, TensorSpec]) -> None:
         found, wanted = self._container.tensors, dict(planned)
@@ -210,6 +267,21 @@ class CacheFile:
         for name, spec in wanted.items():
             if found[name] != spec:
                 raise CacheFileError(f"{name} is {found[name]}, and by its configuration {spec}")
+
+
+def _check_kinds(headers: Sequence[LayerHeader], layers: Sequence[Any]) -> None:
+    if len(layers) != len(headers):
+        raise CacheFileError(f"it has {len(headers)} layers, and the cache of the model has {len(layers)}")
+    for index, (layer, header) in enumerate(zip(layers, headers, strict=True)):
+        carried = None if header.carried is None else header.carried.kind
+        if (find_form(layer), _window_of(layer), find_carried_form(layer)) != (
+            header.kind,
+            _window_of(header),
+            carried,
+        ):
+            raise CacheFileError(
+                f"layer {index} is {header.kind} in it, and a {type(layer).__name__} in the cache of the model"
+            )
 
 
 def _window_of(layer: object) -> int | None:

@@ -16,6 +16,8 @@ from kvq.errors import CacheFileError, CacheStateError
 from kvq.files.atomic import written_atomically
 from kvq.files.container import SavedTensor, is_storable, write_container
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.transformers_layers import count_tokens
+from kvq.persistence.carried import collect_carried
 from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model
 from kvq.persistence.header import FORMAT_NAME, CacheHeader, LayerHeader
 from kvq.persistence.layer_format import describe_layer, find_form, format_of
@@ -29,6 +31,7 @@ def write_layers(
     padding: tuple[int, ...] | None,
     model: PreTrainedModel | PretrainedConfig | None,
     token_ids: torch.Tensor | None,
+    cross_layers: Sequence[Any] | None = None,
 ) -> None:
     """Write the layers of a cache; an existing file is replaced.
 
@@ -39,13 +42,16 @@ def write_layers(
         padding: tokens of left padding in each row that the cache was built with, or None.
         model: the model whose states the layers hold, or None where that is not known.
         token_ids: int64 `[B, T]`, the tokens that the states are of, or None.
+        cross_layers: the layers of the cross-attention, or None where there is none.
 
     Raises:
         CacheFileError: the file cannot be written; an existing file is unchanged.
         CacheStateError: a layer is of a kind that the format does not know, or a forward was cut short.
         ConfigError: a backend was given as an object that no file can name.
     """
-    _check_layers(layers)
+    groups = {"layers": layers} if cross_layers is None else {"layers": layers, "cross_layers": cross_layers}
+    for group in groups.values():
+        _check_layers(group)
     header = CacheHeader(
         kvq_version=metadata.version("kvq"),
         config=config.to_dict(),
@@ -55,13 +61,15 @@ def write_layers(
         model=None if model is None else fingerprint_model(model),
         backends=fingerprint_backends(
             side.backend
-            for layer in layers
+            for layer in (*layers, *(cross_layers or ()))
             if isinstance(layer, KVQLayer)
             for side in (layer.settings.key, layer.settings.value)
         ),
-        layers=_describe(layers),
+        **{name: _describe(group) for name, group in groups.items()},
     )
-    tensors = dict(_collect(header.layers, layers))
+    tensors = {
+        name: tensor for place, group in groups.items() for name, tensor in _collect(place, _describe(group), group)
+    }
     if token_ids is not None:
         tensors["token_ids"] = SavedTensor.of(token_ids)
     for name, tensor in tensors.items():
@@ -82,7 +90,7 @@ def _check_layers(layers: Sequence[Any]) -> None:
                 f"layer {index} is a {type(layer).__name__}, whose states no file of this version can hold; "
                 "rerun the prompt instead"
             )
-    lengths = {layer.get_seq_length() for layer in layers} - {0}
+    lengths = {count_tokens(layer) for layer in layers} - {0}
     if not lengths:
         raise CacheStateError("the cache holds no tokens yet; run the model before it is saved")
     if len(lengths) > 1:
@@ -99,20 +107,21 @@ def _describe(layers: Sequence[Any]) -> list[LayerHeader]:
         raise CacheStateError(f"the cache has states that no file can hold: {error}") from error
 
 
-def _collect(headers: Iterable[LayerHeader], layers: Iterable[Any]) -> Iterable[tuple[str, SavedTensor]]:
+def _collect(group: str, headers: Iterable[LayerHeader], layers: Iterable[Any]) -> Iterable[tuple[str, SavedTensor]]:
     for index, (header, layer) in enumerate(zip(headers, layers, strict=True)):
+        place = f"{group}.{index}"
         if header.states is not None:
-            place = f"layers.{index}"
             yield from format_of(header).collect(layer, place)
+        yield from collect_carried(layer, place)
 
 
 def _states_device(layers: Iterable[Any]) -> str:
-    device: torch.device = next(layer.device for layer in layers if layer.get_seq_length())
+    device: torch.device = next(layer.device for layer in layers if count_tokens(layer))
     return device.type
 
 
 def _shape_of_ids(token_ids: torch.Tensor, layers: Iterable[Any]) -> tuple[int, int]:
-    tokens = max(layer.get_seq_length() for layer in layers)
+    tokens = max(map(count_tokens, layers))
     if token_ids.dim() != 2 or token_ids.dtype is not torch.int64 or token_ids.shape[1] < tokens:
         raise CacheStateError(
             f"token_ids are {token_ids.dtype} {list(token_ids.shape)}; torch.int64 [batch, tokens] is needed, with no "

@@ -48,6 +48,7 @@ class LayerKind:
         is_never_written: whether its tensors are replaced by new ones and never written to: forks share them.
         form_in_files: the `kind` of its header in saved caches; None: no file can hold it.
         unsupported: the states that kvq never quantizes, under any configuration; empty: none.
+        carried_in_files: the `kind` of the header of what it has beside keys and values; None: it has nothing.
         carrier: the class that holds what such a layer has beside keys and values, for the quantized layer in its
             place; None: it has nothing.
     """
@@ -61,6 +62,7 @@ class LayerKind:
     is_never_written: bool = False
     form_in_files: str | None = None
     unsupported: str = ""
+    carried_in_files: str | None = None
     carrier: type | None = None
 
     @property
@@ -112,7 +114,9 @@ _LISTED = (
         growth=Growth.BY_UPDATE,
         replaced=Replaced.ALWAYS,
         is_never_written=True,
+        form_in_files=_FULL_PRECISION,
         unsupported=_INDEXER_KEYS,
+        carried_in_files="indexed",
         carrier=cache_utils.DynamicIndexedLayer,
     ),
     LayerKind(
@@ -120,7 +124,9 @@ _LISTED = (
         reason="linear attention, a state of fixed size",
         states=_LINEAR,
         growth=Growth.FIXED,
+        form_in_files="linear",
         unsupported=_LINEAR_STATES,
+        carried_in_files="linear",
     ),
     LayerKind(
         cache_utils.LinearAttentionAndFullAttentionLayer,
@@ -128,7 +134,9 @@ _LISTED = (
         states=_TOKENS + _LINEAR,
         growth=Growth.BY_UPDATE,
         replaced=Replaced.ALWAYS,
+        form_in_files=_FULL_PRECISION,
         unsupported=_LINEAR_STATES,
+        carried_in_files="linear",
         carrier=cache_utils.LinearAttentionLayer,
     ),
     LayerKind(
@@ -137,12 +145,15 @@ _LISTED = (
         states=_TOKENS + _LINEAR,
         growth=Growth.BY_UPDATE,
         slides=True,
+        form_in_files="sliding",
         unsupported="layers with both linear and sliding attention",
+        carried_in_files="linear",
     ),
     LayerKind(
         getattr(cache_utils, "DummyLayer", _Missing),  # since transformers 5.20
         reason="reads another layer's keys and values, or none",
         growth=Growth.FIXED,
+        form_in_files="empty",
     ),
 )
 _BY_CLASS = {kind.layer_class: kind for kind in _LISTED}
@@ -153,15 +164,21 @@ def kind_of(layer: Any) -> LayerKind:
     return _BY_CLASS.get(type(layer)) or _inherited(type(layer))
 
 
-def new_layer(form: str = _FULL_PRECISION, window: int | None = None) -> Any:
+def new_layer(
+    form: str = _FULL_PRECISION, window: int | None = None, carried: str | None = None, states: int = 1
+) -> Any:
     """Return an empty layer.
 
     Args:
         form: its form in files; by default, that of a layer with keys and values of all tokens in full precision.
         window: its sliding window in tokens, where it has one.
+        carried: the form in files of what it has beside keys and values.
+        states: how many states of linear attention it has, if it has such.
     """
-    layer_class = next(kind.layer_class for kind in _LISTED if kind.form_in_files == form)
-    return layer_class() if window is None else layer_class(window)
+    wanted = form, carried
+    layer_class = next(kind.layer_class for kind in _LISTED if (kind.form_in_files, kind.carried_in_files) == wanted)
+    more = {"number_of_states": states} if carried == "linear" else {}
+    return layer_class(**more) if window is None else layer_class(sliding_window=window, **more)
 
 
 def new_carrier(layer: Any) -> Any:
@@ -172,6 +189,17 @@ def new_carrier(layer: Any) -> Any:
     """
     carrier = kind_of(layer).carrier
     return None if carrier is None else carrier(number_of_states=getattr(layer, "number_of_states", 1))
+
+
+def new_beside(carried: str, states: int = 1) -> Any:
+    """Return an empty layer for what a quantized layer has beside keys and values.
+
+    Args:
+        carried: its form in files.
+        states: how many states of linear attention there are, if it is those.
+    """
+    carrier = next(kind.carrier for kind in _LISTED if kind.carried_in_files == carried and kind.carrier is not None)
+    return carrier(number_of_states=states)
 
 
 def _inherited(layer_class: type) -> LayerKind:

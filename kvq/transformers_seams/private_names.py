@@ -91,17 +91,22 @@ SEAMS = (
     Seam(
         "is_recurrent_states_initialized",
         "a mapping in which a layer of linear attention says whether it holds a state",
-        ("layers/transformers_layers.py",),
+        ("layers/transformers_layers.py", "persistence/carried.py"),
     ),
     Seam(
         "recurrent_states",
         "a mapping of the states of a layer of linear attention, [B, ...]; `conv_states` too",
-        ("transformers_seams/layer_kinds.py", "layers/carrying_layer.py"),
+        ("transformers_seams/layer_kinds.py", "layers/carrying_layer.py", "persistence/carried.py"),
     ),
     Seam(
         "indexer_keys",
         "the keys [B, T, D] of the indexer of a layer of sparse attention, a new tensor after each update",
-        ("transformers_seams/layer_kinds.py", "layers/transformers_layers.py", "planning/rehearsal.py"),
+        (
+            "transformers_seams/layer_kinds.py",
+            "layers/transformers_layers.py",
+            "planning/rehearsal.py",
+            "persistence/carried.py",
+        ),
     ),
     Seam(
         "cumulative_length",

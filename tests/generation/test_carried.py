@@ -152,7 +152,7 @@ def test_a_crop_takes_back_the_keys_of_an_indexer_and_is_refused_for_a_sum(model
 def test_an_indexer_over_plain_keys_reads_them_packed():
     config = transformers.Qwen4ExpTextConfig(
         head_dim=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_key_head_dim=16, linear_value_head_dim=16, layer_types=["linear_attention", "indexed_attention"],
+        linear_key_head_dim=16, linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"],
         indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=32, indexer_budget=16, indexer_compress_ratio=4,
         num_experts=2, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=2, **SMALL,
     )  # fmt: skip

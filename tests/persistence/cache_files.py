@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import MistralConfig
+from transformers import FalconH1Config, GlmMoeDsaConfig, MistralConfig
 
 from kvq import KVQ
 
@@ -59,6 +59,22 @@ def mixed_cache():
     fill(cache, 70)
     cache.reorder_cache(torch.tensor([1, 1]))
     return fill(cache, 50, seed=20)
+
+
+def hybrid_cache():
+    """One layer with linear and full attention in it."""
+    config = FalconH1Config(num_hidden_layers=1, num_attention_heads=HEADS, num_key_value_heads=HEADS)
+    cache = fill(KVQ(model=config, **SMALL), 40, layers=1)
+    cache.update_conv_state(draw(4), 0)
+    cache.update_recurrent_state(draw(3, seed=1), 0)
+    return cache
+
+
+def indexed_cache():
+    """One layer with an indexer."""
+    cache = fill(KVQ(model=GlmMoeDsaConfig(num_hidden_layers=1), **SMALL), 40, layers=1)
+    cache.update_indexer(draw(40)[:, 0], 0)
+    return cache
 
 
 def opaque_cache():

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_files import SMALL, fill, mixed_cache, opaque_cache, sliding_config
+from cache_files import HEAD_DIM, SMALL, fill, hybrid_cache, indexed_cache, mixed_cache, opaque_cache, sliding_config
 from mutated_files import Image
+from transformers import T5Config
 
 import kvq.files
 import kvq.persistence
-from kvq import KVQ
+from kvq import KVQ, EncoderDecoderKVQ
 from kvq.errors import CacheFileError
 from kvq.files.container import ContainerReader
 
@@ -102,8 +103,8 @@ BYTES = {
     "not a table of tensors": lambda data: header(2, b"[]"),
     "has no metadata": lambda data: header(2),
     "of something else than a cache": lambda data: signed(data, lambda image: image.facts.update(format="pt")),
-    "format version '4', and this release": lambda data: signed(
-        data, lambda image: image.facts.update(format_version="4")
+    "format version '5', and this release": lambda data: signed(
+        data, lambda image: image.facts.update(format_version="5")
     ),
     "checksum is missing": no_checksum,
     "damaged or changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
@@ -226,7 +227,44 @@ def the_weights_of_another_model(data, path, models):
     return refuse(path, f"the weights of {names} differ", model=other)
 
 
+def no_such_states_beside_keys(data, path, models):
+    hybrid_cache().save(path)
+    plain, found = path.read_bytes(), set()
+    for name, to, match in (
+        ("previous", [True, True], "1, 2. states are described, 2 are expected"),
+        ("kernel_sizes", [3], "its kernel has a size of 3"),
+        ("conv", [{"dtype": "bfloat16", "shape": [1, 2, 4, 16]}], "beside keys and values of 2"),
+    ):
+        path.write_bytes(signed(plain, cache_of("layers", 0, "carried", name, to=to)))
+        found |= refuse(path, match)
+    return found
+
+
+def no_such_keys_of_an_indexer(data, path, models):
+    indexed_cache().save(path)
+    shape = [2, 39, HEAD_DIM]
+    path.write_bytes(signed(path.read_bytes(), cache_of("layers", 0, "carried", "keys", "shape", to=shape)))
+    return refuse(path, "keys of an indexer are .2, 39, 16., of 40 tokens")
+
+
+def one_attention_for_two(data, path, models):
+    path.write_bytes(signed(data, cache_of("model", to=None)))
+    config = T5Config(num_layers=2, vocab_size=9)
+    with pytest.warns(UserWarning, match="which model"), pytest.raises(CacheFileError, match="no cross-att") as caught:
+        EncoderDecoderKVQ.load(path, model=config)
+    return set(reached(caught.value))
+
+
+def two_attentions_for_one(data, path, models):
+    path.write_bytes(signed(data, cache_of("cross_layers", to=[])))
+    return refuse(path, "the two attentions of an encoder-decoder model")
+
+
 SITUATIONS = (
+    no_such_states_beside_keys,
+    no_such_keys_of_an_indexer,
+    one_attention_for_two,
+    two_attentions_for_one,
     no_file,
     a_folder,
     another_number_of_layers,

@@ -203,7 +203,8 @@ KNOWN_STATE = {
     "KVQLayer": {
         "_sides", "device", "dtype", "is_initialized", "layer_idx", "padding", "settings",
         "kernel_cache",  # what kernels keep in this process
-        "record_past",  # asked for by each `generate` that needs it
+        "carried",  # saved beside the sides
+        "_records_past",  # asked for by each `generate` that needs it
     },
     "LayerSide": {"flush_length", "contents"},
     "SideContents": {"store", "window", "sinks", "cropped"},
