@@ -110,6 +110,7 @@ def kvq_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend as transformers' attention functions do; `attn_implementation="kvq"` calls this.
@@ -121,8 +122,11 @@ def kvq_attention_forward(
             that the cache has yet to take.
         value: the same for the values.
         attention_mask: the mask that `kvq_mask` made.
-        **options: scaling, dropout and any other argument that the model passes.
+        dropout: share of the probabilities that are dropped; in its place as transformers' functions have it, since
+            wrappers around them (kvpress) pass it there.
+        **options: scaling and any other argument that the model passes.
     """
+    options["dropout"] = dropout
     pair = find_pair(key, value)
     if pair is not None and _may_step(query, pair, options):
         return _take_step(module, query, pair, attention_mask, options), None

@@ -19,9 +19,10 @@ class KnownTokens(Cache):
         """The tokens whose states these are, int64 `[B, T]` on the CPU, as far as they are known; else None.
 
         They come from a file or from you. They may go on behind the tokens held, by the token that comes next; once the
-        cache has grown, they end where it grew.
+        cache has grown, they end where it grew. Where tokens were evicted from a layer, none are known any more.
         """
-        return None if self._history is None else self._history.known(self.get_seq_length())
+        known = self._known()
+        return None if known is None else known.known(self.get_seq_length())
 
     @token_ids.setter
     def token_ids(self, ids: torch.Tensor | None) -> None:
@@ -41,11 +42,12 @@ class KnownTokens(Cache):
             CacheStateError: the tokens that are held are not known.
             StatesError: the ids are not whole numbers `[B, T]`, or have another batch size than those held.
         """
-        if self._history is None:
+        known = self._known()
+        if known is None:
             raise CacheStateError(
                 "the cache does not know the tokens that it holds: save it with token_ids=..., or set cache.token_ids"
             )
-        return self._history.common_prefix(input_ids, self.get_seq_length())
+        return known.common_prefix(input_ids, self.get_seq_length())
 
     def crop_to_prefix(self, input_ids: torch.Tensor) -> int:
         """Forget all tokens that do not begin `input_ids`, and leave at least the last of these to be fed.
@@ -68,3 +70,8 @@ class KnownTokens(Cache):
         if removed:
             self.crop(-removed)
         return kept
+
+    def _known(self) -> TokenHistory | None:
+        """Return the ids, unless a layer has evicted tokens: then those held are not the first ones."""
+        has_evicted = any(getattr(layer, "evicted_length", 0) for layer in self.layers)
+        return None if has_evicted else self._history

@@ -225,6 +225,12 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
             CacheStateError: the cache is empty, in the middle of a forward, or has layers that no file can hold.
             ConfigError: a backend was given as an object that no file can name.
         """
+        evicted = [index for index, layer in enumerate(self.layers) if getattr(layer, "evicted_length", 0)]
+        if evicted:
+            raise CacheStateError(
+                f"tokens were evicted from layers {evicted}, and a file does not hold at which position to go on; save "
+                "the cache before, and evict after loading it"
+            )
         owner = model or self._model.find() or self._model_config
         known = self.token_ids
         if token_ids is None and known is not None and known.shape[1] >= self.get_seq_length():
@@ -325,6 +331,47 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
                 if isinstance(layer, KVQLayer):
                     layer.reset()
 
+    def evict(self, layer_idx: int, keep: torch.Tensor) -> None:
+        """Forget all tokens of one layer but those named, in every row and head equally many.
+
+        Keys carry the positions at which they came (RoPE is applied before a cache sees them), so the tokens that stay
+        are attended to as before. What changes is the length: `get_seq_length` and masks count the tokens that stay, of
+        layer 0 as transformers asks for that one. So a forward that goes on is given its positions,
+        `position_ids=torch.arange(cache.next_position, ...)`, and, where it is given a mask, one of the tokens that
+        stay; within one `generate`, which counts its positions itself, nothing is needed. Layers that keep
+        unequally many take one token at a time without a mask.
+
+        The stored blocks before the first token that goes stay bit for bit, and tokens of the window stay exact.
+        Behind it, blocks of 64 tokens close up, and their tokens are quantized once more. Groups along a token
+        find nearly the codes that they had, however often; groups along a channel meet other neighbours, and each
+        eviction adds about as much error as quantizing once (docs/method.md has figures). So evict much and seldom, or
+        group per token.
+
+        The same happens where keys and then values of a layer are assigned, `cache.layers[i].keys = ...`, as kvpress
+        does.
+
+        Args:
+            layer_idx: index of the layer.
+            keep: whole numbers `[K]`, `[B, K]` or `[B, H, K]`, positions from the first token held, in any order; or a
+                boolean mask `[T]`, `[B, T]` or `[B, H, T]`, True for tokens that stay. Left padding stays.
+
+        Raises:
+            CacheStateError: the layer holds nothing, or is none of plain attention.
+            StatesError: `keep` does not fit; the cache is then as it was.
+        """
+        layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None
+        if not isinstance(layer, KVQLayer):
+            kind = "does not exist" if layer is None else f"is a {type(layer).__name__}, which kvq does not change"
+            raise CacheStateError(f"layer {layer_idx} {kind}; tokens can be evicted from quantized layers")
+        layer.evict(keep)
+
+    @property
+    def next_position(self) -> int:
+        """The position of the token that comes next: all tokens count that came, those that were evicted too."""
+        seen = [layer.seen_length for layer in self.layers if isinstance(layer, KVQLayer)]
+        held: int = self.get_seq_length()
+        return max([held, *seen])
+
     def reset(self) -> None:
         """Forget everything; the next update may bring states of another shape."""
         for layer in self.layers:
@@ -411,7 +458,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
 
     def _is_in_step(self) -> bool:
         """Whether all quantized layers that hold tokens hold equally many."""
-        lengths = {layer.get_seq_length() for layer in self.layers if isinstance(layer, KVQLayer)}
+        lengths = {layer.seen_length for layer in self.layers if isinstance(layer, KVQLayer)}
         return len(lengths - {0}) <= 1
 
     def _grow(self, layer_idx: int) -> None:
@@ -445,11 +492,11 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         if self._model_config is not None or layer.layer_idx == 0:
             return
         before = self.layers[layer.layer_idx - 1]
-        reached = layer.get_seq_length() + key_states.shape[-2]
-        if isinstance(before, KVQLayer) and before.get_seq_length() != reached:
+        reached = layer.seen_length + key_states.shape[-2]
+        if isinstance(before, KVQLayer) and before.seen_length != reached:
             raise StatesError(
                 f"layer {layer.layer_idx} would hold {reached} tokens, but layer {before.layer_idx} holds "
-                f"{before.get_seq_length()}; pass `model=` if the layers of this model use the cache in different "
+                f"{before.seen_length}; pass `model=` if the layers of this model use the cache in different "
                 "ways, and a new cache if a forward was cut short"
             )
 

@@ -11,18 +11,25 @@ import torch
 from kvq.attention.dispatch.kernel_cache import KernelCache
 from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
-from kvq.errors import StatesError
+from kvq.errors import CacheStateError, StatesError
 from kvq.layers.carrying_layer import CarryingLayer
+from kvq.layers.eviction import check_padding_stays, count_common, find_kept, gather_tokens, groups_tokens
 from kvq.layers.given_states import check_continuity, check_pair, check_states, goes_on
 from kvq.layers.quantizer_factory import build_codec
 from kvq.layers.store_device import choose_store_device
 from kvq.layers.transformers_layers import crop_carried, fork_layer, moved_layer, reset_layer, select_rows
 from kvq.plugin_api.quantizer import Quantizer, Side
 from kvq.store.flush_length import common_flush_length
-from kvq.store.read_states import ReadStates, refuse_assignment
+from kvq.store.read_states import ReadStates
 from kvq.store.side import LayerSide
 from kvq.store.sinks import SinkTokens
+from kvq.user_warnings import warn_user_once
 
+REWRITTEN_OFTEN = (
+    "tokens that are stored quantized were moved by evictions or assignments for a second time: groups along a channel "
+    "meet other neighbours each time, and are quantized once more with new error. Drop more tokens at once, or group "
+    "per token (axis_key='per_token', axis_value='per_token'), where codes are found again"
+)
 DEFERRED_LENGTH = 256
 """Newest tokens that a crop may still take back without a trace, while the past is recorded: none of them lets older
 ones be quantized. Assisted decoding proposes some 20 at a time; a flag that is forgotten costs no more than these."""
@@ -57,7 +64,10 @@ class KVQLayer(CarryingLayer):
         self.is_initialized = False
         self.record_past = False
         self.kernel_cache = KernelCache()
+        self.evicted_length = 0
+        self._rewritten = 0
         self._sides: dict[Side, LayerSide] = {}
+        self._assigned: dict[Side, torch.Tensor] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(layer_idx={self.layer_idx}, tokens={self.get_seq_length()})"
@@ -67,14 +77,14 @@ class KVQLayer(CarryingLayer):
         """All keys as fresh full-precision states `[B, H, T, D]`, or None before the first update.
 
         Nothing can be written to them, which the layer would never see; `materialize` returns a tensor of your own.
+        Assigning keys, and values of as many tokens, is `replace`: what kvpress does to drop tokens.
         """
         shown: torch.Tensor | None = self._show("key")
         return shown
 
     @keys.setter
-    def keys(self, states: object) -> None:
-        del states
-        refuse_assignment(self._name("key"))
+    def keys(self, states: torch.Tensor) -> None:
+        self._assign("key", states)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -83,12 +93,13 @@ class KVQLayer(CarryingLayer):
         return shown
 
     @values.setter
-    def values(self, states: object) -> None:
-        del states
-        refuse_assignment(self._name("value"))
+    def values(self, states: torch.Tensor) -> None:
+        self._assign("value", states)
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as fresh full-precision tensors `[B, H, T, D]`; only after the first update."""
+        if self._assigned:
+            self._refuse_half_assigned()
         return self._sides["key"].view().materialize(), self._sides["value"].view().materialize()
 
     @property
@@ -159,6 +170,8 @@ class KVQLayer(CarryingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do as `update` with states that `check_states` has accepted."""
         was_initialized = self.is_initialized
+        if self._assigned:
+            self._refuse_half_assigned()
         if not was_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._sides["key"], self._sides["value"]
@@ -184,6 +197,11 @@ class KVQLayer(CarryingLayer):
         if not self.is_initialized:
             return 0
         return self._sides["key"].length
+
+    @property
+    def seen_length(self) -> int:
+        """Tokens that came, those that were evicted too: the position of the next one."""
+        return self.get_seq_length() + self.evicted_length
 
     def get_max_length(self) -> int:
         """Return -1: the layer grows without a limit."""
@@ -217,6 +235,8 @@ class KVQLayer(CarryingLayer):
             crop_carried(self.carried, tokens_to_remove)
         if not self.is_initialized:
             return
+        if self._assigned:
+            self._refuse_half_assigned()
         length = max(0, self.get_seq_length() + int(tokens_to_remove))  # a tensor where 5.17 decodes assisted
         flush_count = self._flush_count(length)
         if tokens_to_remove == 0 and not flush_count:
@@ -227,9 +247,55 @@ class KVQLayer(CarryingLayer):
                 side.append(side.window.view()[:, :, :0], flush_count)
         self.kernel_cache.note_rearrangement()
 
+    def evict(self, keep: torch.Tensor) -> None:
+        """Forget all tokens but those named; see `KVQ.evict`.
+
+        Raises:
+            CacheStateError: the layer holds nothing.
+            StatesError: `keep` does not fit; the layer is then as it was.
+        """
+        name = f"layer {self.layer_idx}"
+        if not self.is_initialized:
+            raise CacheStateError(f"{name} holds no tokens yet; run the model first")
+        keys, values = self.materialize()
+        kept = find_kept(keep, keys.shape, name)
+        check_padding_stays(kept, self._sides["key"].sinks.starts, name)
+        self.replace(gather_tokens(keys, kept), gather_tokens(values, kept))
+
+    def replace(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Hold these states in the place of the present ones, and quantize them by the layer's rule.
+
+        The stored blocks that begin both stay as they are, bit for bit; of all others the newest `residual_length`
+        tokens are exact, and what was in the store is quantized once more. Fewer tokens than before count as evicted.
+
+        Args:
+            key_states: `[B, H, T, D_k]`, copied; batch, heads, head dim, dtype and device are those held.
+            value_states: `[B, H, T, D_v]`, copied.
+
+        Raises:
+            StatesError: they do not fit, or would change the padding; the layer is then as it was.
+        """
+        self.check_states(key_states, value_states)
+        states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
+        before, length, stored = self.get_seq_length(), key_states.shape[2], self._sides["key"].store.length
+        common = min(count_common(held, states[name]) for name, held in self._materialize_sides())
+        padding = max(self._sides["key"].sinks.starts)
+        if common < padding:
+            raise StatesError(f"layer {self.layer_idx}: {padding} tokens of left padding cannot be replaced")
+        start = min(common // self.flush_length * self.flush_length, stored)
+        with self._undone_on_error():
+            for side in self._sides.values():
+                side.truncate(start)
+            flush_count = self._flush_count(length - (DEFERRED_LENGTH if self.record_past else 0))
+            for name, side in self._sides.items():
+                side.append(states[name][:, :, start:], flush_count)
+        self._note_rewriting(start < stored)
+        self.evicted_length = max(0, self.evicted_length + before - length)
+        self.kernel_cache.note_rearrangement()
+
     def reset(self) -> None:
         """Forget everything, the padding too; the next update may bring states of another shape."""
-        self._sides = {}
+        self._sides, self._assigned, self.evicted_length, self._rewritten = {}, {}, 0, 0
         self.padding = None
         self.is_initialized = False
         if self.carried is not None:
@@ -294,17 +360,50 @@ class KVQLayer(CarryingLayer):
         carried = None if self.carried is None else fork_layer(self.carried)
         other = KVQLayer(self.layer_idx, self.settings, self.padding, carried)
         other.is_initialized, other.record_past = self.is_initialized, self.record_past
+        other.evicted_length, other._assigned = self.evicted_length, dict(self._assigned)
+        other._rewritten = self._rewritten
         if self.is_initialized:
             other.dtype, other.device = self.dtype, self.device
             other._sides = {name: side.fork() for name, side in self._sides.items()}
         return other
+
+    def _materialize_sides(self) -> Iterator[tuple[Side, torch.Tensor]]:
+        yield from ((name, side.view().materialize()) for name, side in self._sides.items())
+
+    def _assign(self, name: Side, states: torch.Tensor) -> None:
+        """Take states for one side; they replace the present ones once the other side has as many tokens."""
+        if not self.is_initialized:
+            raise CacheStateError(f"{self._name(name)} cannot be assigned before the model has run; update the cache")
+        check_states(f"layer {self.layer_idx}", states, states)
+        check_continuity(f"layer {self.layer_idx}: {name} states", states, self._sides[name].window.view())
+        self._assigned[name] = states.detach()
+        given = {side: self._assigned.get(side) for side in self._sides}
+        held = {side: one if one is not None else self._sides[side].view().materialize() for side, one in given.items()}
+        if held["key"].shape[2] == held["value"].shape[2]:
+            self._assigned = {}
+            self.replace(held["key"], held["value"])
+
+    def _note_rewriting(self, has_rewritten: bool) -> None:
+        """Count how often stored tokens were quantized once more, and warn where that adds error each time."""
+        self._rewritten += has_rewritten
+        if self._rewritten > 1 and any(groups_tokens(side.codec) for side in self._sides.values()):
+            warn_user_once(REWRITTEN_OFTEN)
+
+    def _refuse_half_assigned(self) -> None:
+        (name, states), *_ = self._assigned.items()
+        raise CacheStateError(
+            f"{self._name(name)} were assigned with {states.shape[2]} tokens, and the other side still has "
+            f"{self.get_seq_length()}; assign both sides, with as many tokens"
+        )
 
     # Traced by torch.compile, decoding would become a part of the graph, and older releases know no subclass there.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it unannotated
     def _show(self, name: Side) -> torch.Tensor | None:
         if not self.is_initialized:
             return None
-        shown: ReadStates = ReadStates.of(self._sides[name].view().materialize(), self._name(name))
+        assigned = self._assigned.get(name)
+        states = self._sides[name].view().materialize() if assigned is None else assigned.clone()
+        shown: ReadStates = ReadStates.of(states, self._name(name))
         return shown
 
     def _name(self, side: Side) -> str:
@@ -324,6 +423,8 @@ class KVQLayer(CarryingLayer):
     def _select_rows(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
             return
+        if self._assigned:
+            self._refuse_half_assigned()
         for side in self._sides.values():
             side.select_rows(rows)
         if self.carried is not None:

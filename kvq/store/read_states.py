@@ -97,18 +97,6 @@ class ReadStates(torch.Tensor):
             return self.as_subclass(torch.Tensor)
 
 
-def refuse_assignment(source: str) -> NoReturn:
-    """Refuse to assign a tensor to the keys or values of a layer.
-
-    Raises:
-        CacheStateError: always.
-    """
-    raise CacheStateError(
-        f"{source} cannot be replaced: they are held quantized. Crop the cache and update it with other states, or "
-        "keep the layer in full precision, layers={index: {'full_precision': True}}"
-    )
-
-
 def _find_written(
     func: Callable[..., Any], name: str, args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> Iterator[Any]:
@@ -153,5 +141,6 @@ def _refusal(source: str, name: str) -> str:
     return (
         f"{name} writes to {source}, which are held quantized: what reads as a tensor is a copy, and the write would "
         "be lost. Take cache.materialize(layer_idx), or a clone(), for a tensor of your own; the cache itself changes "
-        "by update and crop, and a layer with layers={index: {'full_precision': True}} can be written to"
+        "by update, crop, evict and assignment, and a layer with layers={index: {'full_precision': True}} can be "
+        "written to"
     )
