@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import runpy
 import sys
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvq import KVQ, KVQCacheConfig, available_backends
+from kvq.evaluation.model_loading import load_model
+from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 from kvq.registry import BackendRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +60,7 @@ def test_every_example_is_tested_and_described():
         "custom_backend.py",
         "long_document_qa.py",
         "quickstart.py",
+        "serve.py",
         "tuned.py",
     ]
     described = (ROOT / "examples" / "README.md").read_text()
@@ -220,3 +227,59 @@ def test_tuned_keeps_to_its_budget_and_generates_with_the_file(run_here, tmp_pat
     chosen = re.findall(r"^layer (\d): (\d) bits for keys", printed, re.MULTILINE)
     assert [config.for_layer(int(index)).key.nbits for index, _ in chosen] == [int(bits) for _, bits in chosen]
     assert re.search(r"^generated: .*\w", printed, re.MULTILINE)
+
+
+class TestServe:
+    def test_later_questions_spare_the_document(self, run_here):
+        printed = run_here("serve.py")
+        assert said("answer", printed) == said("right", printed)
+        counts = [(int(all_), int(cached)) for all_, cached in re.findall(r"(\d+) tokens, (\d+) of them", printed)]
+        assert len(counts) == 3
+        assert counts[0][1] == 0
+        assert all(total - 10 < cached < total for total, cached in counts[1:])
+        assert "3 caches are kept" in printed
+
+    @pytest.fixture(scope="class")
+    def serving(self):
+        """The names of the example, and a port on which it serves."""
+        names = runpy.run_path(str(ROOT / "examples" / "serve.py"))
+        server = names["Server"](names["Service"](*load_model("embedded"), keep=2))
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield names, server
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    def test_an_answer_is_that_of_generate(self, serving):
+        names, server = serving
+        batch = sample_recall_batch(1, 60, 2, generator=torch.Generator().manual_seed(5))
+        texts = [decode_tokens(batch.context[0].tolist()), decode_tokens(batch.questions[0][1][:2].tolist())]
+        model, tokenizer = load_model("embedded")
+        ids = tokenizer(" ".join(texts), return_tensors="pt")["input_ids"]
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        found = [names["ask"](server.server_port, prompt=" ".join(texts), max_tokens=4) for _ in range(2)]
+        assert {one["choices"][0]["text"] for one in found} == {
+            tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+        }
+        assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found] == [0, ids.shape[1] - 1]
+        assert found[0]["usage"]["prompt_tokens"] == ids.shape[1]
+
+    @pytest.mark.parametrize(
+        ("path", "body", "status", "told"),
+        [
+            ("/v1/completions", b"{", 400, "Expecting property name"),
+            ("/v1/completions", b"[]", 400, "no JSON object"),
+            ("/v1/completions", b"{}", 400, "'prompt' must be a text"),
+            ("/v1/completions", b'{"prompt": "a", "max_tokens": 0}', 400, "from 1 to 4096"),
+            ("/v1/completions", b'{"prompt": "a", "stream": true}', 400, "streaming is not supported"),
+            ("/v1/chat/completions", b'{"messages": []}', 400, "no chat template"),
+            ("/v2/else", b"{}", 404, "there is no /v2/else"),
+        ],
+    )
+    def test_wrong_requests_are_answered(self, serving, path, body, status, told):
+        address = f"http://127.0.0.1:{serving[1].server_port}{path}"
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(address, data=body)
+        assert caught.value.code == status
+        assert told in json.load(caught.value)["error"]["message"]

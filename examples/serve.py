@@ -1,0 +1,257 @@
+"""Serve a model over HTTP from quantized caches, and reuse what two prompts have in common.
+
+    python examples/serve.py
+    python examples/serve.py --port 8000
+    python examples/serve.py --port 8000 --model smollm2
+    python examples/serve.py --port 8000 --model PATH_OR_ID --config examples/configs/k4v4.yaml --keep 8
+
+The endpoints are like OpenAI's, `/v1/completions` and `/v1/chat/completions`, as far as a prompt and a length go:
+
+    curl localhost:8000/v1/completions -d '{"prompt": "The assert statement", "max_tokens": 30}'
+
+The caches of the last requests are kept. A prompt that begins like one of them takes a fork, which shares the quantized
+tokens, cuts it to what both have in common, and computes the rest only; `cached_tokens` in the answer says how many
+tokens that spared. One request is computed at a time. Without `--port` the program asks its own server some questions
+about a list of records, on the small recall model that ships with kvq, and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import urllib.request
+from collections import deque
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvq import KVQ
+from kvq.errors import CacheStateError, StatesError
+from kvq.evaluation.model_loading import EMBEDDED_NAME, load_model
+from kvq.evaluation.recall import decode_tokens, sample_recall_batch
+
+LEAST_COMMON = 16
+"""Tokens in common that are worth a fork."""
+QUESTIONS = 3
+
+
+class Service:
+    """A model with the caches of its last requests.
+
+    Args:
+        model: a causal model.
+        tokenizer: its tokenizer.
+        config: the configuration of the caches, or None for the defaults.
+        keep: how many caches are kept.
+        length: tokens of an answer where the request does not say.
+
+    Attributes:
+        length: as given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: Path | None = None,
+        keep: int = 4,
+        length: int = 30,
+    ) -> None:
+        model.set_attn_implementation("kvq")  # what `attach` does: attention reads the caches packed
+        self._model = model
+        self._tokenizer = tokenizer
+        self._config = config
+        self._kept: deque[KVQ] = deque(maxlen=keep)
+        self._turn = threading.Lock()
+        self.length = length
+
+    def complete(self, prompt: str, max_tokens: int) -> dict[str, Any]:
+        """Return the continuation of a prompt, greedy, with the counts of tokens."""
+        token_ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"].to(self._model.device)
+        with self._turn:
+            cache, cached = self._find_cache(token_ids)
+            output = self._model.generate(
+                token_ids,
+                attention_mask=torch.ones_like(token_ids),
+                past_key_values=cache,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+            )
+            cache.token_ids = output
+            self._kept.append(cache)
+        written = output[0, token_ids.shape[1] :]
+        return {
+            "text": self._tokenizer.decode(written, skip_special_tokens=True),
+            "finish_reason": "length" if len(written) == max_tokens else "stop",
+            "prompt_tokens": token_ids.shape[1],
+            "completion_tokens": len(written),
+            "cached_tokens": cached,
+        }
+
+    def format_chat(self, messages: list[dict[str, str]]) -> str:
+        """Return the prompt of a conversation."""
+        if not self._tokenizer.chat_template:
+            raise ValueError("this model has no chat template; use /v1/completions")
+        prompt: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return prompt
+
+    def describe_kept(self) -> str:
+        """Return in words what the newest of the kept caches holds."""
+        memory = self._kept[-1].memory()
+        sizes = [f"{count / 1024:.0f} KiB" for count in (memory.total_bytes, memory.full_precision_bytes)]
+        return f"{len(self._kept)} caches are kept; the newest holds {sizes[0]}, {sizes[1]} in full precision"
+
+    def _find_cache(self, token_ids: torch.Tensor) -> tuple[KVQ, int]:
+        """Return a cache to go on with, and how many tokens of the prompt it holds."""
+        best = max(self._kept, key=lambda cache: cache.count_matching(token_ids), default=None)
+        if best is not None and best.count_matching(token_ids) >= LEAST_COMMON:
+            try:
+                cache = best.fork()
+                return cache, cache.crop_to_prefix(token_ids)
+            except CacheStateError:
+                pass  # states of linear attention and bounded windows cannot go back: read the prompt anew
+        return KVQ(self._config, model=self._model), 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers requests by the service of its server."""
+
+    server: Server
+
+    def do_POST(self) -> None:
+        """Answer one request; http.server calls this."""
+        try:
+            answer = self._answer(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0)))))
+        except LookupError as error:
+            self._send(HTTPStatus.NOT_FOUND, {"error": {"message": str(error)}})
+        except (ValueError, TypeError, StatesError) as error:
+            self._send(HTTPStatus.BAD_REQUEST, {"error": {"message": str(error)}})
+        else:
+            self._send(HTTPStatus.OK, answer)
+
+    def log_message(self, *_arguments: object) -> None:
+        """Say nothing of each request."""
+
+    def _answer(self, request: Any) -> dict[str, Any]:
+        if not isinstance(request, dict):
+            raise TypeError("the body is no JSON object")
+        if request.get("stream"):
+            raise ValueError("streaming is not supported here; leave out 'stream'")
+        is_chat = self.path == "/v1/chat/completions"
+        if not is_chat and self.path != "/v1/completions":
+            raise LookupError(f"there is no {self.path}; post to /v1/completions or /v1/chat/completions")
+        service = self.server.service
+        prompt = service.format_chat(request.get("messages", [])) if is_chat else request.get("prompt")
+        length = request.get("max_tokens", service.length)
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError("'prompt' must be a text that is not empty")
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= 4096:
+            raise ValueError("'max_tokens' must be a whole number from 1 to 4096")
+        return describe(service.complete(prompt, length), is_chat=is_chat)
+
+    def _send(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class Server(ThreadingHTTPServer):
+    """Listens on this machine only.
+
+    Args:
+        service: what computes the answers.
+        port: where; 0: any free one.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, service: Service, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.service = service
+
+
+def describe(done: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
+    """Return a completion in the words of OpenAI's interface."""
+    text = {"message": {"role": "assistant", "content": done["text"]}} if is_chat else {"text": done["text"]}
+    return {
+        "object": "chat.completion" if is_chat else "text_completion",
+        "choices": [{"index": 0, **text, "finish_reason": done["finish_reason"]}],
+        "usage": {
+            "prompt_tokens": done["prompt_tokens"],
+            "completion_tokens": done["completion_tokens"],
+            "prompt_tokens_details": {"cached_tokens": done["cached_tokens"]},
+        },
+    }
+
+
+def ask(port: int, **request: Any) -> dict[str, Any]:
+    """Post a request to a server on this machine and return its answer."""
+    address = f"http://127.0.0.1:{port}/v1/completions"
+    with urllib.request.urlopen(address, data=json.dumps(request).encode()) as reply:
+        answer: dict[str, Any] = json.load(reply)
+        return answer
+
+
+def show(server: Server) -> None:
+    """Ask questions about one document, which is read with the first of them."""
+    batch = sample_recall_batch(1, 160, QUESTIONS, generator=torch.Generator().manual_seed(1))
+    document = decode_tokens(batch.context[0].tolist())
+    for question, right in zip(batch.questions[0], batch.answers[0], strict=True):
+        prompt = f"{document} {decode_tokens(question[:2].tolist())}"
+        answer = ask(server.server_port, prompt=prompt, max_tokens=4)
+        usage = answer["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        print(f"\nprompt:   {usage['prompt_tokens']} tokens, {cached} of them cached")
+        print(f"answer:   {answer['choices'][0]['text'].strip()}")
+        print(f"right:    {decode_tokens(right.tolist())}")
+    print(f"\n{server.service.describe_kept()}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    model, tokenizer = load_model(arguments.model, on_step=print)
+    server = Server(
+        Service(model, tokenizer, arguments.config, arguments.keep, arguments.max_new_tokens), arguments.port or 0
+    )
+    if arguments.port is None:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        show(server)
+        server.shutdown()
+        server.server_close()
+        return
+    print(f"listening on http://127.0.0.1:{server.server_port}; Ctrl-C ends")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Serve a model from quantized caches that share their prefixes.")
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED_NAME,
+        metavar="PATH_OR_ID",
+        help="a causal model, or 'smollm2': a real one, fetched once; default: the embedded one, offline",
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="serve here until Ctrl-C; default: ask some questions, end"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the configuration of the caches")
+    parser.add_argument("--keep", type=int, default=4, metavar="N", help="caches that are kept; default: 4")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=30, metavar="N", help="where a request names no max_tokens; default: 30"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
