@@ -22,6 +22,7 @@ DEFAULT_STEPS = dict.fromkeys(STEPS, "auto")
 DECODING_KERNELS = frozenset({"blockwise"})
 """Kernels that serve several queries, of any backend, since they decode."""
 MANY_QUERIES = 5
+_WIDTHS = ("nbits_k", "nbits_v")
 
 
 def list_readers(spec: BackendSpec) -> list[dict[str, Any]]:
@@ -50,7 +51,8 @@ def _describe(spec: BackendSpec, granularity: Granularity) -> dict[str, Any]:
 
 
 def _request(case: ContractCase, queries: int) -> AttentionRequest:
-    fields = {"q_group_size": proposed_group_sizes(case.backend), **DEFAULT_STEPS}
+    proposed = {field: case.backend.defaults[field] for field in _WIDTHS if field in case.backend.defaults}
+    fields = {"q_group_size": proposed_group_sizes(case.backend), **DEFAULT_STEPS, **proposed}
     return make_request(case, queries, is_padded=False, order=None, **fields)
 
 

@@ -20,6 +20,9 @@ from kvq.plugin_api.quantizer import Part, QuantSpec
 ROTATION_SIGNS = "rotation_signs"
 """Name of the constant of a rotated format: int8 `[D]`, the signs by which states are multiplied, then transformed."""
 
+CHANNEL_SOURCES = "channel_sources"
+"""Name of the constant of a format with `states_dim`: int32 `[H, head_dim]`, the element that a channel adds to."""
+
 FACTOR_STEPS = 32
 """Steps of the codes of factors, and of scales in bytes, from one power of two to the next."""
 ZERO_SCALE = 255
@@ -49,12 +52,16 @@ class PackedFormat:
     - `factor`, where `has_factor`: uint8 `[block_length]`; every number of a token is to be multiplied by
       `2 ** (-factor / FACTOR_STEPS)`. Formats per channel alone have it.
 
+    A format with `states_dim` has more channels than the states have elements: an element is the sum of all channels
+    that the constant `channel_sources` leads to it. So elements of one head may have different widths: two channels of
+    2 bits, one with four times the scale of the other, are one element of 4 bits.
+
     Attributes:
         bits: bits per code, 1 to 8.
         plane_widths: the bits of each plane of codes, which add up to `bits`.
         packed_dim: the dimension of a plane along which tokens are packed: -1 where a plane is `[D, bytes]`, as for
             keys, -2 where it is `[bytes, D]`, as for values.
-        head_dim: elements of one head (D).
+        head_dim: elements of one head as they are stored (D).
         block_length: tokens of a block.
         granularity: direction of the groups. Per-channel groups are as long as a block.
         group_length: elements that share a scale and a mid; per token the last group may be shorter.
@@ -65,6 +72,8 @@ class PackedFormat:
         rotation_block: elements of one Hadamard transform that the states went through, after they were multiplied by
             the constant `rotation_signs`; 0 where they were not rotated.
         compute_dtype: dtype that `decode_into` computes in.
+        states_dim: elements of one head of the states where these are sums of stored channels; keys alone have such. 0:
+            as many as are stored.
     """
 
     bits: int
@@ -80,6 +89,7 @@ class PackedFormat:
     has_factor: bool = False
     rotation_block: int = 0
     compute_dtype: torch.dtype = torch.float32
+    states_dim: int = 0
 
     @classmethod
     def of(
@@ -90,10 +100,14 @@ class PackedFormat:
         mid_dtype: torch.dtype = torch.float16,
         has_exponent: bool = False,
         has_factor: bool = False,
+        bits: int | None = None,
+        stored_channels: int | None = None,
+        block_length: int | None = None,
     ) -> PackedFormat:
         """Return the format of a general quantizer that stores affine codes for one side of one layer.
 
-        Blocks are as long as a group per channel, and have 32 tokens per token, as the core's own.
+        Unless they are given another length, blocks are as long as a group per channel, and have 32 tokens per token,
+        as the core's own.
 
         Args:
             spec: the spec that the quantizer is built from.
@@ -101,20 +115,26 @@ class PackedFormat:
             mid_dtype: float16 or float32; or int8, with uint8 for scale.
             has_exponent: whether there is a part `exponent`; only with a scale in float16.
             has_factor: whether there is a part `factor`; only with groups per channel.
+            bits: bits per code; default: those of the spec, rounded up.
+            stored_channels: channels that are stored for a head of the spec's, if they are more; keys only.
+            block_length: tokens of a block, a multiple of 8; per channel of a group too.
         """
-        bits, per_channel = math.ceil(spec.nbits), spec.granularity is Granularity.PER_CHANNEL
+        bits = math.ceil(spec.nbits) if bits is None else bits
+        per_channel = spec.granularity is Granularity.PER_CHANNEL
+        length = block_length or (spec.group_length if per_channel else PER_TOKEN_BLOCK_LENGTH)
         return cls(
             bits=bits,
             plane_widths=plane_widths(bits),
             packed_dim=-1 if spec.side == "key" else -2,
-            head_dim=spec.head_dim,
-            block_length=spec.group_length if per_channel else PER_TOKEN_BLOCK_LENGTH,
+            head_dim=stored_channels or spec.head_dim,
+            block_length=length,
             granularity=spec.granularity,
-            group_length=spec.group_length,
+            group_length=length if per_channel else spec.group_length,
             scale_dtype=scale_dtype,
             mid_dtype=mid_dtype,
             has_exponent=has_exponent,
             has_factor=has_factor,
+            states_dim=spec.head_dim if stored_channels else 0,
         )
 
     def pack(self, codes: torch.Tensor) -> dict[str, torch.Tensor]:

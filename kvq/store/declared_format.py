@@ -12,7 +12,7 @@ import torch
 
 from kvq.errors import QuantizerContractError
 from kvq.plugin_api.hadamard import hadamard_block
-from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat
+from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, PackedFormat
 from kvq.plugin_api.packing import MULTIPLE, plane_widths
 from kvq.plugin_api.quantizer import Quantizer, QuantSpec
 from kvq.store.origin import Origin
@@ -54,11 +54,13 @@ def check_agreement(name: str, quantizer: Quantizer, packed: PackedFormat, parts
         QuantizerContractError: it does not.
     """
     some = next(iter(parts.values()))
-    expected = torch.empty((1, some.shape[1], packed.block_length, packed.head_dim), device=some.device)
+    head_dim = packed.states_dim or packed.head_dim
+    expected = torch.empty((1, some.shape[1], packed.block_length, head_dim), device=some.device)
     found = torch.empty_like(expected)
     quantizer.decode_into(parts, expected)
-    signs = quantizer.constants().get(ROTATION_SIGNS) if packed.rotation_block else None
-    decode_packed(packed, None if signs is None else HadamardRotation.of_signs(signs), parts, found)
+    constants = quantizer.constants()
+    rotation = HadamardRotation.of_signs(constants[ROTATION_SIGNS]) if packed.rotation_block else None
+    decode_packed(packed, rotation, parts, found, constants[CHANNEL_SOURCES] if packed.states_dim else None)
     wrong, largest = (found - expected).abs(), expected.abs().max()
     if not wrong.max() <= TOLERANCE * largest:
         place = tuple(int(index) for index in torch.unravel_index(wrong.nan_to_num(torch.inf).argmax(), wrong.shape))
@@ -80,6 +82,7 @@ def _find_faults(declared: PackedFormat, spec: QuantSpec, quantizer: Quantizer) 
         yield f"block_length={declared.block_length} is no multiple of {MULTIPLE}"
     yield from _find_metadata_faults(declared)
     yield from _find_rotation_faults(declared, quantizer)
+    yield from _find_source_faults(declared, spec, quantizer)
     if dict(quantizer.layout()) != declared.layout():
         yield f"layout returns {dict(quantizer.layout())}, and the format is {declared.layout()}"
 
@@ -87,7 +90,7 @@ def _find_faults(declared: PackedFormat, spec: QuantSpec, quantizer: Quantizer) 
 def _expectations(declared: PackedFormat, spec: QuantSpec, quantizer: Quantizer) -> dict[str, object]:
     own: dict[str, object] = {
         "packed_dim": -1 if spec.side == "key" else -2,
-        "head_dim": spec.head_dim,
+        ("states_dim" if declared.states_dim else "head_dim"): spec.head_dim,
         "block_length": quantizer.block_length,
         "compute_dtype": torch.float32,
     }
@@ -112,3 +115,21 @@ def _find_rotation_faults(declared: PackedFormat, quantizer: Quantizer) -> Itera
     signs = quantizer.constants().get(ROTATION_SIGNS)
     if signs is None or signs.dtype is not torch.int8 or tuple(signs.shape) != (declared.head_dim,):
         yield f"rotation_block asks for a constant {ROTATION_SIGNS!r}, int8 of head_dim elements"
+
+
+def _find_source_faults(declared: PackedFormat, spec: QuantSpec, quantizer: Quantizer) -> Iterator[str]:
+    if not declared.states_dim:
+        return
+    if spec.side != "key" or declared.rotation_block:
+        yield "states_dim goes with keys alone, and with states that are not rotated"
+    sources = quantizer.constants().get(CHANNEL_SOURCES)
+    shape = spec.num_heads, declared.head_dim
+    if sources is None or sources.dtype is not torch.int32 or tuple(sources.shape) != shape:
+        yield f"states_dim asks for a constant {CHANNEL_SOURCES!r}, int32 {list(shape)}"
+    elif not are_sources(sources, declared.states_dim):
+        yield f"{CHANNEL_SOURCES!r} has numbers that are no elements of a head of {declared.states_dim}"
+
+
+def are_sources(sources: torch.Tensor, states_dim: int) -> bool:
+    """Return whether all channels lead to elements that there are; what a file has need not."""
+    return bool(((sources >= 0) & (sources < states_dim)).all())

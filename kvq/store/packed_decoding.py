@@ -16,7 +16,11 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def decode_packed(
-    packed: PackedFormat, rotation: HadamardRotation | None, parts: Mapping[str, torch.Tensor], out: torch.Tensor
+    packed: PackedFormat,
+    rotation: HadamardRotation | None,
+    parts: Mapping[str, torch.Tensor],
+    out: torch.Tensor,
+    sources: torch.Tensor | None = None,
 ) -> None:
     """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype.
 
@@ -27,16 +31,22 @@ def decode_packed(
         rotation: what the states went through first, or None.
         parts: any run of blocks, `[B, H, blocks, *shape]`.
         out: every element is overwritten.
+        sources: int32 `[H, D]`, the elements that stored channels add to, or None: their own.
     """
     blocks = out.unflatten(2, (-1, packed.block_length))
     count = max(1, DECODE_ELEMENTS // max(1, blocks[:, :, :1].numel()))
     for first in range(0, blocks.shape[2], count):
         piece = slice(first, first + count)
-        _decode_blocks(packed, rotation, {name: part[:, :, piece] for name, part in parts.items()}, blocks[:, :, piece])
+        own = {name: part[:, :, piece] for name, part in parts.items()}
+        _decode_blocks(packed, rotation, own, blocks[:, :, piece], sources)
 
 
 def _decode_blocks(
-    packed: PackedFormat, rotation: HadamardRotation | None, parts: Mapping[str, torch.Tensor], out: torch.Tensor
+    packed: PackedFormat,
+    rotation: HadamardRotation | None,
+    parts: Mapping[str, torch.Tensor],
+    out: torch.Tensor,
+    sources: torch.Tensor | None,
 ) -> None:
     """Write blocks into `out` `[B, H, blocks, L, D]`."""
     is_channel_major, dtype = packed.packed_dim == -1, packed.compute_dtype
@@ -46,11 +56,19 @@ def _decode_blocks(
     factors = read_token_factors(packed, parts)
     if factors is not None:
         states *= factors.unsqueeze(-2 if is_channel_major else -1).to(dtype)
+    if sources is not None:
+        states = _sum_channels(states, sources, packed.states_dim)
     if rotation is not None:
         states = rotation.undo(states.float(), -2 if is_channel_major else -1)
     if out.dtype is torch.float16:
         states = states.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     out.copy_(states.mT if is_channel_major else states)
+
+
+def _sum_channels(states: torch.Tensor, sources: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `[B, H, blocks, count, L]`, the sums of the channels of `[B, H, blocks, D, L]` by their sources."""
+    index = sources.long()[None, :, None, :, None].expand(states.shape)
+    return states.new_zeros((*states.shape[:3], count, states.shape[-1])).scatter_add_(3, index, states)
 
 
 def spread_metadata(packed: PackedFormat, metadata: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,9 @@ class RotatedQuantizer(GuardedQuantizer):
     def __init__(self, quantizer: Quantizer, origin: Origin, spec: QuantSpec, rotation: HadamardRotation) -> None:
         self.rotation = rotation
         super().__init__(quantizer, origin, spec)
-        if self.packed_format is not None:
+        if self.packed_format is not None and self.packed_format.states_dim:
+            self.packed_format = None  # no kernel rotates the query before it spreads it over stored channels
+        elif self.packed_format is not None:
             self.packed_format = replace(self.packed_format, rotation_block=rotation.block_size)
         self._first_block_kind = "rotated", self._first_block_kind
         if ROTATION_SIGNS in super().constants():

@@ -65,3 +65,16 @@ def test_one_that_fails_says_so_and_there_is_a_row_for_each_direction():
     rows = readers_of(Shy, granularities=tuple(Granularity))
     assert [row["granularity"] for row in rows] == ["per_token", "per_channel"]
     assert all("not today" in row["reasons"][""] and row["kernels"] == {} for row in rows)
+
+
+def test_it_asks_about_the_widths_that_the_backend_proposes():
+    """Its widest codes may be those of a side that nobody gives them to."""
+    seen = []
+    capabilities = Capabilities(nbits=(4, 8), granularities=(Granularity.PER_TOKEN,))
+
+    def build(spec, options):
+        seen.append((spec.side, spec.nbits))
+        return Halves(spec)
+
+    list_readers(BackendSpec("halves", API_VERSION, capabilities, build=build, defaults={"nbits_v": 4}))
+    assert seen[-2:] == [("key", 8), ("value", 4)]

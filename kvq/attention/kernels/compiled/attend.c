@@ -56,9 +56,11 @@ typedef struct {
 typedef struct {
   const segment_t *segments;
   const int8_t *signs; /* of the rotation; NULL: none */
+  const int32_t *sources; /* [heads][head_dim], the element of the query that meets a stored channel; NULL: its own */
   const float *factors; /* [256], what the codes of tokens and of scales stand for */
   int64_t segment_count, rotation_block;
-  int64_t head_dim, block_length, group_length, groups; /* groups of one token; 1 per channel */
+  int64_t head_dim, states_dim; /* channels that are stored, elements of the states */
+  int64_t block_length, group_length, groups; /* groups of one token; 1 per channel */
   int64_t bits, plane_count, widths[3];
   int64_t per_channel, scale_type, mid_type, shifts_mid;
 } side_t;
@@ -660,7 +662,7 @@ static const uint8_t *token_at(const work_t *w, const states_t *states, int64_t 
 
 static void attend_exact(work_t *w, const states_t *keys, const states_t *values, int64_t position, int64_t length) {
   const request_t *q = w->q;
-  int64_t D = q->key.head_dim, Dv = q->value.head_dim;
+  int64_t D = q->key.states_dim, Dv = q->value.head_dim;
   for (int64_t start = 0; start < length; start += EXACT_TILE) {
     int64_t count = least(EXACT_TILE, length - start);
     for (int64_t t = 0; t < count; t++) {
@@ -689,19 +691,23 @@ static void attend_exact(work_t *w, const states_t *keys, const states_t *values
 static void start_head(work_t *w, int is_first) {
   const request_t *q = w->q;
   const side_t *side = &q->key;
-  int64_t D = side->head_dim, Dv = q->value.head_dim, size = size_of(q->query_type);
+  int64_t D = side->states_dim, stored = side->head_dim, Dv = q->value.head_dim, size = size_of(q->query_type);
+  const int32_t *sources = side->sources ? side->sources + w->head * stored : NULL;
   for (int64_t r = 0; r < w->rows; r++) {
     int64_t query_head = w->head * q->queries_per_head + r / q->queries;
-    float *query = w->query + r * D, *rotated = w->rotated + r * D;
+    float *query = w->query + r * D, *rotated = w->rotated + r * stored;
     widen(query, (const uint8_t *)q->query + size * (w->row * q->query_strides[0] + query_head * q->query_strides[1] +
                                                      r % q->queries * q->query_strides[2]), q->query_type, D);
     for (int64_t d = 0; d < D; d++) query[d] *= q->scaling;
-    for (int64_t d = 0; d < D; d++) rotated[d] = side->signs ? query[d] * side->signs[d] : query[d];
-    if (side->signs) transform(rotated, D, side->rotation_block);
+    for (int64_t d = 0; d < stored; d++) {
+      float number = query[sources ? sources[d] : d];
+      rotated[d] = side->signs ? number * side->signs[d] : number;
+    }
+    if (side->signs) transform(rotated, stored, side->rotation_block);
     if (!side->per_channel)
       for (int64_t g = 0; g < side->groups; g++) {
         float sum = 0;
-        for (int64_t d = g * side->group_length; d < least(D, (g + 1) * side->group_length); d++) sum += rotated[d];
+        for (int64_t d = g * side->group_length; d < least(stored, (g + 1) * side->group_length); d++) sum += rotated[d];
         w->query_sums[r * side->groups + g] = sum;
       }
     int has_logit = is_first && q->sink_logits;

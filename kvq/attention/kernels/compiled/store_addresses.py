@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
+import torch
+
 from kvq.attention.handle import PackedPair
 from kvq.attention.kernels.compiled.call_fields import CallFields
 from kvq.attention.kernels.compiled.structures import TYPE_NUMBERS, PackedRequest, PackedSegment, PackedSide
-from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
+from kvq.errors import QuantizerContractError
+from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, PackedFormat, get_packed_format
 from kvq.store.balance import FACTORS
 from kvq.store.chunks import StoreView
+from kvq.store.declared_format import are_sources
 from kvq.store.segments import Segment
 
 
@@ -76,6 +80,7 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
     packed = get_packed_format(store.codec)
     widths = packed.plane_widths
     side.head_dim, side.block_length, side.group_length = packed.head_dim, packed.block_length, packed.group_length
+    side.states_dim = packed.states_dim or packed.head_dim
     side.per_channel = packed.per_channel
     side.groups = 1 if packed.per_channel else packed.groups_per_token
     side.bits, side.plane_count = packed.bits, len(widths)
@@ -85,6 +90,8 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
     if packed.rotation_block:
         side.signs = store.codec.constants()[ROTATION_SIGNS].data_ptr()
         side.rotation_block = packed.rotation_block
+    if packed.states_dim:
+        side.sources = _find_sources(store, packed).data_ptr()
     side.factors = FACTORS.numbers.data_ptr()
     side.segment_count = len(store.segments)
     array = (PackedSegment * max(1, len(store.segments)))()
@@ -92,6 +99,16 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
         _fill_segment(described, segment, widths)
     side.segments = array
     return array
+
+
+def _find_sources(store: StoreView, packed: PackedFormat) -> torch.Tensor:
+    """Return the constant that compiled code reads memory by; it may come from a file."""
+    sources = store.codec.constants()[CHANNEL_SOURCES]
+    if not sources.is_contiguous() or not are_sources(sources, packed.states_dim):
+        raise QuantizerContractError(
+            f"{CHANNEL_SOURCES!r} is not contiguous, or leads to elements that a head of {packed.states_dim} lacks"
+        )
+    return sources
 
 
 def _fill_segment(packed: PackedSegment, segment: Segment, widths: tuple[int, ...]) -> None:

@@ -44,10 +44,12 @@ class PackedSide(Structure):
     _fields_ = (
         ("segments", POINTER(PackedSegment)),
         ("signs", c_void_p),
+        ("sources", c_void_p),
         ("factors", c_void_p),
         ("segment_count", c_int64),
         ("rotation_block", c_int64),
         ("head_dim", c_int64),
+        ("states_dim", c_int64),
         ("block_length", c_int64),
         ("group_length", c_int64),
         ("groups", c_int64),

@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 
-from kvq.plugin_api.packed_format import ROTATION_SIGNS, PackedFormat, find_packed_format
+from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, PackedFormat, find_packed_format
 from kvq.plugin_api.quantizer import FusedScores, Quantizer
 from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
 from kvq.store.rotation import HadamardRotation
@@ -45,10 +45,13 @@ class FoldedAffine:
     def __init__(self, packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> None:
         self.packed = packed
         self.rotation = HadamardRotation.of_signs(constants[ROTATION_SIGNS]) if packed.rotation_block else None
+        self.sources = constants[CHANNEL_SOURCES].long() if packed.states_dim else None
 
     def prepare_query(self, query: torch.Tensor) -> torch.Tensor:
-        """Return `query` as the keys are stored: fp32, rotated."""
+        """Return `query` as the keys are stored: fp32, rotated, an element for each stored channel."""
         query = query.float()
+        if self.sources is not None:
+            return query.gather(-1, self.sources[None, :, None].expand(*query.shape[:3], -1))
         return query if self.rotation is None else self.rotation.apply(query)
 
     def scores(self, query: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

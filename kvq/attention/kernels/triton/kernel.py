@@ -104,6 +104,8 @@ def _why_unsupported_store(request: AttentionRequest) -> str | None:
     formats = [packed for store in stores if (packed := find_packed_format(store.codec)) is not None]
     if len(formats) < len(stores):
         return "codes that are not affine"
+    if any(packed.states_dim for packed in formats):
+        return "elements that are sums of stored channels"
     if not all(store.segments for store in stores):
         return "nothing is quantized yet"
     lengths = [packed.block_length for packed in formats]

@@ -1,0 +1,225 @@
+"""Formats with more channels than the states have elements: an element is a sum, and elements differ in width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvq import KVQ
+from kvq.attention.kernels.compiled.kernel import CompiledKernel
+from kvq.attention.kernels.eager.kernel import REFERENCE
+from kvq.attention.kernels.triton.kernel import TRITON
+from kvq.errors import QuantizerContractError
+from kvq.plugin_api import API_VERSION, BackendSpec, Capabilities, Granularity, PackedFormat
+from kvq.store import first_blocks
+from kvq.testing import ContractCase
+from kvq.testing.attention import make_request, measure_attention
+
+FINE = 24
+"""Channels of each head that are quantized twice: what is left of them after the first time has codes of its own."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(monkeypatch):
+    monkeypatch.setattr(first_blocks, "_seen", set())
+
+
+class Residual:
+    """Keys of 2 bits, and 2 more for what is left in some channels, other ones in each head; values of 2 bits."""
+
+    group_local = True
+
+    def __init__(self, spec):
+        self.spec, self.is_key = spec, spec.side == "key"
+        stored = spec.head_dim + FINE if self.is_key else None
+        self.packed_format = PackedFormat.of(spec, stored_channels=stored)
+        self.block_length, self.largest = self.packed_format.block_length, 2 ** int(spec.nbits) - 1
+        generator = torch.Generator().manual_seed(spec.num_heads)
+        own = torch.stack([torch.randperm(spec.head_dim, generator=generator)[:FINE] for _ in range(spec.num_heads)])
+        every = torch.stack([torch.randperm(spec.head_dim, generator=generator) for _ in own])
+        self.sources = torch.cat([every, own], 1).int()
+
+    def layout(self):
+        return self.packed_format.layout()
+
+    def constants(self):
+        return {"channel_sources": self.sources} if self.is_key else {}
+
+    def encode(self, states):
+        blocks = states.float().unflatten(2, (-1, self.block_length))
+        if not self.is_key:
+            return self.pack([self.round(blocks)])
+        places = self.sources.long()[None, :, None, None].expand(*blocks.shape[:4], -1)
+        first = self.round(blocks.gather(-1, places[..., : self.spec.head_dim]))
+        left = blocks - torch.zeros_like(blocks).scatter_(-1, places[..., : self.spec.head_dim], self.read(*first))
+        return self.pack([first, self.round(left.gather(-1, places[..., self.spec.head_dim :]))])
+
+    def round(self, blocks):
+        low, high = blocks.amin(3, True), blocks.amax(3, True)
+        scale = ((high - low) / self.largest).half()
+        mid = (low + scale.float() * (self.largest + 1) / 2).half()
+        codes = (blocks - mid.float()) / scale.float() + (self.largest + 1) / 2
+        return codes.round().clamp(0, self.largest).to(torch.uint8), scale, mid
+
+    def read(self, codes, scale, mid):
+        return (codes.float() - (self.largest + 1) / 2) * scale.float() + mid.float()
+
+    def pack(self, pieces):
+        codes, scale, mid = (torch.cat(parts, -1) for parts in zip(*pieces, strict=True))
+        return {**self.packed_format.pack(codes), "scale": scale.squeeze(3), "mid": mid.squeeze(3)}
+
+    def decode_into(self, parts, out):
+        scale, mid = parts["scale"].unsqueeze(3), parts["mid"].unsqueeze(3)
+        states = self.read(self.packed_format.unpack(parts), scale, mid)
+        if self.is_key:
+            places = self.sources.long()[None, :, None, None].expand(states.shape)
+            states = torch.zeros((*states.shape[:4], self.spec.head_dim)).scatter_add_(-1, places, states)
+        out.copy_(states.flatten(2, 3))
+
+
+def spec_of(build, nbits=(2, 3)):
+    capabilities = Capabilities(nbits=nbits, granularities=(Granularity.PER_CHANNEL,))
+    return BackendSpec("residual", API_VERSION, capabilities, build=lambda spec, options: build(spec))
+
+
+def fill(build, **fields):
+    cache = KVQ(backend=spec_of(build), nbits_k=2, nbits_v=2, residual_length=0, sink_length=0, **fields)
+    states = torch.randn(2, 3, 192, 64, generator=torch.Generator().manual_seed(0))
+    cache.update(states, states, 0)
+    return cache, states
+
+
+def attend(request):
+    """Attention on the decoded states, in double."""
+    keys, values = (
+        side.materialize().double().repeat_interleave(request.queries_per_head, dim=1)
+        for side in (request.pair.key, request.pair.value)
+    )
+    scores = request.query.double() @ keys.mT * request.scaling
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
+
+
+@pytest.mark.parametrize("nbits", [2, 3])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_kernels_read_the_sums(nbits, queries):
+    case = ContractCase(spec_of(Residual), nbits, Granularity.PER_CHANNEL)
+    request = make_request(case, queries, is_padded=False, order=None)
+    expected = attend(request)
+    for kernel in (REFERENCE, CompiledKernel()):
+        assert kernel.why_unsupported(request) is None
+        if kernel.why_unavailable() is None:
+            error = (kernel.attend(request).double() - expected).abs().max() / expected.abs().max()
+            assert error < 1e-5, kernel.name
+    assert TRITON.why_unsupported(request) == "elements that are sums of stored channels"
+
+
+def test_every_kind_of_request():
+    errors = dict(measure_attention(ContractCase(spec_of(Residual), 2, Granularity.PER_CHANNEL)))
+    assert max(errors.values()) < 1e-4
+
+
+def test_channels_that_are_stored_twice_are_finer():
+    cache, states = fill(Residual)
+    error = (cache.materialize(0)[0] - states).square().mean((0, 2))
+    fine = cache.layers[0].side("key").codec.constants()["channel_sources"][:, 64:].long()
+    is_fine = torch.zeros(3, 64, dtype=torch.bool).scatter_(1, fine, value=True)
+    assert 7 * error[is_fine].mean() < error[~is_fine].mean()  # three steps of what was one are a ninth of the energy
+
+
+def test_rotated_ones_are_decoded():
+    case = ContractCase(spec_of(Residual), 2, Granularity.PER_CHANNEL)
+    request = make_request(case, 1, is_padded=False, order=None, rotation_k="hadamard")
+    assert CompiledKernel().why_unsupported(request).startswith("serves affine quantizers")
+    expected = attend(request)
+    assert (REFERENCE.attend(request).double() - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def declare(**changes):
+    class Declares(Residual):
+        def __init__(self, spec):
+            super().__init__(spec)
+            if self.is_key:
+                self.packed_format = replace(self.packed_format, **changes)
+
+    return Declares
+
+
+def with_sources(change):
+    class Changed(Residual):
+        def __init__(self, spec):
+            super().__init__(spec)
+            self.sources = change(self.sources)
+
+    return Changed
+
+
+class SumsValues(Residual):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.packed_format = PackedFormat.of(spec, stored_channels=spec.head_dim + FINE)
+
+    def constants(self):
+        return {"channel_sources": self.sources}
+
+
+def out_of_reach(sources):
+    return torch.where(sources == 63, 64, sources)
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (declare(states_dim=32), "states_dim is 32, not 64"),
+        (with_sources(torch.Tensor.long), "states_dim asks for a constant 'channel_sources', int32 [3, 88]"),
+        (with_sources(lambda sources: sources[:, 1:]), "int32 [3, 88]"),
+        (with_sources(out_of_reach), "no elements of a head of 64"),
+        (with_sources(torch.neg), "no elements of a head of 64"),
+        (SumsValues, "states_dim goes with keys alone"),
+        (declare(rotation_block=64), "states that are not rotated"),
+    ],
+)
+def test_a_declaration_that_kernels_cannot_follow_is_refused(build, told):
+    with pytest.raises(QuantizerContractError) as caught:
+        fill(build)
+    assert told in str(caught.value)
+
+
+def test_sums_that_mean_other_elements_are_refused_with_the_first_block():
+    class Shifted(Residual):
+        def constants(self):
+            return {"channel_sources": self.sources.roll(1, 1)} if self.is_key else {}
+
+    with pytest.raises(QuantizerContractError, match="kernels would attend to other numbers"):
+        fill(Shifted)
+
+
+def test_compiled_code_reads_nothing_beyond_the_query(tmp_path):
+    """What a loaded cache has in its constants was written by its file."""
+    case = ContractCase(spec_of(Residual), 2, Granularity.PER_CHANNEL)
+    request, kernel = make_request(case, 1, is_padded=False, order=None), CompiledKernel()
+    request.pair.key.store.codec.constants()["channel_sources"][0, 5] = 1 << 20
+    if kernel.why_unavailable() is None:
+        with pytest.raises(QuantizerContractError, match="leads to elements that a head of 64 lacks"):
+            kernel.attend(request)
+
+
+@pytest.mark.parametrize("axis", list(Granularity))
+def test_blocks_have_the_length_that_is_asked_for(axis):
+    spec = replace(request_spec(), granularity=axis)
+    packed = PackedFormat.of(spec, block_length=24)
+    assert packed.block_length == 24
+    assert packed.group_length == (24 if axis is Granularity.PER_CHANNEL else 64)
+    codes = torch.randint(0, 4, (2, 24, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(packed.unpack(packed.pack(codes)), codes)
+
+
+def request_spec():
+    """The spec of keys of 2 bits in groups of 64."""
+    seen = []
+    spec = replace(spec_of(Residual), build=lambda spec, options: seen.append(spec) or Residual(spec))
+    states = torch.randn(1, 3, 100, 64)
+    KVQ(backend=spec, nbits_k=2, nbits_v=2).update(states, states, 0)
+    return seen[0]
