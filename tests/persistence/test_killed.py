@@ -13,7 +13,7 @@ from cache_files import SMALL, fill
 
 from kvq import KVQ
 from kvq.errors import CacheFileError
-from kvq.persistence import atomic
+from kvq.files import atomic
 
 HERE = Path(__file__).parent
 # Saves in a process of its own for each moment, which ends at that call of the system: before it, after it, or, where
