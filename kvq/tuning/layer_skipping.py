@@ -84,12 +84,13 @@ def skipping(layers: Sequence[nn.Module], start: int, states: torch.Tensor, *, r
 
     with ExitStack() as stack:
         for layer in layers[:start]:
-            stack.enter_context(_replaced_forward(layer, stand_in))
+            stack.enter_context(replaced_forward(layer, stand_in))
         yield
 
 
 @contextmanager
-def _replaced_forward(layer: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(layer: nn.Module, forward: Any) -> Iterator[None]:
+    """Let a module do something else within the block."""
     own = layer.__dict__.get("forward")  # such as that of accelerate
     layer.forward = forward
     try:

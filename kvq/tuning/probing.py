@@ -15,11 +15,11 @@ from transformers.cache_utils import Cache
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig
 from kvq.evaluation.quality.forcing import read_on
-from kvq.evaluation.quality.metrics import Expected, measure_kl
 from kvq.evaluation.quality.prefix import Prefix
 from kvq.evaluation.quality.text import TokenText
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.transformers_seams.layer_kinds import new_layer
+from kvq.tuning.judging import Head, Judge
 from kvq.tuning.layer_skipping import Recorder, find_layer_modules, skipping
 from kvq.tuning.row_layers import OneSide, RowRuns
 from kvq.tuning.search_space import find_quantizable
@@ -62,6 +62,7 @@ class Probes:
         self._quantizable = set(find_quantizable(model, base))
         self._count = len(DynamicCache(config=model.config).layers)
         self._modules = find_layer_modules(model, self._count)
+        self._head = Head(model)
         self.skips = False
         self._read()
         self.skips = self._is_right_to_skip()
@@ -73,63 +74,56 @@ class Probes:
         Args:
             assignments: what to quantize, in one batch; layers that are not named stay in full precision.
         """
-        found: list[list[torch.Tensor]] = [[] for _ in assignments]
-        for expected, logits in self._run(assignments):
-            for divergences, rows in zip(found, logits.chunk(len(assignments)), strict=True):
-                divergences.append(measure_kl(rows, expected))
-        return [torch.cat(divergences, dim=1)[:, self._scored] for divergences in found]
+        divergences = torch.cat(list(self._run(assignments)), dim=1)
+        return list(divergences[:, self._scored].chunk(len(assignments)))
 
     @torch.inference_mode()
     def _read(self) -> None:
         """Read the text in full precision, and keep predictions and states."""
         self._prefix = Prefix(self._model, self._tokens[:, : self._prefill])
         self._states = self._prefix.states()
-        recorder, cache = Recorder(), self._prefix.cache
-        self._logits, self._inputs = [self._prefix.logits], []
+        recorder, cache, done = Recorder(), self._prefix.cache, self._prefill
+        self._judges, self._inputs = list[Judge](), []
         for piece in self._pieces:
-            with recorder.listening(self._modules):
-                self._logits.append(read_on(self._model, piece, cache))
+            with recorder.listening(self._modules), self._head.listening():
+                logits = read_on(self._model, piece, cache)
+            targets = self._tokens[:, done + 1 :][:, : piece.shape[1]]
+            self._judges.append(self._head.make_judge(logits, targets))
             self._inputs.append(recorder.inputs)
+            done += piece.shape[1]
         self._returns_tuple = recorder.returns_tuple
         self._prefix.forget()
 
+    @torch.inference_mode()
     def _is_right_to_skip(self) -> bool:
         """Try it: full precision from the middle on must predict what it predicts from the beginning on."""
         if not self._modules or self._states is None or any(len(one) != self._count for one in self._inputs):
             return False
         self.skips = True
         try:
-            pairs = self._run([{}], start=self._count // 2, pieces=1)
-            return all(float(measure_kl(logits, expected).max()) <= MAX_KL_OF_SKIPPING for expected, logits in pairs)
+            found = self._run([{}], start=self._count // 2, pieces=1)
+            return all(float(divergences.max()) <= MAX_KL_OF_SKIPPING for divergences in found)
         except Exception:  # noqa: BLE001  # code of any model, run in a way that it does not expect
             return False
 
     def _run(
         self, assignments: Sequence[Assignment], start: int | None = None, pieces: int | None = None
-    ) -> Iterator[tuple[Expected, torch.Tensor]]:
-        """Yield for each forward what is expected, and the logits `[B * N, T, V]` of all assignments."""
+    ) -> Iterator[torch.Tensor]:
+        """Yield for each forward the divergences `[N * B, T]` of all assignments."""
         times = len(assignments)
         first = min((index for one in assignments for index in one), default=0) if start is None else start
         first = first if self.skips else 0
         cache = self._fill_cache(assignments, first)
-        done = 0
-        yield self._expect(0, done), self._logits[0].repeat(times, 1, 1)
+        yield torch.zeros(times * len(self._tokens), 1)  # the last token of the prompt sees exact states
         for number, piece in enumerate(self._pieces[:pieces]):
-            done += 1 if not number else self._pieces[number - 1].shape[1]
-            with skipping(
-                self._modules,
-                first,
-                self._inputs[number][first].repeat(times, 1, 1) if first else piece,
-                returns_tuple=self._returns_tuple,
+            states = self._inputs[number][first].repeat(times, 1, 1) if first else piece
+            with (
+                self._head.standing_aside(),
+                skipping(self._modules, first, states, returns_tuple=self._returns_tuple),
             ):
-                logits = read_on(self._model, piece.repeat(times, 1), cache)
+                output = read_on(self._model, piece.repeat(times, 1), cache)
             self._advance(cache, first, piece.shape[1])
-            yield self._expect(number + 1, done), logits
-
-    def _expect(self, number: int, done: int) -> Expected:
-        logits = self._logits[number]
-        targets = self._tokens[:, self._prefill + done :][:, : logits.shape[1]]
-        return Expected.of_logits(logits, targets)
+            yield self._judges[number](output)
 
     def _fill_cache(self, assignments: Sequence[Assignment], first: int) -> Cache:
         """Return a cache that holds the prompt for each assignment; layers before the first one count tokens only."""
