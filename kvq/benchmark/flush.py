@@ -14,10 +14,11 @@ def steps_before_flush(cache: Cache) -> int | None:
 
 
 def flush_interval(cache: Cache) -> int | None:
-    """Return the tokens from one flush to the next; None if the cache never flushes."""
+    """Return the tokens from one flush to the next, in the mean; None if the cache never flushes."""
+    turns = {layer.flush_delay for layer in cache.layers if isinstance(layer, KVQLayer)}
     for layer in cache.layers:
         if isinstance(layer, KVQLayer):
-            return layer.flush_length
+            return max(1, layer.flush_length // len(turns))
         if isinstance(layer, QuantizedLayer):
             return int(layer.residual_length)
     return None
@@ -26,7 +27,8 @@ def flush_interval(cache: Cache) -> int | None:
 def _steps_before_flush(layer: object) -> int | None:
     if isinstance(layer, KVQLayer):
         stored = layer.side("key").store.length
-        return stored + layer.flush_length + layer.settings.residual_length - layer.get_seq_length() - 1
+        waiting = layer.settings.residual_length + layer.flush_delay
+        return stored + layer.flush_length + waiting - layer.get_seq_length() - 1
     if isinstance(layer, QuantizedLayer):
         waiting = layer.keys.shape[-2] if layer.keys.dim() == 4 else 0
         return int(layer.residual_length) - waiting - 1

@@ -14,6 +14,7 @@ from kvq.config import ResolvedLayer
 from kvq.errors import CacheStateError, StatesError
 from kvq.layers.carrying_layer import CarryingLayer
 from kvq.layers.eviction import check_padding_stays, count_common, find_kept, gather_tokens, groups_tokens
+from kvq.layers.flush_delay import choose_delay
 from kvq.layers.given_states import check_continuity, check_pair, check_states, goes_on
 from kvq.layers.quantizer_factory import build_codec
 from kvq.layers.store_device import choose_store_device
@@ -44,6 +45,9 @@ class KVQLayer(CarryingLayer):
         padding: tokens of left padding in each row, or None where there is none.
         carried: an empty layer of transformers that holds what the model's layer has beside keys and values: states of
             linear attention, keys of an indexer. None: it has nothing.
+
+    Attributes:
+        flush_delay: tokens by which the layer quantizes later than `residual_length` says; see `choose_delay`.
     """
 
     is_compileable = False
@@ -63,6 +67,7 @@ class KVQLayer(CarryingLayer):
         self.carried = carried
         self.is_initialized = False
         self.record_past = False
+        self.flush_delay = 0
         self.kernel_cache = KernelCache()
         self.evicted_length = 0
         self._rewritten = 0
@@ -134,6 +139,8 @@ class KVQLayer(CarryingLayer):
             raise StatesError(f"padding is given for {len(starts)} rows, the states have {keys.shape[0]}")
         flush_length = common_flush_length(codecs["key"], codecs["value"])
         sinks = SinkTokens(self.settings.sink_length, starts)
+        takes_turns = not all(codec.group_local for codec in codecs.values())
+        self.flush_delay = choose_delay(self.layer_idx, flush_length) if takes_turns else 0
         self._sides = {
             side: LayerSide.empty(
                 codecs[side], states, choose_store_device(self.settings.device, states.device), flush_length, sinks
@@ -362,6 +369,7 @@ class KVQLayer(CarryingLayer):
         other.is_initialized, other.record_past = self.is_initialized, self.record_past
         other.evicted_length, other._assigned = self.evicted_length, dict(self._assigned)
         other._rewritten = self._rewritten
+        other.flush_delay = self.flush_delay
         if self.is_initialized:
             other.dtype, other.device = self.dtype, self.device
             other._sides = {name: side.fork() for name, side in self._sides.items()}
@@ -437,7 +445,7 @@ class KVQLayer(CarryingLayer):
     def _flush_count(self, total: int) -> int:
         """Return how many tokens leave the window when the layer holds `total` tokens that will stay."""
         keys = self._sides["key"]
-        target = (total - self.settings.residual_length) // keys.flush_length * keys.flush_length
+        target = (total - self.settings.residual_length - self.flush_delay) // keys.flush_length * keys.flush_length
         return max(0, target - keys.store.length)
 
     def check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

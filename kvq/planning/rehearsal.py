@@ -161,7 +161,8 @@ class Rehearsal:
             )
             for _, side in self.quantized.sides()
         )
-        return parts, settings.residual_length, settings.sink_length, self.is_offloaded
+        waiting = settings.residual_length + self.quantized.flush_delay
+        return parts, waiting, settings.sink_length, self.is_offloaded
 
     def _renew(self) -> KVQLayer:
         """Return the quantized layer with nothing in it, on the meta device."""
@@ -171,6 +172,7 @@ class Rehearsal:
         layer = KVQLayer(built.layer_idx, built.settings, carried=self._find_carried())
         codecs: dict[Side, Quantizer] = {name: LayoutOnly(side.codec) for name, side in built.sides()}
         layer.begin(codecs, {"key": self.states[0], "value": self.states[1]})
+        layer.flush_delay = built.flush_delay  # what stands in for its quantizers has none of its own
         return layer
 
 
