@@ -106,7 +106,7 @@ def test_shared_chunks_are_counted_by_each_cache_and_once_in_the_process():
 
 
 def test_the_report_prints_as_a_table_and_in_notebooks():
-    memory = feed(KVQ(backend={"key": "quanto", "value": "hqq"}), 500, layers=4).memory()
+    memory = feed(KVQ(backend={"key": "quanto", "value": "hqq"}), 543, layers=4).memory()
     text = str(memory)
     assert "0-3" in text
     assert "quanto 4 bit" in text

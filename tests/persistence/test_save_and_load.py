@@ -204,6 +204,7 @@ KNOWN_STATE = {
         "_sides", "device", "dtype", "is_initialized", "layer_idx", "padding", "settings",
         "kernel_cache",  # what kernels keep in this process
         "carried",  # saved beside the sides
+        "flush_delay",  # of the index
         "_records_past",  # asked for by each `generate` that needs it
     },
     "LayerSide": {"flush_length", "contents"},
