@@ -14,6 +14,7 @@ from typing import Any
 
 from kvq.cli.sample_block import build_sample, runs_here
 from kvq.config import KVQCacheConfig, ResolvedLayer, ResolvedSide
+from kvq.config.calibration_choice import place_beside
 from kvq.config.faults import FaultCollector
 from kvq.errors import ConfigError
 from kvq.layers.savings import effective_bits
@@ -72,7 +73,7 @@ def summarize_mapping(values: Mapping[str, Any], source: str, head_dim: int) -> 
     """
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        config = KVQCacheConfig.from_mapping(values, source=source)
+        config = KVQCacheConfig.from_mapping(place_beside(values, source), source=source)
         sides = _build_sides(config, head_dim, source)
         told = tuple(str(one.message) for one in caught if one.category is UserWarning)
         return ConfigSummary(config, sides, told)

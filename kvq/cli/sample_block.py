@@ -5,9 +5,11 @@ Heavy: it imports torch and, through the backend, the vendor's library.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from kvq.calibration.calibration import STANDARD
+from kvq.calibration.calibration import STANDARD, StandardCalibration
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.config.backend_defaults import find_group_size
 from kvq.config.cache_config import DEFAULT_GROUP_SIZE
@@ -47,7 +49,7 @@ def measure_effective_bits(settings: ResolvedLayer, side: Side, head_dim: int = 
 
 
 def build_sample(settings: ResolvedLayer, side: Side, head_dim: int = HEAD_DIM) -> Quantizer:
-    """Build what quantizes one side of a layer.
+    """Build what quantizes one side of a layer; its bytes are those of any model of that head, whatever its statistics.
 
     Args:
         settings: the layer's settings.
@@ -57,8 +59,11 @@ def build_sample(settings: ResolvedLayer, side: Side, head_dim: int = HEAD_DIM) 
     Raises:
         KVQError: the codec cannot be built.
     """
-    states = make_states(settings.side(side).backend, length=0, head_dim=head_dim)
-    return build_codec(settings, side, 0, states)
+    chosen = settings.side(side)
+    states = make_states(chosen.backend, length=0, head_dim=head_dim)
+    if chosen.calibration is not None:  # of heads of another length, maybe, and of more than one
+        chosen = replace(chosen, calibration=StandardCalibration())
+    return build_codec(replace(settings, key=chosen, value=chosen), side, 0, states)
 
 
 def try_backend(backend: BackendSpec) -> None:

@@ -12,6 +12,7 @@ import torch
 from small_llama import build_model
 
 from kvq import KVQ, Calibration, KVQCacheConfig, attach
+from kvq.cli.config_summary import summarize_mapping
 from kvq.errors import CalibrationError, ConfigError, ContractViolationError
 from kvq.plugin_api import LayerStatistics
 from kvq.registry import get_registry
@@ -96,6 +97,13 @@ class TestConfiguration:
         asking("required")
         (path.parent / "k.yaml").write_text("backend: asking\ncalibration: own.calibration\n")
         assert KVQCacheConfig.from_file(path.parent / "k.yaml").calibration.path == path
+
+    def test_the_command_checks_it_with_a_head_of_its_own(self, asking, path):
+        """It knows no model, and finds the file beside the configuration."""
+        asking("required")
+        fields = {"backend": "asking", "calibration": "own.calibration"}
+        summary = summarize_mapping(fields, str(path.parent / "k.yaml"), head_dim=48)
+        assert [side.effective_bits is not None for side in summary.sides] == [True, True]
 
     def test_a_file_that_was_written_again_is_read_again(self, asking, model, sequences, path):
         from kvq import calibrate

@@ -37,11 +37,13 @@ RUN_BY_READER = {ROOT / page for page in run_readme.PAGES}
 """Their Python blocks run in test_readme.py, and outside the checkout."""
 RUN_BY_PLUGIN = {ROOT / "plugins" / "kvq-torchao" / "README.md"}
 """They need a vendor's library, which `make plugin` alone installs; the plugin's own tests run them."""
+RUN_BY_STORY = {ROOT / "docs" / "third-party.md"}
+"""Its blocks are files and commands that build on each other; tests/plugins/test_third_party_story.py runs them."""
 PLUGINS = {path.parent.name: path.parent for path in sorted((ROOT / "plugins").glob("*/pyproject.toml"))}
 COMMANDS = typer.main.get_command(app).commands
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 NOT_RUN = {
-    "sh": "run by tests/plugins/test_five_steps.py",
+    "sh": "run by tests/plugins/test_five_steps.py and test_third_party_story.py",
     "": "a command for a terminal, named below",
     "text": "what a command printed, in a generated block",
     "bibtex": "a citation",
@@ -86,7 +88,8 @@ def test_every_language_is_one_that_is_checked():
 
 
 @pytest.mark.parametrize(
-    ("path", "text"), [one for one in blocks("python") if one.values[0] not in RUN_BY_READER | RUN_BY_PLUGIN]
+    ("path", "text"),
+    [one for one in blocks("python") if one.values[0] not in RUN_BY_READER | RUN_BY_PLUGIN | RUN_BY_STORY],
 )
 def test_a_python_block_runs(path, text, namespace, plugins_registered):
     names = dict(namespace)
@@ -106,7 +109,7 @@ def test_a_tutorial_runs(path, plugins_registered, tmp_path, monkeypatch):
     assert text.count("\nassert ") + text.count("    assert ") >= 3, "it shows nothing"
 
 
-@pytest.mark.parametrize(("path", "text"), blocks("yaml"))
+@pytest.mark.parametrize(("path", "text"), [one for one in blocks("yaml") if one.values[0] not in RUN_BY_STORY])
 def test_a_yaml_block_is_a_configuration(path, text):
     assert KVQCacheConfig.from_mapping(yaml.safe_load(text)).version == 1
 
