@@ -128,9 +128,9 @@ plugin: venv build/kvq ## build every plugin, install them next to kvq's wheel i
 	.venv-plugin/bin/python $(PIP_INSTALL) -c constraints.txt "$$(echo build/kvq/*.whl)[cli]" build/plugin/*.whl pytest pytest-xdist
 	set -e; for folder in plugins/kvq-*; do \
 		(cd $$folder && KVQ_KERNEL_TRIALS=off OMP_NUM_THREADS=1 "$(CURDIR)/.venv-plugin/bin/pytest" -q -n $(WORKERS)); done
-	set -e; $(FRESH_CACHE); for name in template turboquant fp8 torchao torchao-mx; do \
+	set -e; $(FRESH_CACHE); for name in template turboquant fp8 torchao torchao-mx mixed; do \
 		.venv-plugin/bin/python scripts/generate_with.py $$name; done; \
-	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8 -b torchao -b torchao-mx --contexts 4 --questions 4
+	.venv-plugin/bin/kvq demo -b template -b turboquant -b fp8 -b torchao -b torchao-mx -b mixed --contexts 4 --questions 4
 
 # Nothing is constrained but torch, and nothing kept: what is released today is what a user gets today.
 wheel: venv build/kvq ## the wheel at the newest versions in a clean environment: doctor, demo and the blocks of README.md outside the checkout
