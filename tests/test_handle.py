@@ -73,6 +73,18 @@ def test_a_stale_handle_is_refused(layer, handles, change):
         handles[0] + 0
 
 
+def test_handles_of_a_layer_that_records_its_past_outlive_changes(layer):
+    layer.activate_past_recording()
+    handles = layer.update(torch.randn(2, 2, 30, 64), torch.randn(2, 2, 30, 64), packed=True)
+    before = [handle.materialize() for handle in handles]
+    layer.crop(-20)
+    layer.update(torch.randn(2, 2, 90, 64), torch.randn(2, 2, 90, 64), packed=True)
+    layer.crop(0)
+    for handle, states in zip(handles, before, strict=True):
+        assert not handle.is_fresh
+        assert torch.equal(handle.materialize(), states)
+
+
 def test_handles_of_two_layers_are_not_taken_for_a_pair(layer):
     other = KVQLayer(1, KVQCacheConfig().for_layer(1))
     one = layer.update(torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64), packed=True)

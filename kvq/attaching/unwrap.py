@@ -40,6 +40,11 @@ def find_generating_model(model: Any) -> PreTrainedModel:
             f"{type(inner).__name__} computes in float64, which the cache does not take: convert it by "
             "model.to(torch.float32), or to bfloat16 or float16"
         )
+    if not hasattr(inner, "_supports_default_dynamic_cache"):  # DiffusionGemma
+        raise ModelError(
+            f"{type(inner).__name__} generates by a loop of its own, in which no attached cache takes the place of its "
+            "cache: pass past_key_values=KVQ(config, model=model) to generate"
+        )
     if not inner._supports_default_dynamic_cache():
         raise ModelError(
             f"{type(inner).__name__} brings a cache of its own kind and takes no other, so nothing would be quantized"

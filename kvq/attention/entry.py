@@ -152,7 +152,8 @@ def _attend_given(
         attention_mask, options = lay_choice_over(attention_mask, options, key.shape[2], causal=causal)
     if isinstance(key, PackedStates) and isinstance(value, PackedStates) and key.pair is value.pair:
         key.check_fresh()
-        return attend(module, query, key.pair, attention_mask, **options)
+        if key.is_fresh:  # else kernels may know where the chunks were
+            return attend(module, query, key.pair, attention_mask, **options)
     config = getattr(module, "config", None)
     if getattr(config, "_attn_implementation", None) == ATTENTION_NAME:
         report_model(key, config)

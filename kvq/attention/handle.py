@@ -26,11 +26,13 @@ class PackedPair:
         key: view of the keys.
         value: view of the values.
         kernel_cache: the layer's; its version tells whether the layer has changed since.
+        outlives: whether the states may be read after the layer has changed, as a drafter does that shares them.
     """
 
     key: SideView
     value: SideView
     kernel_cache: KernelCache
+    outlives: bool = False
 
     def handles(self) -> tuple[PackedStates, PackedStates]:
         """Return the two tensors that stand for the pair until the layer changes."""
@@ -61,13 +63,18 @@ class PackedStates(torch.Tensor):
         del tensor_contents
         return f"PackedStates(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the layer has not changed since."""
+        return self.pair.kernel_cache.version == self._stamp
+
     def check_fresh(self) -> None:
-        """Check that the layer has not changed since.
+        """Check that the layer has not changed since, unless the states may outlive that.
 
         Raises:
-            CacheStateError: it has; the states that the handle stood for are gone.
+            CacheStateError: it has; nobody who knows the cache asks for these states.
         """
-        if self.pair.kernel_cache.version != self._stamp:
+        if not self.is_fresh and not self.pair.outlives:
             raise CacheStateError(
                 "keys or values returned by KVQ.update were used after the cache changed; "
                 "use them within the forward that they were made for, or take cache.materialize(layer_idx)"

@@ -196,7 +196,7 @@ class KVQLayer(CarryingLayer):
             raise
         self.kernel_cache.note_growth()
         if packed:
-            return PackedPair(*views, self.kernel_cache).handles()
+            return PackedPair(*views, self.kernel_cache, outlives=self.record_past).handles()
         return views[0].materialize(), views[1].materialize()
 
     def get_seq_length(self) -> int:
