@@ -44,6 +44,8 @@ from kvq.layers.transformers_layers import (
 )
 from kvq.persistence import CacheFile, ModelReference, check_calibration_matches, write_layers
 from kvq.transformers_seams.layer_kinds import new_layer
+from kvq.transformers_seams.position_offsets import OFFSETS, read_offsets, restore_offsets
+from kvq.user_warnings import warn_user
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has the second only
 
@@ -98,6 +100,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         self.is_watched = False
         self._records_past = False
         self._history: TokenHistory | None = None
+        self._position_offsets: torch.Tensor | None = None
         self._thread_guard = ThreadGuard()
         self._ticket = Ticket.of(self)
         if self._model_config is None and self.config.needs_layer_count:
@@ -180,6 +183,9 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         """Return length and offset of the keys that the next forward of `query_length` tokens sees in a layer."""
         if not self._padding.is_settled:
             expect_mask(self)
+        if not torch.compiler.is_compiling():
+            # Now, since a later text replaces them in the model.
+            self._position_offsets = read_offsets(self._model.find_offset_holder())
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
 
@@ -235,7 +241,15 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         known = self.token_ids
         if token_ids is None and known is not None and known.shape[1] >= self.get_seq_length():
             token_ids = known
-        write_layers(path, self.config, self.layers, padding=self._padding.counts, model=owner, token_ids=token_ids)
+        write_layers(
+            path,
+            self.config,
+            self.layers,
+            padding=self._padding.counts,
+            model=owner,
+            token_ids=token_ids,
+            position_offsets=self._position_offsets,
+        )
 
     @classmethod
     def load(
@@ -250,7 +264,8 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
 
         Args:
             path: the file to read.
-            model: the model that goes on with it; checked against the one whose states were saved.
+            model: the model that goes on with it; checked against the one whose states were saved. One that keeps
+                offsets of images in itself (`rope_deltas` of Qwen2-VL) gets those that it had then.
             device: where the states live; default: where the layers of the model are, or the CPU.
             calibration: where the calibration is that the cache was made with; default: where it was then. The file
                 has its digest alone, and another one is refused.
@@ -266,7 +281,22 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
             cache.layers, _ = file.read_layers(cache.layers, model, device)
             cache._padding.settle()
             cache.token_ids = file.read_token_ids()
+            cache._put_offsets_back(file.read_position_offsets())
         return cache
+
+    def _put_offsets_back(self, offsets: torch.Tensor | None) -> None:
+        """Let the model go on with the offsets between tokens and positions that it had beside these states."""
+        self._position_offsets = offsets
+        holder = self._model.find_offset_holder()
+        if holder is None:
+            return
+        if offsets is None:
+            warn_user(
+                f"the cache does not say which {OFFSETS} the model had: it was not made with model=...; where it holds "
+                "images, later tokens get wrong positions unless position_ids are passed"
+            )
+            return
+        restore_offsets(holder, offsets)
 
     def move_to(self, device: str | torch.device) -> None:
         """Move all layers to a device; a store that the configuration offloads stays where it is.
@@ -296,6 +326,8 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
     def _take(self, held: KVQ) -> None:
         self.layers, self._padding, self._history = held.layers, held._padding, held._history
         self._records_past = held._records_past
+        if held._position_offsets is not None:
+            self._put_offsets_back(held._position_offsets)
 
     def activate_past_recording(self) -> None:
         """Let layers keep the states that a crop may have to bring back; see `KVQLayer.activate_past_recording`."""
@@ -378,7 +410,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
             reset_layer(layer)
         self.attention_detector.forget()
         self._padding.forget()
-        self._history = None
+        self._history = self._position_offsets = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows: row `i` becomes the former row `beam_idx[i]`."""

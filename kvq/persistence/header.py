@@ -218,19 +218,23 @@ class CacheHeader(_Strict):
     model: ModelFingerprint | None
     backends: dict[str, BackendFingerprint]
     layers: LayerHeaders
+    position_offsets: TensorHeader | None = Field(
+        default=None, description="what the model keeps of images, if it does"
+    )
     cross_layers: LayerHeaders | None = Field(default=None, description="of the cross-attention, where there is one")
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_not_there(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = serialize(self)
-        if self.cross_layers is None:
-            del content["cross_layers"]
+        for name in ("position_offsets", "cross_layers"):
+            if content[name] is None:
+                del content[name]
         return content
 
     @property
     def format_version(self) -> int:
         """The version of the format that can say all this; readers of older ones take what they know."""
-        if self.cross_layers is not None or any(
+        if (self.cross_layers, self.position_offsets) != (None, None) or any(
             layer.carried is not None or isinstance(layer, EmptyHeader) for layer in self.layers
         ):
             return CARRIED_VERSION

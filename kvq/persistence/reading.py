@@ -215,6 +215,10 @@ class CacheFile:
         """Return the token ids `[B, T]` that were saved with the cache, or None; only after `read_layers`."""
         return None if self.header.token_ids is None else self._container.read("token_ids")
 
+    def read_position_offsets(self) -> torch.Tensor | None:
+        """Return the offsets that the model kept beside the states, or None; only after `read_layers`."""
+        return None if self.header.position_offsets is None else self._container.read("position_offsets")
+
     def _check_format(self) -> None:
         found = self._container.metadata
         if found.get("format") != FORMAT_NAME:
@@ -258,6 +262,9 @@ class CacheFile:
         found, wanted = self._container.tensors, dict(planned)
         if self.header.token_ids is not None:
             wanted["token_ids"] = TensorSpec(self.header.token_ids, torch.int64)
+        if self.header.position_offsets is not None:
+            offsets = self.header.position_offsets
+            wanted["position_offsets"] = TensorSpec(tuple(offsets.shape), offsets.torch_dtype)
         if wanted.keys() != found.keys():
             lost, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
             raise CacheFileError(

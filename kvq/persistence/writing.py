@@ -19,7 +19,7 @@ from kvq.layers.quantized_layer import KVQLayer
 from kvq.layers.transformers_layers import count_tokens
 from kvq.persistence.carried import collect_carried
 from kvq.persistence.fingerprint import fingerprint_backends, fingerprint_model
-from kvq.persistence.header import FORMAT_NAME, CacheHeader, LayerHeader
+from kvq.persistence.header import FORMAT_NAME, CacheHeader, LayerHeader, TensorHeader
 from kvq.persistence.layer_format import describe_layer, find_form, format_of
 
 
@@ -32,6 +32,7 @@ def write_layers(
     model: PreTrainedModel | PretrainedConfig | None,
     token_ids: torch.Tensor | None,
     cross_layers: Sequence[Any] | None = None,
+    position_offsets: torch.Tensor | None = None,
 ) -> None:
     """Write the layers of a cache; an existing file is replaced.
 
@@ -43,6 +44,7 @@ def write_layers(
         model: the model whose states the layers hold, or None where that is not known.
         token_ids: int64 `[B, T]`, the tokens that the states are of, or None.
         cross_layers: the layers of the cross-attention, or None where there is none.
+        position_offsets: the offsets that the model kept beside these states, or None.
 
     Raises:
         CacheFileError: the file cannot be written; an existing file is unchanged.
@@ -65,6 +67,7 @@ def write_layers(
             if isinstance(layer, KVQLayer)
             for side in (layer.settings.key, layer.settings.value)
         ),
+        position_offsets=None if position_offsets is None else TensorHeader.of(position_offsets),
         **{name: _describe(group) for name, group in groups.items()},
     )
     tensors = {
@@ -72,6 +75,8 @@ def write_layers(
     }
     if token_ids is not None:
         tensors["token_ids"] = SavedTensor.of(token_ids)
+    if position_offsets is not None:
+        tensors["position_offsets"] = SavedTensor.of(position_offsets)
     for name, tensor in tensors.items():
         if not is_storable(tensor.spec.dtype):
             raise CacheFileError(f"{path} cannot be written: {name} is {tensor.spec.dtype}, which no file can hold")

@@ -109,6 +109,12 @@ SEAMS = (
         ),
     ),
     Seam(
+        "rope_deltas",
+        "models of the kind of Qwen2-VL keep in it how positions differ from the number of tokens, [B, 1], from the "
+        "forward with the images on, and add it to later positions",
+        ("transformers_seams/position_offsets.py",),
+    ),
+    Seam(
         "cumulative_length",
         "a sliding layer counts the tokens that it has seen in it",
         ("persistence/plain_layer.py",),

@@ -137,6 +137,16 @@ def _(llama, _prompts):
     assert layer.get_seq_length() == 0
 
 
+@checks("rope_deltas")
+def _(llama, _prompts):
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    vision = dict(depth=1, embed_dim=8, hidden_size=8, num_heads=1)
+    config = transformers.Qwen2VLConfig(text_config=dict(num_key_value_heads=1, **small), vision_config=vision)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    assert [name for name, module in model.named_modules() if "rope_deltas" in vars(module)] == ["model"]
+    assert model.model.rope_deltas is None
+
+
 @checks("cumulative_length")
 def _(llama, _prompts):
     layer = DynamicSlidingWindowLayer(sliding_window=8)
