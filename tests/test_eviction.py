@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -75,6 +76,11 @@ class TestWhatStays:
             cache.evict(0, keep)
             assert torch.equal(cache.materialize(0)[0], draw()[0][:, :, choose(1)])
 
+    def test_two_dimensions_are_rows(self):
+        cache, kept = filled(**EXACT), torch.stack([choose(1), choose(2)])
+        cache.evict(0, kept)
+        assert torch.equal(cache.materialize(0)[0], gathered(draw()[0], KEPT["by row"]))
+
     def test_blocks_before_the_first_gap_stay_bit_for_bit(self):
         cache = filled()
         before = [
@@ -134,6 +140,17 @@ class TestError:
     def test_groups_along_a_channel_add_error_with_each_eviction(self):
         once, often = self._after(1, nbits_k=4), self._after(8, nbits_k=4)
         assert 1.3 * once < often < 4 * once
+
+    @pytest.mark.parametrize(("axis", "warns"), [("per_channel", True), ("per_token", False)])
+    def test_the_second_eviction_warns_where_error_grows(self, monkeypatch, axis, warns):
+        monkeypatch.setattr("kvq.user_warnings._told", set())
+        cache = filled(axis_key=axis, axis_value=axis)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cache.evict(0, torch.arange(10, TOKENS))
+            assert not caught
+            cache.evict(0, torch.arange(10, TOKENS - 10))
+        assert ["for a second time" in str(one.message) for one in caught] == [True] * warns
 
     def test_an_eviction_of_nothing_changes_nothing(self):
         cache = filled()
