@@ -18,6 +18,7 @@ NO_PICTURES = "the extra `plot` is not part of that environment"
 NO_FP8 = "transformers has no fp8 cache before 5.23"
 NO_COMPILED_MODEL = "torch 2.6 compiles no model of transformers 5.17, with DynamicCache neither"
 NO_ENTRY = "DynamicCache of 5.17 has no entry for a layer that reads another's, so that a plan has no row for it"
+GQA_FLASH = "flash attention of torch 2.6 shares no heads on a processor"
 GQA_COPIES = "SDPA of torch 2.6 repeats and scales the keys and values of grouped heads in copies"
 TORCH_2_6 = "its CUDA build prints a line on stderr, and rich 13.7 an empty one"
 OLDEST_LACKS = {
@@ -40,6 +41,8 @@ OLDEST_LACKS = {
             ),
         )
     },
+    "benchmark/test_device_proof.py::test_ways_are_tried_at_one_size_and_the_best_at_all": GQA_FLASH,
+    "benchmark/test_device_proof.py::test_a_step_and_the_buffer_have_the_same_tokens": GQA_FLASH,
     "benchmark/test_runs.py::test_results_are_plain_values_and_ratios_are_those_of_their_samples": NO_PICTURES,
     "benchmark/test_runs.py::test_nothing_measured_cannot_be_drawn": NO_PICTURES,
     "benchmark/test_trials.py::test_each_contender_attends_to_the_same_states[transformers fp8]": NO_FP8,

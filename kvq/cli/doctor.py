@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,14 +18,28 @@ def doctor(
     prove: Annotated[
         bool, typer.Option("--prove", help="Try every kernel of attention that can run here, and keep the verdicts.")
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="With --prove, a CUDA device: compare, tune and time its kernel for some minutes, and write a record."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --device, the record to write. [default: triton-CLASS.json]")
+    ] = None,
 ) -> None:
     """Look for problems: versions, devices, backends.
 
     Every backend that is ready quantizes one block and reads it back, which imports its library. Kernels of attention
     are only tried with --prove, in about two seconds each; without it, the verdicts so far are shown.
 
-    Exit codes: 0 everything can be used; 1 a problem stops a backend or the package; 2 --prove was given, but
-    KVQ_KERNEL_TRIALS switches trials off, or is neither on nor off.
+    With --prove --device cuda, nothing else is examined: the Triton kernel is compared with the reference at every
+    width and kind of shape, launched in each of some ways, timed against flash attention over a full-precision buffer
+    at 4,096 to 131,072 tokens and 1 to 32 rows, and a record to contribute is written; --json prints it.
+
+    Exit codes: 0 everything can be used; 1 a problem stops a backend or the package, or the kernel of --device is
+    wrong; 2 --prove was given, but KVQ_KERNEL_TRIALS switches trials off, or is neither on nor off, or --device cannot
+    be used.
 
     Keys of --json: "kvq" ("version", "installed", "location"), "platform", "distributions" (a list with "name",
     "required", "installed", "met"), "devices" (a list with "device", "name" and, where known, "threads" or
@@ -41,6 +56,9 @@ def doctor(
 
     if prove:
         _check_that_trials_are_on()
+    if device is not None:
+        _prove_on(device, output, prove=prove, as_json=as_json)
+        return
     found = diagnose(prove=prove)
     if as_json:
         print_json(found.to_dict())
@@ -48,6 +66,16 @@ def doctor(
         _print_diagnosis(found)
     if not found.is_usable:
         raise typer.Exit(1)
+
+
+def _prove_on(device: str, output: Path | None, *, prove: bool, as_json: bool) -> None:
+    """Prove the kernel of a device; without --prove, refuse."""
+    from kvq.cli.device_proof import prove_on_device
+
+    if not prove:
+        print_error("--device says where to prove a kernel; give --prove too")
+        raise typer.Exit(2)
+    prove_on_device(device, output, as_json=as_json)
 
 
 def _check_that_trials_are_on() -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvq import __version__
 from kvq.attention.dispatch.kernel_registry import KernelRegistry, use_kernel_registry
@@ -182,3 +183,70 @@ def test_a_kernel_that_nobody_has_is_told_before_another_is_tried(call_kvq, wron
     assert done.returncode == 1
     assert "'wrnog' is not a kernel" in done.stdout
     assert wrong_kernel.tried == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prove", "--device", "cuda"), "'cuda' cannot be used here: "),
+        (("--prove", "--device", "nonsense"), "'nonsense' cannot be used here: "),
+        (("--prove", "--device", "cpu"), "--device cpu: only CUDA devices are proved by it"),
+        (("--device", "cuda"), "--device says where to prove a kernel; give --prove too"),
+    ],
+)
+def test_a_device_that_cannot_be_proved_is_one_line(call_kvq, options, message):
+    done = call_kvq("doctor", *options, KVQ_KERNEL_TRIALS="on")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert not done.stdout
+
+
+@pytest.fixture
+def proved(monkeypatch):
+    """The record that a proof on a GPU returns, which each test may change."""
+    times = {"batch": 1, "baseline": "packed queries", "baseline_us": 50.0}
+    way = {"warps": 2, "stages": 1, "registers": 168, "programs_per_processor": 6}
+    record = {
+        "kernel": "triton", "device": "A GPU", "device_class": "cuda-sm99", "compared": 67, "wrong": [],
+        "relative_error": 3e-6, "best_way": way, "speedup": 2.0,
+        "ways": [
+            {**times, **way, "length": 8192, "kernel_us": 25.0},
+            {**times, **way, "warps": 4, "length": 8192, "kernel_us": 30.0},
+            {"batch": 32, "length": 131072, "skipped": "the device has too little memory"},
+        ],
+    }  # fmt: skip
+    monkeypatch.setattr("kvq.cli.device_proof._find_device", torch.device)
+    monkeypatch.setattr("kvq.cli.device_proof._find_kernel", lambda device: REFERENCE)
+    monkeypatch.setattr("kvq.benchmark.device_proof.record.prove_device", lambda *_args: record)
+    return record
+
+
+def test_a_proof_is_a_table_and_a_record_to_contribute(call_kvq, proved, tmp_path):
+    path = tmp_path / "record.json"
+    done = call_kvq("doctor", "--prove", "--device", "cuda", "--output", str(path), KVQ_KERNEL_TRIALS="on")
+    assert done.returncode == 0, done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "right 67 of 67" in lines
+    assert "1 x 8,192 50 us 25 us 2.00" in lines
+    assert "32 x 131,072 the device has too little memory" in lines
+    assert not any("30 us" in line for line in lines), "of the best way alone"
+    assert f"written: {path}" in lines
+    assert json.loads(path.read_text(encoding="utf-8")) == proved
+
+
+def test_a_kernel_that_is_wrong_on_a_device_exits_with_one(call_kvq, proved, tmp_path):
+    proved["wrong"] = [{"sample": "Sample(bits=3)", "error": 0.2, "tolerance": 1e-4}]
+    path = str(tmp_path / "record.json")
+    done = call_kvq("doctor", "--prove", "--device", "cuda", "--output", path, KVQ_KERNEL_TRIALS="on")
+    assert done.returncode == 1
+    assert "wrong: Sample(bits=3) differs by 2.0e-01 (at most 1e-04)" in done.stdout
+    assert "right 66 of 67" in " ".join(done.stdout.split())
+
+
+def test_a_record_that_cannot_be_written_is_an_error(call_kvq, proved, tmp_path):
+    path = str(tmp_path / "nowhere" / "record.json")
+    done = call_kvq("doctor", "--prove", "--device", "cuda", "--output", path, KVQ_KERNEL_TRIALS="on")
+    assert done.returncode == 1
+    assert "error: the record cannot be written: " in done.stderr

@@ -14,6 +14,7 @@ import torch
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import ChunkTable
 from kvq.attention.kernels.triton.layout import SideLayout, padded, power_of_two, triton_dtype
+from kvq.attention.kernels.triton.way import Way, find_forced_way
 from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
 from kvq.store.chunks import StoreView
 from kvq.store.rotation import HadamardRotation
@@ -76,7 +77,9 @@ def make_plan(request: AttentionRequest) -> Plan:
     value = SideLayout.of_values(pair.value.store, pair.value.like.shape[3])
     tile = max(key.packed.block_length, value.packed.block_length)
     tiles = request.stored_length // tile
-    splits = min(tiles, max(1, _program_count(request.query.device) // (batch * pair.key.like.shape[1])))
+    way = find_forced_way() or choose_way(request, key, value, tile)
+    programs = _program_count(request.query.device, way.programs_per_processor)
+    splits = min(tiles, max(1, programs // (batch * pair.key.like.shape[1])))
     tiles_per_split = -(-tiles // splits)
     kept = pair.key.sinks.states
     sinks = 0 if kept is None else kept.shape[2]  # fewer than asked for until the store reaches them
@@ -91,7 +94,7 @@ def make_plan(request: AttentionRequest) -> Plan:
             **_options(request, key, value),
             "TILE": tile,
             "SINKS": sinks,
-            **_resources(request, key, value, tile),
+            **way.options(),
             **FUSION,
         },
         key_rotation=_find_rotation(pair.key.store),
@@ -115,16 +118,16 @@ def _options(request: AttentionRequest, key: SideLayout, value: SideLayout) -> d
     }
 
 
-def _resources(request: AttentionRequest, key: SideLayout, value: SideLayout, tile: int) -> dict[str, int]:
-    """Return warps, stages and registers, by what was fastest of 13 ways at 8 and 32 rows on an H200 (docs/speed.md).
+def choose_way(request: AttentionRequest, key: SideLayout, value: SideLayout, tile: int) -> Way:
+    """Return the way to launch, by what was fastest of 13 ways at 8 and 32 rows on an H200 (docs/speed.md).
 
     Few warps share the query, which each of them scales by itself; a pipeline of loads would take the room of programs
     that hide the waiting as well.
     """
     is_small = tile * max(padded(key.head_dim), padded(value.head_dim)) <= SMALL_TILE
-    if is_small and request.common_dtype != torch.float32 and request.row_count <= LEAST_ROWS:
-        return {"num_warps": 2, "num_stages": 1, "maxnreg": REGISTERS}
-    return {"num_warps": 4 if is_small else 8, "num_stages": 1}
+    is_light = is_small and request.common_dtype != torch.float32 and request.row_count <= LEAST_ROWS
+    warps = 2 if is_light else 4 if is_small else 8
+    return Way(warps, 1, REGISTERS if is_light else None, PROGRAMS_PER_PROCESSOR)
 
 
 def _find_rotation(view: StoreView) -> torch.Tensor | None:
@@ -139,8 +142,8 @@ def _rotation_matrix(signs: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _program_count(device: torch.device) -> int:
+def _program_count(device: torch.device, programs_per_processor: int) -> int:
     """Return how many programs keep a device busy."""
     if device.type != "cuda":
         return PROGRAMS_WITHOUT_DEVICE
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return programs_per_processor * torch.cuda.get_device_properties(device).multi_processor_count
