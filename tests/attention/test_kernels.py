@@ -13,7 +13,10 @@ from kvq.attention.kernels.own_kernels import OWN_KERNELS
 from kvq.config import KVQCacheConfig
 
 FP32_ERROR = 1e-5
-"""Two orders of magnitude below what the issue of the kernels asks for, 1e-3."""
+"""Of kernels that compute in fp32 throughout."""
+ROUNDED_ERROR = 1e-4
+"""Of the compiled kernel, which rounds the query and the weights to 16 bits where the scores are not sharp; most of the
+cases below stay under the other bound even so. See test_whole_numbers.py."""
 
 PADDED = torch.ones(2, 1, 1, 334, dtype=torch.bool)
 PADDED[0, ..., :41] = False
@@ -87,7 +90,8 @@ def test_it_equals_dequantize_then_attend(kernel, make_request, reference, error
 def test_every_width_and_granularity(kernel, make_request, reference, error_of, bits, axes):
     request = make_request(nbits_k=bits, nbits_v=bits, axis_key=axes[0], axis_value=axes[1], head_dim=64)
     assert request.pair.key.store.length >= 256
-    assert error_of(kernel.attend(request), reference(request)) < FP32_ERROR
+    bound = ROUNDED_ERROR if kernel.name == "compiled" else FP32_ERROR
+    assert error_of(kernel.attend(request), reference(request)) < bound
 
 
 def test_one_bit_less_or_a_swapped_group_is_noticed(kernel, make_request, reference, error_of):
@@ -105,7 +109,7 @@ def test_one_bit_less_or_a_swapped_group_is_noticed(kernel, make_request, refere
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_error_is_that_of_sdpa(kernel, make_request, error_of, dtype):
-    """At most 1.5 times the error of SDPA on the dequantized states, both against fp64 on the same states."""
+    """No more than the error of SDPA on the dequantized states, both against fp64 on the same states."""
     ours, theirs = [], []
     for tokens in (300, 700, 1100):
         request = make_request(tokens=tokens, dtype=dtype, head_dim=64, sharing=4)
@@ -117,7 +121,7 @@ def test_in_half_precision_the_error_is_that_of_sdpa(kernel, make_request, error
         output = kernel.attend(request)
         assert output.dtype == dtype
         ours.append(error_of(output.reshape(2, 2, 4, 64), exact))
-    assert sum(ours) <= 1.5 * sum(theirs)
+    assert sum(ours) <= 1.05 * sum(theirs)
 
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -1,15 +1,17 @@
-/* Attention over packed blocks for one layer: scales folded into query and probabilities, centred codes, fp32 sums, an
- * online softmax. Compiled on the machine that it runs on; the vector types are those of GCC and Clang, so any
- * processor gets its own width, and intrinsics only stand where a faster instruction exists, beside portable code.
+/* Attention over packed blocks for one layer: scales folded into query and probabilities, centred codes, an online
+ * softmax. Compiled on the machine that it runs on; the vector types are those of GCC and Clang, so any processor gets
+ * its own width, and intrinsics only stand where a faster instruction exists, beside portable code.
  *
- * Words: a row is one query vector, R rows share a key-value head. A tile is the tokens that are weighed together, whole
- * blocks of both sides. Codes of a block are unpacked to int8 [outer][inner] as they lie: keys [D][L], values [L][D].
+ * On x86 codes stay whole numbers: see "Whole numbers". Elsewhere they are widened to fp32.
+ *
+ * Words: a row is one query vector, R rows share a key-value head. A tile is the tokens that are weighed together,
+ * whole blocks of both sides. Codes of a block are unpacked [outer][inner] as they lie: keys [D][L], values [L][D].
  */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__SSE2__) || defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -20,8 +22,20 @@
 #else
 #define VL 4
 #endif
-#define MAX_ROWS 4   /* rows that a micro kernel keeps in registers */
-#define MAX_VECTORS 4 /* vectors of the inner dimension that it keeps there too */
+#if defined(KVQ_WIDEN_CODES) /* for tests: as on processors other than x86 */
+#elif defined(__AVX512BW__)
+#define WHOLE_BYTES 64 /* of a vector of whole numbers */
+#elif defined(__AVX2__)
+#define WHOLE_BYTES 32
+#elif defined(__SSE2__)
+#define WHOLE_BYTES 16
+#endif
+#define MAX_ROWS 4 /* rows that a micro kernel keeps in registers */
+#if defined(__SSE2__) && !defined(__AVX512F__)
+#define MAX_VECTORS 2 /* vectors of the inner dimension that it keeps there too; there are 16 registers */
+#else
+#define MAX_VECTORS 4
+#endif
 #define EXACT_TILE 64 /* tokens in full precision that are weighed together */
 
 typedef float vf __attribute__((vector_size(4 * VL)));
@@ -91,16 +105,12 @@ static inline void store(float *p, vf x) { *(vf_any *)p = x; }
 static inline vf splat(float x) { return x - (vf){0}; }
 static inline vf choose(vi condition, vf yes, vf no) { return (vf)(((vi)yes & condition) | ((vi)no & ~condition)); }
 
+#if !defined(WHOLE_BYTES)
 static inline vf load_codes(const int8_t *p) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-#elif defined(__AVX2__)
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else
   vb codes = *(const vb_any *)p;
   return __builtin_convertvector(__builtin_convertvector(codes, vi), vf);
-#endif
 }
+#endif
 
 static inline vf load_half(const uint16_t *p) {
 #if defined(__AVX512F__)
@@ -194,8 +204,58 @@ static inline float sum_lanes(vf x) {
 static inline float sum_fast(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__SSE2__)
+#if VL == 8
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+  __m128 four = (__m128)x;
+#endif
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
 #else
   return sum_lanes(x);
+#endif
+}
+
+/* The larger of each two; `a` where one is NaN. */
+static inline vf larger_float(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)b, (__m512)a);
+#elif defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)b, (__m256)a);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)b, (__m128)a);
+#else
+  return choose(b > a, b, a);
+#endif
+}
+
+static inline float largest_lane(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#elif defined(__SSE2__)
+#if VL == 8
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+#else
+  __m128 four = (__m128)x;
+#endif
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
+#else
+  float largest = x[0];
+  for (int i = 1; i < VL; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+#endif
+}
+
+static inline vi larger(vi a, vi b) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+  vi is_larger = a > b;
+  return (a & is_larger) | (b & ~is_larger);
 #endif
 }
 
@@ -291,10 +351,16 @@ static void transform(float *x, int64_t dim, int64_t block) {
   case R * 8 + N:                                                                                                    \
     NAME##_body(R, N, a, a_stride, count, codes, stride, sums, sums_stride, ahead, pace);                            \
     break;
+#if MAX_VECTORS == 2
+#define MICRO_ROW(NAME, R) MICRO_CASE(NAME, R, 1) MICRO_CASE(NAME, R, 2)
+#else
 #define MICRO_ROW(NAME, R) MICRO_CASE(NAME, R, 1) MICRO_CASE(NAME, R, 2) MICRO_CASE(NAME, R, 3) MICRO_CASE(NAME, R, 4)
+#endif
 #define MICRO_CASES(NAME) MICRO_ROW(NAME, 1) MICRO_ROW(NAME, 2) MICRO_ROW(NAME, 3) MICRO_ROW(NAME, 4)
 
+#if !defined(WHOLE_BYTES)
 DEFINE_MICRO(multiply_codes, int8_t, load_codes)
+#endif
 DEFINE_MICRO(multiply_states, float, load)
 
 /* ---- Blocks */
@@ -367,11 +433,336 @@ static cursor_t seek(const side_t *side, int64_t block) {
 
 typedef struct {
   int8_t *codes;
+  uint32_t *pairs; /* see "Whole numbers" */
   float *scale, *mid; /* per channel [D], per token [groups][L] */
   const uint8_t *factor; /* [L], codes; NULL: none */
   const uint8_t *ahead; /* the widest plane of the block behind, which is fetched while this one is multiplied */
   int64_t ahead_bytes;
 } block_t;
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Elements of the outer dimension that share a scale, or have none of their own: channels of keys, tokens of values. */
+static inline int64_t outer_length(const side_t *side, int is_key) {
+  if (!is_key) return side->block_length;
+  return side->per_channel ? side->head_dim : side->group_length;
+}
+
+#if defined(WHOLE_BYTES)
+/* ---- Whole numbers: products of codes with numbers that were rounded to 16 bits and a step.
+ *
+ * One instruction multiplies 16-bit numbers and adds two neighbours into 32 bits, so codes of two successive places of
+ * the outer dimension are put beside each other: a "pair". WHOLE_BYTES columns of such two rows, a "chunk", make four
+ * vectors of pairs. Rows are interleaved by words, of two columns each; so of every 16 columns the first vector has
+ * the even ones among the lower 8, the second the odd ones, and the others those of the upper 8. `write_sums` brings
+ * them into order.
+ *
+ * Numbers are at most 32767, codes less their half at most 128, and at most 512 products are summed: below 2 ** 31.
+ * Codes are kept unsigned, and the sum starts with what the halves come to; on its way it may wrap around, as unsigned
+ * numbers do, and the end undoes that.
+ *
+ * Rounding leaves remainders, random from number to number. Codes less their half are -0.5 on average, so the sum of
+ * the remainders of a row is brought in by that: it would be an error that all columns share, and turning back a
+ * rotation would gather it in one channel. What is left is as random as the codes. Where it would show, the remainders
+ * are rounded to 16 bits as well and multiplied too: a second "layer". */
+
+#define CHUNK WHOLE_BYTES
+#define MAX_SUMMED 512
+#define LARGEST 32767.0f
+#define PAIRS 4
+#define LAYERS 2
+#define LANES (WHOLE_BYTES / 4)
+#define REMAINDER_STEPS 65000.0f /* of the first step; below 65534, so no remainder rounds past LARGEST */
+
+typedef uint32_t wu __attribute__((vector_size(WHOLE_BYTES), may_alias));
+typedef uint32_t wu_any __attribute__((vector_size(WHOLE_BYTES), aligned(1), may_alias));
+typedef int16_t vs __attribute__((vector_size(2 * VL)));
+typedef int16_t vs_any __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+
+#if WHOLE_BYTES == 64
+#define WHOLE(NAME, A, B) (wu)_mm512_##NAME((__m512i)(A), (__m512i)(B))
+#elif WHOLE_BYTES == 32
+#define WHOLE(NAME, A, B) (wu)_mm256_##NAME((__m256i)(A), (__m256i)(B))
+#else
+#define WHOLE(NAME, A, B) (wu)_mm_##NAME((__m128i)(A), (__m128i)(B))
+#endif
+
+/* Keep a vector in a register; GCC would load it again for each row. */
+#if defined(KVQ_EMULATED) /* for tests: wider vectors than the processor has */
+#define KEEP(VECTOR)
+#elif defined(__AVX512F__)
+#define KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
+#else
+#define KEEP(VECTOR) __asm__("" : "+x"(VECTOR))
+#endif
+
+static inline wu add_products(wu sum, wu codes, wu numbers) {
+#if WHOLE_BYTES == 64 && defined(__AVX512VNNI__)
+  return (wu)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)codes, (__m512i)numbers);
+#elif WHOLE_BYTES == 32 && defined(__AVXVNNI__)
+  return (wu)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)numbers);
+#else
+  return sum + WHOLE(madd_epi16, codes, numbers);
+#endif
+}
+
+/* A chunk of a row; a run shorter than that is repeated until it fills one. */
+static inline __attribute__((always_inline)) wu load_run(const uint8_t *from, const int64_t run) {
+  int64_t eight;
+  memcpy(&eight, from, 8);
+#if WHOLE_BYTES == 64
+  if (run == 8) return (wu)_mm512_set1_epi64(eight);
+  if (run == 16) return (wu)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)from));
+  if (run == 32) return (wu)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)from));
+#elif WHOLE_BYTES == 32
+  if (run == 8) return (wu)_mm256_set1_epi64x(eight);
+  if (run == 16) return (wu)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+#else
+  if (run == 8) return (wu)_mm_set1_epi64x(eight);
+#endif
+  return *(const wu_any *)from;
+}
+
+/* Write the codes of a chunk from interleaved rows; they stand `place` high in a byte, and `shift` high in a code. */
+static inline __attribute__((always_inline)) void write_pairs(uint32_t *to, wu low, wu high, int place, const int width,
+                                                              int shift, int first) {
+  wu mask = (wu){0} + 0x00010001u * (uint32_t)((1 << width) - 1);
+  wu codes[PAIRS] = {low >> place & mask, low >> (place + 8) & mask, high >> place & mask, high >> (place + 8) & mask};
+  for (int i = 0; i < PAIRS; i++) {
+    if (shift) codes[i] <<= shift;
+    if (!first) codes[i] |= ((wu *)to)[i];
+    ((wu *)to)[i] = codes[i];
+  }
+}
+
+/* One plane of keys: D rows of `run` bytes. */
+static inline __attribute__((always_inline)) void pair_keys(const int width, int shift, const int64_t run,
+                                                            int64_t outer, const uint8_t *packed, uint32_t *to) {
+  int64_t pairs = outer / 2, per_chunk = run < CHUNK ? CHUNK / run : 1, per_part = run < CHUNK ? 1 : run / CHUNK;
+  int64_t chunks = run < CHUNK ? divide_up(8 / width, per_chunk) : 8 / width;
+  wu low_shift, high_shift; /* where a chunk has several parts of a run */
+  for (int i = 0; i < LANES; i++) {
+    low_shift[i] = (uint32_t)(i / 4 * 16 / run * width);
+    high_shift[i] = (uint32_t)((i / 4 * 16 + 8) / run * width);
+  }
+  for (int64_t k = 0; k < pairs; k++, packed += 2 * run)
+    for (int64_t i = 0; i < per_part; i++) {
+      wu a = load_run(packed + i * CHUNK, run), b = load_run(packed + run + i * CHUNK, run);
+      wu low = WHOLE(unpacklo_epi16, a, b), high = WHOLE(unpackhi_epi16, a, b);
+      if (run < CHUNK) low >>= low_shift, high >>= high_shift;
+      for (int64_t part = 0; part < chunks; part++)
+        write_pairs(to + ((part * per_part + i) * pairs + k) * PAIRS * LANES, low, high,
+                    (int)(part * per_chunk * width), width, shift, shift == 0);
+    }
+}
+
+/* One plane of values: as many rows of D bytes as a part has tokens. */
+static inline __attribute__((always_inline)) void pair_values(const int width, int shift, int64_t rows, int64_t dim,
+                                                              int64_t pairs, const uint8_t *packed, uint32_t *to) {
+  for (int64_t k = 0; k < rows / 2; k++, packed += 2 * dim)
+    for (int64_t i = 0; i < dim / CHUNK; i++) {
+      wu a = *(const wu_any *)(packed + i * CHUNK), b = *(const wu_any *)(packed + dim + i * CHUNK);
+      wu low = WHOLE(unpacklo_epi16, a, b), high = WHOLE(unpackhi_epi16, a, b);
+      for (int part = 0; part < 8 / width; part++)
+        write_pairs(to + (i * pairs + part * rows / 2 + k) * PAIRS * LANES, low, high, part * width, width, shift,
+                    shift == 0);
+    }
+}
+
+/* Whether the planes of a side can be paired as they are packed, without a byte for each code in between. */
+static int is_paired_directly(const side_t *side, int is_key) {
+  int64_t L = side->block_length, D = side->head_dim;
+  if (!is_key && (D % CHUNK || (!side->per_channel && side->groups > 1 && side->group_length % CHUNK))) return 0;
+  if (is_key && (D % 2 || (!side->per_channel && side->groups > 1 && side->group_length % 2))) return 0;
+  for (int64_t p = 0; p < side->plane_count; p++) {
+    int64_t bytes = L * side->widths[p] / 8;
+    if (is_key ? bytes % CHUNK && bytes != 8 && bytes != 16 && bytes != 32 : bytes % 2) return 0;
+  }
+  return 1;
+}
+
+static void pair_plane(const side_t *side, int is_key, int64_t width, int shift, const uint8_t *packed, uint32_t *to) {
+  int64_t L = side->block_length, D = side->head_dim, bytes = L * width / 8;
+#define PAIR_KEYS(WIDTH, RUN) pair_keys(WIDTH, shift, RUN, D, packed, to)
+#define PAIR(WIDTH)                                                                                                  \
+  do {                                                                                                               \
+    if (!is_key) pair_values(WIDTH, shift, bytes, D, L / 2, packed, to);                                             \
+    else if (bytes == 8) PAIR_KEYS(WIDTH, 8);                                                                        \
+    else if (bytes == 16) PAIR_KEYS(WIDTH, 16);                                                                      \
+    else if (bytes == 32) PAIR_KEYS(WIDTH, 32);                                                                      \
+    else PAIR_KEYS(WIDTH, bytes);                                                                                    \
+  } while (0)
+  if (width == 8) PAIR(8);
+  else if (width == 4) PAIR(4);
+  else if (width == 2) PAIR(2);
+  else PAIR(1);
+}
+
+/* Pairs of a column, group by group. */
+static inline int64_t count_pairs(const side_t *side, int is_key) {
+  int64_t outer = is_key ? side->head_dim : side->block_length, length = outer_length(side, is_key);
+  return outer / length * divide_up(length, 2) + divide_up(outer % length, 2);
+}
+
+static inline int64_t count_chunks(const side_t *side, int is_key) {
+  if (is_key) return divide_up(side->block_length, CHUNK);
+  int64_t columns = side->per_channel ? side->head_dim : side->group_length;
+  return divide_up(side->head_dim, columns) * divide_up(columns, CHUNK);
+}
+
+/* Pair codes [outer][inner]; what is read behind a row is multiplied by 0, or is a column that nobody wants. */
+static void pair_codes(const side_t *side, int is_key, const uint8_t *codes, uint32_t *to) {
+  int64_t L = side->block_length, D = side->head_dim, outer = is_key ? D : L, inner = is_key ? L : D;
+  int64_t length = outer_length(side, is_key), pairs = count_pairs(side, is_key), k = 0;
+  int64_t columns = is_key || side->per_channel ? inner : side->group_length;
+  for (int64_t start = 0; start < outer; start += length)
+    for (int64_t row = start; row < least(outer, start + length); row += 2, k++) {
+      uint32_t *place = to + k * PAIRS * LANES;
+      for (int64_t group = 0; group < inner; group += columns)
+        for (int64_t c = group; c < least(inner, group + columns); c += CHUNK, place += pairs * PAIRS * LANES) {
+          wu a = *(const wu_any *)(codes + row * inner + c), b = *(const wu_any *)(codes + (row + 1) * inner + c);
+          write_pairs(place, WHOLE(unpacklo_epi16, a, b), WHOLE(unpackhi_epi16, a, b), 0, 8, 0, 1);
+        }
+    }
+}
+
+/* Sums of R rows and N of the vectors of a chunk over `count` pairs, from what `start` says. */
+static inline __attribute__((always_inline)) void sum_pairs(const int R, const int N, const uint32_t *numbers,
+                                                            int64_t stride, const uint32_t *start,
+                                                            const uint32_t *pairs, int64_t count, uint32_t *sums,
+                                                            const uint8_t *ahead, int64_t pace) {
+  wu total[MAX_ROWS][PAIRS];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) total[r][n] = (wu){0} + start[r];
+  for (int64_t k = 0; k < count; k++) {
+    wu codes[PAIRS];
+    __builtin_prefetch(ahead + k * pace);
+    for (int n = 0; n < N; n++) {
+      codes[n] = ((const wu *)pairs)[k * PAIRS + n];
+      KEEP(codes[n]);
+    }
+    for (int r = 0; r < R; r++) {
+      wu number = (wu){0} + numbers[r * stride + k];
+      for (int n = 0; n < N; n++) total[r][n] = add_products(total[r][n], codes[n], number);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) ((wu *)sums)[r * PAIRS + n] = total[r][n];
+}
+
+static void sum_chunk(int rows, const uint32_t *numbers, int64_t stride, const uint32_t *start, const uint32_t *pairs,
+                      int64_t count, uint32_t *sums, const uint8_t *ahead, int64_t pace) {
+  const int N = MAX_VECTORS;
+  for (int n = 0; n < PAIRS; n += N) {
+    const uint32_t *from = pairs + n * LANES;
+    uint32_t *to = sums + n * LANES;
+    if (rows == 1) sum_pairs(1, N, numbers, stride, start, from, count, to, ahead, pace);
+    else if (rows == 2) sum_pairs(2, N, numbers, stride, start, from, count, to, ahead, pace);
+    else if (rows == 3) sum_pairs(3, N, numbers, stride, start, from, count, to, ahead, pace);
+    else sum_pairs(4, N, numbers, stride, start, from, count, to, ahead, pace);
+    ahead += count * pace;
+  }
+}
+
+/* Bring the sums of a chunk into the order of its columns, times the step, plus `rest`; add them where they are of a
+ * second layer. */
+static void write_sums(float *to, const uint32_t *sums, float step, float rest, int layer) {
+#if WHOLE_BYTES == 32 && VL == 8
+  __m256 numbers[PAIRS], factor = _mm256_set1_ps(step);
+  for (int i = 0; i < PAIRS; i++) numbers[i] = _mm256_cvtepi32_ps(((const __m256i *)sums)[i]);
+  for (int half = 0; half < 2; half++) {
+    __m256 low = _mm256_unpacklo_ps(numbers[2 * half], numbers[2 * half + 1]);
+    __m256 high = _mm256_unpackhi_ps(numbers[2 * half], numbers[2 * half + 1]);
+    vf first = (vf)(_mm256_permute2f128_ps(low, high, 0x20) * factor + rest);
+    vf second = (vf)(_mm256_permute2f128_ps(low, high, 0x31) * factor + rest);
+    store(to + 8 * half, layer ? first + load(to + 8 * half) : first);
+    store(to + 8 * half + 16, layer ? second + load(to + 8 * half + 16) : second);
+  }
+  return;
+#endif
+  for (int i = 0; i < LANES; i += 4, to += 16)
+    for (int half = 0; half < 2; half++) {
+      const __m128i *even = (const __m128i *)(sums + 2 * half * LANES + i);
+      const __m128i *odd = (const __m128i *)(sums + (2 * half + 1) * LANES + i);
+      __m128 factor = _mm_set1_ps(step);
+      __m128 a = _mm_cvtepi32_ps(_mm_load_si128(even)) * factor + rest;
+      __m128 b = _mm_cvtepi32_ps(_mm_load_si128(odd)) * factor + rest;
+      __m128 low = _mm_unpacklo_ps(a, b), high = _mm_unpackhi_ps(a, b);
+      if (layer) low = _mm_add_ps(low, _mm_loadu_ps(to + 8 * half));
+      if (layer) high = _mm_add_ps(high, _mm_loadu_ps(to + 8 * half + 4));
+      _mm_storeu_ps(to + 8 * half, low);
+      _mm_storeu_ps(to + 8 * half + 4, high);
+    }
+}
+
+/* Numbers of up to MAX_ROWS rows in whole steps. */
+typedef struct {
+  int16_t *numbers; /* [LAYERS][MAX_ROWS][stride] */
+  int64_t stride;
+  float inverse[MAX_ROWS], step[LAYERS][MAX_ROWS];
+  float rest[MAX_ROWS]; /* what the remainders come to with an average code */
+  uint32_t start[LAYERS][MAX_ROWS]; /* less the half of the codes, for all numbers of a row */
+  int layers;
+} rounded_t;
+
+static inline vi to_whole(vf x) {
+#if VL == 16
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif VL == 8
+  return (vi)_mm256_cvtps_epi32((__m256)x);
+#else
+  return (vi)_mm_cvtps_epi32((__m128)x);
+#endif
+}
+
+static inline vs narrow(vi x) {
+#if VL == 16
+  return (vs)_mm512_cvtepi32_epi16((__m512i)x);
+#elif VL == 8 && defined(__AVX2__)
+  return (vs)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  return __builtin_convertvector(x, vs);
+#endif
+}
+
+/* The step by which a row becomes whole, from the bits of its largest sizes. One that is not finite makes it NaN, and
+ * so all sums. */
+static inline void set_step(rounded_t *rounded, int r, vi sizes) {
+  int is_finite = sum_fast((vf)sizes * 0.0f) == 0;
+  float largest = largest_lane((vf)sizes);
+  rounded->inverse[r] = largest < 1e-33f ? 0.0f : LARGEST / largest;
+  rounded->step[0][r] = is_finite ? largest * (1 / LARGEST) : NAN;
+  rounded->step[1][r] = rounded->step[0][r] / REMAINDER_STEPS;
+}
+
+/* Round a layer of one row, `count` numbers in whole vectors; return the sum of squares of the whole numbers. */
+static inline __attribute__((always_inline)) float round_row(rounded_t *rounded, const int layer, int r,
+                                                             const float *from, int64_t count, int64_t half) {
+  int16_t *to = rounded->numbers + (layer * MAX_ROWS + r) * rounded->stride;
+  vf squares = {0}, remainders = {0}, inverse = splat(rounded->inverse[r]);
+  vi sum = {0};
+  for (int64_t i = 0; i < count; i += VL) {
+    vf scaled = load(from + i) * inverse;
+    vi whole = to_whole(scaled);
+    vf remainder = scaled - __builtin_convertvector(whole, vf);
+    if (layer) whole = to_whole(remainder * REMAINDER_STEPS);
+    remainders += remainder;
+    squares += scaled * scaled;
+    *(vs_any *)(to + i) = narrow(whole);
+    sum += whole;
+  }
+  uint32_t total = 0;
+  for (int i = 0; i < VL; i++) total += (uint32_t)sum[i];
+  rounded->start[layer][r] = -total * (uint32_t)half;
+  rounded->rest[r] = layer ? 0.0f : -0.5f * rounded->step[0][r] * sum_fast(remainders);
+  return sum_fast(squares);
+}
+#else
+#define CHUNK (MAX_VECTORS * VL)
+#define MAX_SUMMED INT32_MAX
+#endif
 
 /* Widen scales or mids, which may be bytes. */
 static void widen_numbers(float *to, const uint8_t *from, int64_t type, int64_t count, const side_t *side) {
@@ -413,15 +804,26 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
   int64_t place = (from * heads + head) * segment->capacity + cursor->block;
   int64_t L = side->block_length, D = side->head_dim, numbers = side->per_channel ? D : L * side->groups;
   int shift = 0;
+#if defined(WHOLE_BYTES)
+  int is_direct = is_paired_directly(side, is_key);
+#endif
   for (int64_t p = 0; p < side->plane_count; p++) {
     int64_t width = side->widths[p];
-    uint8_t half = p + 1 == side->plane_count ? (uint8_t)(1 << (side->bits - 1)) : 0;
     int64_t bytes = L * width / 8 * D;
     const uint8_t *packed = segment->planes[p] + place * bytes;
     if (p == 0) block->ahead = packed + bytes, block->ahead_bytes = bytes;
+#if defined(WHOLE_BYTES)
+    if (is_direct) pair_plane(side, is_key, width, shift, packed, block->pairs);
+    else unpack_plane(side, is_key, width, shift, 0, packed, block->codes);
+#else
+    uint8_t half = p + 1 == side->plane_count ? (uint8_t)(1 << (side->bits - 1)) : 0;
     unpack_plane(side, is_key, width, shift, half, packed, block->codes);
+#endif
     shift += (int)width;
   }
+#if defined(WHOLE_BYTES)
+  if (!is_direct) pair_codes(side, is_key, (const uint8_t *)block->codes, block->pairs);
+#endif
   block->factor = segment->factor ? segment->factor + place * L : NULL;
   float scale_unit = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
   float mid_unit = side->shifts_mid ? scale_unit : 1.0f;
@@ -439,17 +841,25 @@ typedef struct {
   int64_t row, head, rows; /* rows: R */
   int64_t score_stride;
   float *query, *rotated, *query_sums; /* [R][D], [R][D], [R][groups] */
-  float *folded;                       /* [MAX_ROWS][max(D, L)] */
-  float *sums;                         /* [MAX_ROWS][MAX_VECTORS * VL] */
+  float *folded;                       /* [MAX_ROWS][fold_stride]; rows end with zeros */
+  int64_t fold_stride;                 /* max(D, D_v, L) in whole vectors */
+  float *sums;                         /* [MAX_ROWS][CHUNK] */
   float *scores;                       /* [R][score_stride] */
   float *stored_sum, *exact_sum;       /* [R][D_v] */
   float *largest, *total;              /* [R] */
   float *states;                       /* [EXACT_TILE][D_v] */
   block_t block;
+#if defined(WHOLE_BYTES)
+  rounded_t rounded;
+  uint32_t *totals; /* [MAX_ROWS][CHUNK] */
+#endif
 } work_t;
 
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+/* The error of a score, or of a weight as a share of all, beyond which numbers are rounded in two layers. It is far
+ * below what the output is rounded by, and in fp32 below what a kernel is held to. */
+static inline float accepted_error(const request_t *q) {
+  return q->query_type == F32 ? 6e-5f : q->query_type == F16 ? 1e-4f : 3e-4f;
+}
 
 /* Multiply what the rows have for each token of a block, scores or weights, by the token's factor. */
 static void apply_factors(work_t *w, const side_t *side, int64_t offset) {
@@ -461,52 +871,146 @@ static void apply_factors(work_t *w, const side_t *side, int64_t offset) {
   }
 }
 
+/* Copy up to MAX_ROWS rows of `count` numbers, each times a factor where there are any, and end them with zeros. Put
+ * into `constant` the sum of the numbers, each times a mid where there are any. */
+static inline __attribute__((always_inline)) void fold_rows(work_t *w, int rows, const float *from, int64_t stride,
+                                                            const float *factors, const float *mids, int64_t count,
+                                                            float *constant) {
+  for (int r = 0; r < rows; r++) {
+    const float *row = from + r * stride;
+    float *folded = w->folded + r * w->fold_stride;
+    vf total = {0};
+    vi sizes = {0}; /* as the bits of floats, which are in the same order */
+    int64_t i = 0;
+    for (; i + VL <= count; i += VL) {
+      vf one = load(row + i), product = factors ? one * load(factors + i) : one;
+      store(folded + i, product);
+      total += mids ? one * load(mids + i) : one;
+      sizes = larger((vi)product & 0x7fffffff, sizes);
+    }
+    constant[r] = sum_fast(total);
+    if (i < count) {
+      int64_t whole = i;
+      for (; i < count; i++) {
+        folded[i] = factors ? row[i] * factors[i] : row[i];
+        constant[r] += mids ? row[i] * mids[i] : row[i];
+      }
+      for (; i % VL; i++) folded[i] = 0;
+      sizes = larger((vi)load(folded + whole) & 0x7fffffff, sizes);
+    }
+#if defined(WHOLE_BYTES)
+    set_step(&w->rounded, r, sizes);
+#endif
+  }
+}
+
+static void fold(work_t *w, int rows, const float *from, int64_t stride, const float *factors, const float *mids,
+                 int64_t count, float *constant) {
+  if (factors && mids) fold_rows(w, rows, from, stride, factors, mids, count, constant);
+  else fold_rows(w, rows, from, stride, NULL, NULL, count, constant);
+}
+
+/* Prepare the folded numbers from `start` on for `multiply`. `unit`: what a step of a code comes to in a score; 0 for
+ * weights, whose error is measured against all of the block. */
+static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, int64_t count, float unit) {
+#if defined(WHOLE_BYTES)
+  rounded_t *rounded = &w->rounded;
+  int64_t padded = divide_up(count, VL) * VL, half = 1 << (side->bits - 1);
+  float accepted = accepted_error(w->q);
+  /* Remainders are even within a step, so their deviation is 0.29; that of codes is about 0.58 halves. */
+  float error = unit != 0 ? 0.167f * sqrtf((float)count) * (float)half * unit : 0.084f * (float)count;
+  const float *from = w->folded + start;
+  rounded->layers = 1;
+  for (int r = 0; r < rows; r++) {
+    float squares = round_row(rounded, 0, r, from + r * w->fold_stride, padded, half), step = rounded->step[0][r];
+    int is_coarse = unit != 0 ? error * step > accepted : error > squares * (accepted * accepted);
+    if (is_coarse && step > 0) rounded->layers = LAYERS;
+  }
+  if (rounded->layers == LAYERS)
+    for (int r = 0; r < rows; r++) round_row(rounded, 1, r, from + r * w->fold_stride, padded, half);
+#else
+  (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit;
+#endif
+}
+
+/* Where the pairs of a place of the outer dimension begin; without whole numbers, the place itself. */
+static inline int64_t first_pair(const side_t *side, int is_key, int64_t start) {
+#if defined(WHOLE_BYTES)
+  int64_t length = outer_length(side, is_key);
+  return start / length * divide_up(length, 2) + start % length / 2;
+#else
+  (void)side, (void)is_key;
+  return start;
+#endif
+}
+
+/* The sums of one chunk over the rounded rows, [MAX_ROWS][CHUNK]. `place`: of the first pair; `part`: which call of how
+ * many of this block it is. */
+static void multiply(work_t *w, const side_t *side, int is_key, int rows, int64_t start, int64_t count, int64_t chunk,
+                     int64_t column, int64_t columns, int64_t place, int64_t part, int64_t parts) {
+#if defined(WHOLE_BYTES)
+  rounded_t *rounded = &w->rounded;
+  int64_t pairs = divide_up(count, 2), pace = w->block.ahead_bytes / (parts * pairs * (PAIRS / MAX_VECTORS));
+  const uint32_t *from = w->block.pairs + (chunk * count_pairs(side, is_key) + place) * PAIRS * LANES;
+  for (int layer = 0; layer < rounded->layers; layer++) {
+    sum_chunk(rows, (const uint32_t *)(rounded->numbers + layer * MAX_ROWS * rounded->stride), rounded->stride / 2,
+              rounded->start[layer], from, pairs, w->totals, w->block.ahead + part * (w->block.ahead_bytes / parts),
+              layer ? 0 : pace);
+    for (int r = 0; r < rows; r++)
+      write_sums(w->sums + r * CHUNK, w->totals + r * CHUNK, rounded->step[layer][r],
+                 layer ? 0.0f : rounded->rest[r], layer);
+  }
+  (void)start, (void)column, (void)columns;
+#else
+  int64_t inner = is_key ? side->block_length : side->head_dim, pace = w->block.ahead_bytes / (parts * count);
+  multiply_codes(rows, (int)divide_up(columns, VL), w->folded + start, w->fold_stride, count,
+                 w->block.codes + place * inner + column, inner, w->sums, CHUNK,
+                 w->block.ahead + part * (w->block.ahead_bytes / parts), pace);
+  (void)chunk;
+#endif
+}
+
+static inline float highest_of(const float *x, int64_t count) {
+  float highest = 0;
+  for (int64_t i = 0; i < count; i++) highest = x[i] > highest ? x[i] : highest;
+  return highest;
+}
+
 static void score_block(work_t *w, const float *query, int64_t offset) {
   const side_t *side = &w->q->key;
   const block_t *block = &w->block;
-  int64_t L = side->block_length, D = side->head_dim, G = side->group_length;
-  int64_t pace = block->ahead_bytes / D;
-  for (int64_t first = 0; first < w->rows; first += MAX_ROWS) {
+  int64_t L = side->block_length, D = side->head_dim, length = outer_length(side, 1);
+  int64_t chunks = divide_up(L, CHUNK), parts = chunks * divide_up(D, least(length, MAX_SUMMED)), part = 0;
+  for (int64_t first = 0; first < w->rows; first += MAX_ROWS, part = 0) {
     int rows = (int)least(MAX_ROWS, w->rows - first);
     const float *q = query + first * D;
     float constant[MAX_ROWS];
-    if (side->per_channel)
-      for (int r = 0; r < rows; r++) {
-        float *folded = w->folded + r * D;
-        vf total = {0};
-        int64_t d = 0;
-        for (; d + VL <= D; d += VL) {
-          vf one = load(q + r * D + d);
-          store(folded + d, one * load(block->scale + d));
-          total += one * load(block->mid + d);
-        }
-        constant[r] = sum_fast(total);
-        for (; d < D; d++) {
-          folded[d] = q[r * D + d] * block->scale[d];
-          constant[r] += q[r * D + d] * block->mid[d];
-        }
-      }
-    for (int64_t t = 0; t < L; t += MAX_VECTORS * VL) {
-      int64_t tokens = least(MAX_VECTORS * VL, L - t);
-      int vectors = (int)((tokens + VL - 1) / VL);
-      for (int64_t g = 0; g < side->groups; g++) {
-        int64_t start = g * G, count = side->per_channel ? D : least(G, D - start);
-        const float *a = side->per_channel ? w->folded : q + start;
-        multiply_codes(rows, vectors, a, D, count, block->codes + start * L + t, L, w->sums, MAX_VECTORS * VL,
-                       block->ahead + start * pace, pace);
-        for (int r = 0; r < rows; r++) {
-          float *scores = w->scores + (first + r) * w->score_stride + offset + t;
-          const float *sums = w->sums + r * MAX_VECTORS * VL;
-          if (side->per_channel) {
-            for (int64_t i = 0; i < tokens; i++) scores[i] = sums[i] + constant[r];
-            continue;
+    fold(w, rows, q, D, side->per_channel ? block->scale : NULL, side->per_channel ? block->mid : NULL, D, constant);
+    for (int r = 0; r < rows; r++) {
+      float *scores = w->scores + (first + r) * w->score_stride + offset, base = side->per_channel ? constant[r] : 0;
+      for (int64_t t = 0; t < L; t++) scores[t] = base;
+      for (int64_t g = 0; g < side->groups && !side->per_channel; g++)
+        for (int64_t t = 0; t < L; t++)
+          scores[t] += block->mid[g * L + t] * w->query_sums[(first + r) * side->groups + g];
+    }
+    for (int64_t g = 0; g * length < D; g++) {
+      const float *scale = side->per_channel ? NULL : block->scale + g * L;
+      float unit = scale ? highest_of(scale, L) : 1.0f;
+      int64_t end = least(D, (g + 1) * length);
+      for (int64_t start = g * length; start < end; start += MAX_SUMMED) {
+        int64_t count = least(MAX_SUMMED, end - start);
+        round_rows(w, side, rows, start, count, unit);
+        for (int64_t c = 0; c < chunks; c++) {
+          int64_t t = c * CHUNK, tokens = least(CHUNK, L - t);
+          multiply(w, side, 1, rows, start, count, c, t, tokens, first_pair(side, 1, start), part++, parts);
+          for (int r = 0; r < rows; r++) {
+            float *scores = w->scores + (first + r) * w->score_stride + offset + t;
+            const float *sums = w->sums + r * CHUNK;
+            if (scale)
+              for (int64_t i = 0; i < tokens; i++) scores[i] += sums[i] * scale[t + i];
+            else
+              for (int64_t i = 0; i < tokens; i++) scores[i] += sums[i];
           }
-          const float *scale = block->scale + g * L + t, *mid = block->mid + g * L + t;
-          float query_sum = w->query_sums[(first + r) * side->groups + g];
-          if (g == 0)
-            for (int64_t i = 0; i < tokens; i++) scores[i] = sums[i] * scale[i] + mid[i] * query_sum;
-          else
-            for (int64_t i = 0; i < tokens; i++) scores[i] += sums[i] * scale[i] + mid[i] * query_sum;
         }
       }
     }
@@ -516,56 +1020,31 @@ static void score_block(work_t *w, const float *query, int64_t offset) {
 static void mix_block(work_t *w, int64_t offset) {
   const side_t *side = &w->q->value;
   const block_t *block = &w->block;
-  int64_t L = side->block_length, D = side->head_dim, groups = side->per_channel ? 1 : side->groups;
-  int64_t G = side->per_channel ? D : side->group_length;
-  int64_t strips = (D + MAX_VECTORS * VL - 1) / (MAX_VECTORS * VL), pace = block->ahead_bytes / (strips * L);
-  for (int64_t first = 0; first < w->rows; first += MAX_ROWS) {
+  int64_t L = side->block_length, D = side->head_dim, G = side->per_channel ? D : side->group_length;
+  int64_t group_chunks = divide_up(G, CHUNK), pieces = divide_up(L, MAX_SUMMED);
+  int64_t parts = divide_up(D, G) * group_chunks * pieces, part = 0;
+  for (int64_t first = 0; first < w->rows; first += MAX_ROWS, part = 0) {
     int rows = (int)least(MAX_ROWS, w->rows - first);
     const float *weights = w->scores + first * w->score_stride + offset;
-    for (int64_t g = 0; g < groups; g++) {
+    for (int64_t g = 0; g * G < D; g++) {
+      const float *scale = side->per_channel ? NULL : block->scale + g * L;
       float constant[MAX_ROWS];
-      const float *a = weights;
-      int64_t a_stride = w->score_stride;
-      for (int r = 0; r < rows; r++) {
-        const float *p = weights + r * w->score_stride;
-        if (side->per_channel) {
-          vf total = {0};
-          int64_t t = 0;
-          for (; t + VL <= L; t += VL) total += load(p + t);
-          constant[r] = sum_fast(total);
-          for (; t < L; t++) constant[r] += p[t];
-          continue;
-        }
-        const float *scale = block->scale + g * L, *mid = block->mid + g * L;
-        float *folded = w->folded + r * L;
-        vf total = {0};
-        int64_t t = 0;
-        for (; t + VL <= L; t += VL) {
-          vf one = load(p + t);
-          store(folded + t, one * load(scale + t));
-          total += one * load(mid + t);
-        }
-        constant[r] = sum_fast(total);
-        for (; t < L; t++) {
-          folded[t] = p[t] * scale[t];
-          constant[r] += p[t] * mid[t];
-        }
-      }
-      if (!side->per_channel) a = w->folded, a_stride = L;
-      int64_t end = least(D, (g + 1) * G);
-      for (int64_t d = g * G; d < end; d += MAX_VECTORS * VL) {
-        int64_t channels = least(MAX_VECTORS * VL, end - d);
-        int vectors = (int)((channels + VL - 1) / VL);
-        multiply_codes(rows, vectors, a, a_stride, L, block->codes + d, D, w->sums, MAX_VECTORS * VL,
-                       block->ahead + d / (MAX_VECTORS * VL) * L * pace, pace);
-        for (int r = 0; r < rows; r++) {
-          float *out = w->stored_sum + (first + r) * D + d;
-          const float *sums = w->sums + r * MAX_VECTORS * VL;
-          if (side->per_channel)
-            for (int64_t i = 0; i < channels; i++)
-              out[i] += sums[i] * block->scale[d + i] + block->mid[d + i] * constant[r];
-          else
-            for (int64_t i = 0; i < channels; i++) out[i] += sums[i] + constant[r];
+      fold(w, rows, weights, w->score_stride, scale, scale ? block->mid + g * L : NULL, L, constant);
+      for (int64_t start = 0; start < L; start += MAX_SUMMED) {
+        int64_t count = least(MAX_SUMMED, L - start), end = least(D, (g + 1) * G);
+        round_rows(w, side, rows, start, count, 0);
+        for (int64_t d = g * G, c = g * group_chunks; d < end; d += CHUNK, c++) {
+          int64_t channels = least(CHUNK, end - d);
+          multiply(w, side, 0, rows, start, count, c, d, channels, first_pair(side, 0, start), part++, parts);
+          for (int r = 0; r < rows; r++) {
+            float *out = w->stored_sum + (first + r) * D + d, share = start ? 0.0f : constant[r];
+            const float *sums = w->sums + r * CHUNK;
+            if (scale)
+              for (int64_t i = 0; i < channels; i++) out[i] += sums[i] + share;
+            else
+              for (int64_t i = 0; i < channels; i++)
+                out[i] += sums[i] * block->scale[d + i] + block->mid[d + i] * share;
+          }
         }
       }
     }
@@ -607,12 +1086,8 @@ static void weigh(work_t *w, int64_t position, int64_t count, int64_t hidden_sta
     for (int64_t i = hidden_start; i < hidden_end; i++) scores[i] = -INFINITY;
     for (int64_t i = count; i % VL; i++) scores[i] = -INFINITY;
     vf highest = splat(w->largest[r]);
-    for (int64_t i = 0; i < count; i += VL) {
-      vf one = load(scores + i);
-      highest = choose(one > highest, one, highest);
-    }
-    float largest = w->largest[r];
-    for (int i = 0; i < VL; i++) largest = highest[i] > largest ? highest[i] : largest;
+    for (int64_t i = 0; i < count; i += VL) highest = larger_float(highest, load(scores + i));
+    float largest = largest_lane(highest);
     float base = largest == -INFINITY ? 0.0f : largest;
     if (largest != w->largest[r]) {
       float factor = expf(w->largest[r] - base);
@@ -810,18 +1285,30 @@ static void serve(void *argument) {
   int64_t R = q->queries_per_head * q->queries, D = q->key.head_dim, Dv = q->value.head_dim;
   int64_t L = most(q->key.block_length, q->value.block_length), groups = most(q->key.groups, q->value.groups);
   int64_t stride = most(q->tile_length, EXACT_TILE) + MAX_VECTORS * VL, numbers = most(most(D, Dv), 2 * L * groups);
-  int64_t widest = most(most(D, Dv), L) + VL;
-  int64_t floats[] = {R * D, R * D, R * groups, MAX_ROWS * widest, MAX_ROWS * MAX_VECTORS * VL, R * stride, R * Dv,
-                      R * Dv, R, R, EXACT_TILE * Dv, numbers, numbers};
+  int64_t widest = divide_up(most(most(D, Dv), L), 16) * 16;
+  int64_t floats[] = {R * D, R * D, R * groups, MAX_ROWS * widest, MAX_ROWS * most(CHUNK, MAX_VECTORS * VL), R * stride,
+                      R * Dv, R * Dv, R, R, EXACT_TILE * Dv, numbers, numbers};
   int64_t total = 0, count = sizeof floats / sizeof *floats;
   for (int64_t i = 0; i < count; i++) total += (floats[i] = (floats[i] + MAX_VECTORS * VL + 15) / 16 * 16);
+  int64_t bytes = 4 * total + (L + 1) * most(D, Dv) + most(L, most(D, Dv)) + CHUNK + 64;
+#if defined(WHOLE_BYTES)
+  int64_t pair_bytes = most(count_chunks(&q->key, 1) * count_pairs(&q->key, 1),
+                            count_chunks(&q->value, 0) * count_pairs(&q->value, 0)) * PAIRS * WHOLE_BYTES;
+  bytes += pair_bytes + 4 * MAX_ROWS * CHUNK + 2 * LAYERS * MAX_ROWS * widest;
+#endif
   void *memory;
-  if (posix_memalign(&memory, 64, 4 * total + L * most(D, Dv) + MAX_VECTORS * VL)) return;
-  work_t w = {.q = q, .rows = R, .score_stride = stride};
+  if (posix_memalign(&memory, 64, bytes)) return;
+  work_t w = {.q = q, .rows = R, .score_stride = stride, .fold_stride = widest};
   float **places[] = {&w.query, &w.rotated, &w.query_sums, &w.folded, &w.sums, &w.scores, &w.stored_sum, &w.exact_sum,
                       &w.largest, &w.total, &w.states, &w.block.scale, &w.block.mid};
   float *next = memory;
   for (int64_t i = 0; i < count; i++) *places[i] = next, next += floats[i];
+#if defined(WHOLE_BYTES)
+  w.block.pairs = (uint32_t *)next, next += pair_bytes / 4;
+  w.totals = (uint32_t *)next, next += MAX_ROWS * CHUNK;
+  w.rounded.numbers = (int16_t *)next, next += LAYERS * MAX_ROWS * widest / 2;
+  w.rounded.stride = widest;
+#endif
   w.block.codes = (int8_t *)next;
   for (;;) {
     int64_t item = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);

@@ -1,0 +1,104 @@
+/* AVX-512 with VNNI, or AVX-VNNI, for a processor that has neither: what attend.c calls, lane by lane as Intel's
+ * Intrinsics Guide defines it. Included before attend.c; EMULATE_AVX_VNNI chooses the second. */
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define KVQ_EMULATED
+
+static inline int32_t emulated_products(int32_t sum, const int16_t *a, const int16_t *b) {
+  return (int32_t)((uint32_t)sum + (uint32_t)(a[0] * b[0]) + (uint32_t)(a[1] * b[1]));
+}
+
+#if defined(EMULATE_AVX_VNNI)
+#define __AVXVNNI__ 1
+static inline __m256i emulated_dpwssd_256(__m256i sum, __m256i a, __m256i b) {
+  int32_t sums[8];
+  int16_t left[16], right[16];
+  memcpy(sums, &sum, 32), memcpy(left, &a, 32), memcpy(right, &b, 32);
+  for (int i = 0; i < 8; i++) sums[i] = emulated_products(sums[i], left + 2 * i, right + 2 * i);
+  memcpy(&sum, sums, 32);
+  return sum;
+}
+#define _mm256_dpwssd_avx_epi32 emulated_dpwssd_256
+#else
+#define __AVX512F__ 1
+#define __AVX512BW__ 1
+#define __AVX512VNNI__ 1
+typedef int32_t emulated_m512i __attribute__((vector_size(64)));
+typedef float emulated_m512 __attribute__((vector_size(64)));
+#define __m512i emulated_m512i
+#define __m512 emulated_m512
+
+static inline emulated_m512i emulated_unpack(emulated_m512i a, emulated_m512i b, int from) {
+  int16_t left[32], right[32], result[32];
+  memcpy(left, &a, 64), memcpy(right, &b, 64);
+  for (int lane = 0; lane < 32; lane += 8)
+    for (int i = 0; i < 4; i++) {
+      result[lane + 2 * i] = left[lane + from + i];
+      result[lane + 2 * i + 1] = right[lane + from + i];
+    }
+  memcpy(&a, result, 64);
+  return a;
+}
+static inline emulated_m512i emulated_dpwssd(emulated_m512i sum, emulated_m512i a, emulated_m512i b) {
+  int16_t left[32], right[32];
+  memcpy(left, &a, 64), memcpy(right, &b, 64);
+  for (int i = 0; i < 16; i++) sum[i] = emulated_products(sum[i], left + 2 * i, right + 2 * i);
+  return sum;
+}
+static inline emulated_m512i emulated_repeat(const void *bytes, size_t size) {
+  emulated_m512i result;
+  for (size_t i = 0; i < 64; i += size) memcpy((char *)&result + i, bytes, size);
+  return result;
+}
+static inline emulated_m512i emulated_set1_epi64(int64_t x) { return emulated_repeat(&x, 8); }
+static inline emulated_m512i emulated_broadcast_128(__m128i x) { return emulated_repeat(&x, 16); }
+static inline emulated_m512i emulated_broadcast_256(__m256i x) { return emulated_repeat(&x, 32); }
+static inline emulated_m512i emulated_max_epi32(emulated_m512i a, emulated_m512i b) {
+  for (int i = 0; i < 16; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+  return a;
+}
+static inline emulated_m512 emulated_max_ps(emulated_m512 a, emulated_m512 b) {
+  for (int i = 0; i < 16; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+  return a;
+}
+static inline float emulated_reduce_max_ps(emulated_m512 x) {
+  for (int i = 1; i < 16; i++) x[0] = x[i] > x[0] ? x[i] : x[0];
+  return x[0];
+}
+static inline float emulated_reduce_add_ps(emulated_m512 x) {
+  for (int i = 1; i < 16; i++) x[0] += x[i];
+  return x[0];
+}
+static inline emulated_m512i emulated_cvtps_epi32(emulated_m512 x) {
+  emulated_m512i result;
+  for (int i = 0; i < 16; i++) result[i] = _mm_cvtss_si32(_mm_set_ss(x[i]));
+  return result;
+}
+static inline __m256i emulated_cvtepi32_epi16(emulated_m512i x) {
+  int16_t result[16];
+  for (int i = 0; i < 16; i++) result[i] = (int16_t)x[i];
+  return _mm256_loadu_si256((const __m256i *)result);
+}
+static inline emulated_m512 emulated_cvtph_ps(__m256i x) {
+  __m256 halves[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+  emulated_m512 result;
+  memcpy(&result, halves, 64);
+  return result;
+}
+#define _mm512_unpacklo_epi16(a, b) emulated_unpack(a, b, 0)
+#define _mm512_unpackhi_epi16(a, b) emulated_unpack(a, b, 4)
+#define _mm512_dpwssd_epi32 emulated_dpwssd
+#define _mm512_madd_epi16(a, b) emulated_dpwssd((emulated_m512i){0}, a, b)
+#define _mm512_set1_epi64 emulated_set1_epi64
+#define _mm512_broadcast_i32x4 emulated_broadcast_128
+#define _mm512_broadcast_i64x4 emulated_broadcast_256
+#define _mm512_max_epi32 emulated_max_epi32
+#define _mm512_max_ps emulated_max_ps
+#define _mm512_reduce_max_ps emulated_reduce_max_ps
+#define _mm512_reduce_add_ps emulated_reduce_add_ps
+#define _mm512_cvtps_epi32 emulated_cvtps_epi32
+#define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
+#define _mm512_cvtph_ps emulated_cvtph_ps
+#endif
