@@ -44,6 +44,7 @@ class Report:
         model: class of the model.
         layers: what each layer of the default cache is, in words.
         without_model: what a cache does that was built without `model=`.
+        attached: how the layers of an attached cache are read while decoding.
         flushes: fewest of a quantized layer.
         crop: what a crop into the store did.
     """
@@ -52,6 +53,7 @@ class Report:
     model: str
     layers: tuple[str, ...]
     without_model: str
+    attached: str
     flushes: int
     crop: str
 
@@ -59,7 +61,7 @@ class Report:
     def row(self) -> str:
         """The row of the page."""
         layers = "<br>".join(self.layers)
-        cells = (self.title, f"`{self.model}`", layers, self.without_model, self.flushes, self.crop)
+        cells = (self.title, f"`{self.model}`", layers, self.without_model, self.attached, self.flushes, self.crop)
         return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -87,7 +89,8 @@ class Examination:
         if self.is_encoder_decoder:
             self._check_cross_attention()
         layers = tuple(_merge(self._describe_layers()))
-        return Report(self.family.title, type(self.model).__name__, layers, without, flushes, crop)
+        kind = type(self.model).__name__
+        return Report(self.family.title, kind, layers, without, self._check_attached(), flushes, crop)
 
     def cache(self, options: dict[str, Any], *, padded: bool = False) -> KVQ | EncoderDecoderKVQ:
         kind = EncoderDecoderKVQ if self.is_encoder_decoder else KVQ
@@ -121,6 +124,18 @@ class Examination:
             assert torch.equal(self._generate(True), self.text[True]), "padded: not the tokens of DynamicCache"
         assert type(attachment.cache) is type(cache)
         assert next(_quantized_layers(attachment.cache)).padding == (PADDING, 0)
+
+    def _check_attached(self) -> str:
+        """Return how a kernel reads the layers, or why none does."""
+        with attach(self.model, QUANTIZED) as attachment:
+            self.model.generate(**self.family.inputs(), max_new_tokens=2, do_sample=False)
+        readers = {layer.kernel_cache.last_reader for layer in _quantized_layers(attachment.cache)}
+        if readers == {""}:
+            return "dequantized: the model itself computes with the keys"
+        found = {reader.replace("materialized", "dequantized") for reader in readers}
+        materialized = {reader for reader in found if reader.startswith("dequantized")}
+        assert len(found) == 1 or not materialized, found
+        return materialized.pop() if materialized else "read packed"
 
     def _check_without_model(self) -> str:
         carriers = [carrier_of(layer) for layer in self.cache({}).layers]

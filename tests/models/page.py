@@ -28,20 +28,22 @@ Every row was checked beside `DynamicCache` with the same model:
   ({QUANTIZED["residual_length"]} tokens here) to the store.
 - **Crop**: {CROPPED} tokens are taken back, through the window into the store, and other ones follow.
 - **Without `model=`**: whether a cache that does not know the model gives the same tokens, or asks for it.
+- **Attached**: how layers are read at each step of decoding: packed by a kernel, or dequantized, and why.
 - Encoder-decoder models: the same of the decoder, and once more with `cross_attention="quantize"`.
 
 Layers are those of the default configuration in the small model: numbers of layers in front, sliding windows of
 {SLIDING_WINDOW} tokens. Layers that are "kept" stay in full precision, as transformers holds them.
 
-| model | class | layers | without `model=` | flushes | crop |
-| --- | --- | --- | --- | ---: | --- |
+| model | class | layers | without `model=` | attached | flushes | crop |
+| --- | --- | --- | --- | --- | ---: | --- |
 {{rows}}
 
 A model that is not here works in the same way if its layers do: `KVQ(model=model)` takes transformers' own list of
 layers and replaces those that hold keys and values. What such a layer holds beside them stays as it is: a state of
 linear attention, the keys of an indexer. Layers of other kinds stay as they are too, and if nothing is left to be
-quantized (Mamba) `KVQ` says so. Where a model hands keys and
-values to code of its own instead of an attention function of transformers, that code gets them in full precision.
+quantized (Mamba) `KVQ` says "nothing in this model would be quantized". `attach` refuses a model that generates by a
+loop of its own (DiffusionGemma), which takes a `KVQ` as `past_key_values`. Where a model hands keys and values to code
+of its own instead of an attention function of transformers, that code gets them in full precision.
 """
 
 
