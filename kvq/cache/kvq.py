@@ -20,6 +20,7 @@ from kvq.attention.traced.ticket import Ticket
 from kvq.cache.given_arguments import check_padding, find_decoder, resolve_config
 from kvq.cache.known_tokens import KnownTokens
 from kvq.cache.linear_states import CarriedStates
+from kvq.cache.merging import merge
 from kvq.cache.padding import BatchPadding
 from kvq.cache.snapshot import Restorable
 from kvq.cache.thread_guard import ThreadGuard
@@ -297,6 +298,33 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
             )
             return
         restore_offsets(holder, offsets)
+
+    @classmethod
+    def concatenate(cls, caches: Sequence[KVQ], *, model: PreTrainedModel) -> KVQ:
+        """Return a cache of several texts that were read apart, as if they stood behind each other.
+
+        The keys of every text but the first are turned to their new positions by the model's own rotary embedding. That
+        this gives the keys which the model computes there is tried on the model with a few tokens.
+
+        What is lost: no text was read with those before it, so its states know nothing of them, and what comes next
+        finds the beginning of each text in the place of one (docs/method.md has the cost). And all but the first text
+        is quantized once more; that one stays bit for bit.
+
+        Args:
+            caches: one for each text, of the same model, layers and rows; they stay as they are.
+            model: the model, with weights.
+
+        Raises:
+            CacheStateError: a cache is empty, has left padding or evicted tokens, or a layer does not hold all tokens.
+            ModelError: the model's keys do not turn with their positions in one known way.
+            StatesError: the caches do not fit together, or there are none.
+        """
+        return merge(caches, model)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether a row begins with left padding, as far as it is known."""
+        return any(self._padding.counts or ())
 
     def move_to(self, device: str | torch.device) -> None:
         """Move all layers to a device; a store that the configuration offloads stays where it is.
