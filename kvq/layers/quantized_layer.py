@@ -442,6 +442,10 @@ class KVQLayer(CarryingLayer):
     def _row_numbers(self) -> torch.Tensor:
         return torch.arange(self._sides["key"].store.batch_size if self.is_initialized else 0)
 
+    def will_flush(self, count: int) -> bool:
+        """Return whether `count` more tokens let some leave the window."""
+        return self._flush_count(self.get_seq_length() + count) > 0
+
     def _flush_count(self, total: int) -> int:
         """Return how many tokens leave the window when the layer holds `total` tokens that will stay."""
         keys = self._sides["key"]

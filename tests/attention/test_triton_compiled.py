@@ -14,6 +14,7 @@ from interpreted_triton import DEFAULTS, PLAIN
 
 from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton.fixed_launch import FixedLaunch, FixedPlan
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
 from kvq.attention.proving.trial import CHECKS, TIMED
 
@@ -59,6 +60,15 @@ def test_a_program_keeps_to_its_registers_and_reads_in_wide_loads(
     # Codes come 16 bytes at a time; the single bytes are exponents, one for each side and kind of metadata, or these.
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.v\d|cp\.async", text)) >= 2
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.[bu]8\b", text)) <= (10 if "metadata_dtype" in fields else 8)
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_launch_at_fixed_addresses_compiles(architecture, tmp_path):
+    request = make_launch(torch.bfloat16, 128, **DEFAULTS).request
+    launch = FixedLaunch(request, FixedPlan.of(request, 2048, 128), torch.zeros(1, dtype=torch.int32))
+    assert launch.plan.options["WINDOW_TILES"] == 2
+    assert assemble(compile_parts(launch, architecture), architecture, tmp_path).spilled_bytes <= 512
 
 
 DISASSEMBLED = """

@@ -16,6 +16,8 @@ from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import get_chunk_table
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
+from kvq.errors import CacheStateError
+from kvq.layers.fixed_step import FixedStep
 
 SCRIPT = Path(__file__).with_name("interpreted_triton.py")
 CPU = torch.device("cpu")
@@ -40,6 +42,82 @@ def test_every_case_is_attention_by_its_definition(errors):
     assert {name: error for name, error in errors.items() if not isinstance(error, float)} == {}
     bounds = {name: 1e-3 if name.endswith("float16") else 5e-6 for name in errors}
     assert {name: error for name, error in errors.items() if not error <= bounds[name]} == {}
+
+
+FIXED_STEPS = Path(__file__).with_name("interpreted_fixed_steps.py")
+ON_THE_DEVICE = {
+    *(
+        "empty.memory_format",
+        "empty",
+        "zeros",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "unsqueeze",
+        "expand",
+        "slice",
+        "select",
+    ),
+    *("unbind", "transpose", "permute", "t", "alias", "clone", "contiguous", "empty_like", "new_empty"),
+    *("mm", "bmm", "matmul", "add_", "add", "mul", "div", "index_copy_", "_to_copy"),
+}
+"""Operations that start work on the device or none; `_to_copy` from one dtype to another."""
+
+
+@needs_triton
+@pytest.mark.costly
+def test_a_step_at_fixed_addresses_asks_the_host_nothing():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", str(FIXED_STEPS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["error"] <= 5e-6
+    assert (seen["runs"], seen["refreshes"]) == (74, 2), "all steps but those that flush"
+    assert seen["same"] == [True, True], "the layer holds what one without captures holds"
+    assert seen["launches"] == {"attend_parts": 1, "combine": 1}, "one launch each, with the same arguments every time"
+    assert {name.removeprefix("aten::") for name in seen["operations"]} <= ON_THE_DEVICE
+    assert not seen["after a crop"]
+    assert "outgrown 256 tokens" in seen["outgrown"]
+
+
+@needs_triton
+def test_fixed_addresses_are_refused_where_they_could_not_stay():
+    cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
+    states = torch.randn(1, 2, 150, 64)
+    cache.update(states[:, :, :20], states[:, :, :20], 0)
+    for count, room, reason in ((0, 64, "nothing is quantized yet"), (130, 32, "more than the room of 32")):
+        cache.update(states[:, :, :count], states[:, :, :count], 0)
+        with pytest.raises(CacheStateError, match=reason):
+            FixedStep(cache.layers[0], torch.randn(1, 4, 1, 64), 0.1, room)
+
+
+@needs_triton
+def test_a_token_that_the_layer_took_by_itself_is_taken_over_first():
+    cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
+    states = torch.randn(2, 2, 150, 64)
+    cache.update(states, states, 0)
+    step = FixedStep(cache.layers[0], torch.randn(2, 4, 1, 64), 0.1, 1024)
+    cache.layers[0].update(states[:, :, :1], states[:, :, :1])
+    assert not step.may_run()
+    step.refresh()
+    assert step.may_run()
+    assert step._length.tolist() == [150 - 64 + 1]
+
+
+@needs_triton
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices", "reset"])
+def test_other_tensors_in_their_place_end_a_capture(change):
+    cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
+    states = torch.randn(2, 2, 150, 64)
+    cache.update(states, states, 0)
+    layer = cache.layers[0]
+    step = FixedStep(layer, torch.randn(2, 4, 1, 64), 0.1, 1024)
+    assert step.may_run()
+    getattr(layer, change)(*([] if change == "reset" else [torch.tensor([1, 0][: 2 if "order" in change else 1])]))
+    assert not step.may_run()
+    with pytest.raises(CacheStateError, match="and capture it"):
+        step.refresh()
 
 
 def make_request(dtype=torch.float32, head_dim=64, queries=1, groups=4, tokens=400, new=True, mask=None, **fields):

@@ -10,9 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQ, attach
+from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.kernel import TRITON
 from kvq.attention.proving.comparison import TOLERANCE, relative_difference
 from kvq.attention.proving.trial import CHECKS, REFERENCE, TIMED
+from kvq.layers.fixed_step import FixedStep
 from kvq.transformers_seams.private_names import pass_cache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -98,3 +100,40 @@ def count_waits(model, cache, token):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(one.message) for one in seen)
+
+
+def test_a_graph_holds_a_step_until_the_store_outgrows_its_room():
+    """Captured once, replayed over two flushes, beside a layer that takes the same tokens."""
+    cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
+    generator = torch.Generator(GPU).manual_seed(3)
+
+    def draw(heads, tokens=1):
+        return torch.randn(2, heads, tokens, 64, generator=generator, device=GPU, dtype=torch.bfloat16)
+
+    history = draw(2, 300)
+    cache.update(history, history, 0)
+    layer, twin = cache.layers[0], cache.layers[0].fork()
+    query, key, value = draw(8), draw(2), draw(2)
+    step = FixedStep(layer, query, 0.125, 1024)
+    step.run(query, key, value)  # compiles; nobody notes the token
+    step.refresh()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step.run(query, key, value)
+    replays = 0
+    for _ in range(140):
+        for states, heads in ((query, 8), (key, 2), (value, 2)):
+            states.copy_(draw(heads))
+        pair = twin.update(key, value, packed=True)[0].pair
+        expected = REFERENCE.attend(AttentionRequest(query, pair, None, 0.125))
+        if not step.may_run():
+            layer.update(key, value, packed=True)
+            step.refresh()
+            continue
+        graph.replay()
+        step.note_run()
+        replays += 1
+        assert relative_difference(output, expected) <= TOLERANCE[torch.bfloat16]
+    assert replays >= 137
+    for own, other in zip(layer.materialize(), twin.materialize(), strict=True):
+        assert own.equal(other)

@@ -28,6 +28,7 @@ class Launch:
         self.heads = self.pair.key.like.shape[1]
         self.window_length = self.pair.key.window.shape[2]
         self.new_length = 0 if self.pair.key.new is None else self.pair.key.new.shape[2]
+        self.window_argument: int | torch.Tensor = self.window_length
         exact = -(-self.window_length // EXACT_TILE) - (-self.new_length // EXACT_TILE) + (plan.sinks > 0)
         self.parts = plan.splits + exact
 
@@ -55,7 +56,7 @@ class Launch:
             query, exact_query, table.key.blocks, table.value.blocks, table.stored_length, *states,
             _sink_states(pair.key), _sink_states(pair.value), table.starts, mask, peaks, totals, outputs,
             request.scaling, softcap, self.heads, plan.rows, plan.splits, self.parts, plan.tiles_per_split,
-            self.window_length, self.new_length, mask_batch_stride, mask_query_stride, *strides,
+            self.window_argument, self.new_length, mask_batch_stride, mask_query_stride, *strides,
         )  # fmt: skip
 
     def _new_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

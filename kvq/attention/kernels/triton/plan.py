@@ -70,13 +70,18 @@ def get_plan(request: AttentionRequest, table: ChunkTable) -> Plan:
     return plan
 
 
-def make_plan(request: AttentionRequest) -> Plan:
-    """Return a new plan for a request."""
+def make_plan(request: AttentionRequest, room: int = 0) -> Plan:
+    """Return a new plan for a request.
+
+    Args:
+        request: one request of its kind.
+        room: tokens of the store that the plan is good for; at least those that are there.
+    """
     pair, batch = request.pair, request.query.shape[0]
     key = SideLayout.of_keys(pair.key.store, request.query.shape[3])
     value = SideLayout.of_values(pair.value.store, pair.value.like.shape[3])
     tile = max(key.packed.block_length, value.packed.block_length)
-    tiles = request.stored_length // tile
+    tiles = max(request.stored_length, room) // tile
     way = find_forced_way() or choose_way(request, key, value, tile)
     programs = _program_count(request.query.device, way.programs_per_processor)
     splits = min(tiles, max(1, programs // (batch * pair.key.like.shape[1])))
@@ -94,6 +99,7 @@ def make_plan(request: AttentionRequest) -> Plan:
             **_options(request, key, value),
             "TILE": tile,
             "SINKS": sinks,
+            "WINDOW_TILES": 0,
             **way.options(),
             **FUSION,
         },

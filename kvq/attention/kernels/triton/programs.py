@@ -390,9 +390,12 @@ def attend_parts(
     VALUE_SCALE: tl.constexpr, VALUE_MID: tl.constexpr, VALUE_SHIFTED: tl.constexpr, VALUE_MID_SHIFTED: tl.constexpr,
     KEY_FACTOR: tl.constexpr, VALUE_FACTOR: tl.constexpr,
     SINKS: tl.constexpr, HAS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOW_TILES: tl.constexpr,
 ):  # fmt: skip
     """Attend to one run of tokens: program (b * H + h, part); parts are splits of the store, then exact tokens.
+
+    `window_length` is a number, or, where WINDOW_TILES are the parts of the window, a pointer to it: the launch is then
+    the same for every length.
 
     Writes peak and sum of the weights and the weighted sum of the values, `[B * H, parts, rows]` and `[..., VALUE_DIM]`.
     """
@@ -495,7 +498,12 @@ def attend_parts(
             output2 += tl.sum(shift2, axis=0)[None, :]
             output3 += tl.sum(shift3, axis=0)[None, :]
     else:
-        window_tiles = tl.cdiv(window_length, EXACT_TILE)
+        if WINDOW_TILES > 0:
+            held = tl.load(window_length)
+            window_tiles = WINDOW_TILES
+        else:
+            held = window_length
+            window_tiles = tl.cdiv(window_length, EXACT_TILE)
         new_tiles = tl.cdiv(new_length, EXACT_TILE)
         number = part - splits
         token = tl.arange(0, EXACT_TILE)
@@ -503,14 +511,14 @@ def attend_parts(
             token += number * EXACT_TILE
             key_at = window_key + batch_row * wk_batch + head * wk_head + token[:, None] * wk_token + channel[None, :]
             value_at = window_value + batch_row * wv_batch + head * wv_head + token[None, :] * wv_token
-            exists = token < window_length
+            exists = token < held
             position = stored + token
         elif number < window_tiles + new_tiles:
             token += (number - window_tiles) * EXACT_TILE
             key_at = new_key + batch_row * nk_batch + head * nk_head + token[:, None] * nk_token + channel[None, :]
             value_at = new_value + batch_row * nv_batch + head * nv_head + token[None, :] * nv_token
             exists = token < new_length
-            position = stored + window_length + token
+            position = stored + held + token
         else:
             key_at = sink_key + (pair.to(tl.int64) * SINKS + token[:, None]) * KEY_DIM + channel[None, :]
             value_at = sink_value + (pair.to(tl.int64) * SINKS + token[None, :]) * VALUE_DIM
@@ -522,7 +530,7 @@ def attend_parts(
         logits = _logits(products, scaling, softcap, SOFTCAP)
         logits = tl.where(exists[:, None], logits, float("-inf"))
         if IS_CAUSAL:
-            behind = position[:, None] - (stored + window_length) <= (line % QUERIES)[None, :]
+            behind = position[:, None] - (stored + held) <= (line % QUERIES)[None, :]
             logits = tl.where(behind, logits, float("-inf"))
         position = tl.where(exists, position, -1)
         logits = _visible(logits, position, mask, mask_row, QUERIES, ROWS, mask_query_stride, HAS_MASK)
