@@ -42,7 +42,7 @@ def draw_ids(count):
     return torch.randint(97, (1, count), generator=torch.Generator().manual_seed(1))
 
 
-def compare_steps(compiled, model, steps, prompt=90):
+def compare_steps(compiled, model, steps, prompt=90, tolerance=1e-4):
     """Feed the same tokens to both; return the likeliest next tokens, and the cache of the compiled one."""
     ours, plain = KVQ(model=model, **OPTIONS), KVQ(model=model, **OPTIONS)
     ids, found, expected = draw_ids(prompt + steps), [], []
@@ -50,7 +50,7 @@ def compare_steps(compiled, model, steps, prompt=90):
         for start, stop in ((0, prompt), *((place, place + 1) for place in range(prompt, prompt + steps))):
             logits = compiled(ids[:, start:stop], past_key_values=ours).logits
             reference = model(ids[:, start:stop], past_key_values=plain).logits
-            torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, reference, rtol=tolerance, atol=tolerance)
             found.append(int(logits[0, -1].argmax()))
             expected.append(int(reference[0, -1].argmax()))
     assert found == expected
@@ -98,7 +98,8 @@ def test_a_compiler_that_rewrites_graphs_drops_no_step():
 @pytest.mark.costly
 @pytest.mark.slow
 def test_the_default_compiler(llama):
-    compare_steps(torch.compile(llama), llama, 40)
+    # It sums in another order, and a state between two codes may then take the other one.
+    compare_steps(torch.compile(llama), llama, 40, tolerance=5e-3)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 3
 
