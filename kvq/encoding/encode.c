@@ -27,7 +27,7 @@ typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef float vf_any __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 
 enum { F32 = 0, F16 = 1, BF16 = 2, U8 = 4, I8 = 5 }; /* as in structures.py */
-enum { WHOLE = 0, PREPARE = 1, STORE = 2 };
+enum { WHOLE = 0, PREPARE = 1, STORE = 2, DECODE = 3 };
 #define ZERO_SCALE 255
 #define LOST_MID -128
 #define LARGEST_MID 127
@@ -40,7 +40,7 @@ enum { WHOLE = 0, PREPARE = 1, STORE = 2 };
 
 /* Mirrored in structures.py; the fields must agree. */
 typedef struct {
-  const void *states; /* [B, H, T, D], D contiguous; strides in elements */
+  void *states; /* [B, H, T, D], D contiguous; strides in elements; written to by DECODE alone */
   int64_t batch_stride, head_stride, token_stride, states_type;
   int64_t batch, heads, blocks;
   int64_t head_dim, block_length, group_length, groups; /* groups of one token; 1 per channel */
@@ -52,7 +52,9 @@ typedef struct {
   int64_t scale_type, mid_type, has_exponent, shifts_mid, has_units;
   float rotation_scale, clip_margin;
   const float *inverse_factors, *factor_bounds, *scale_bounds; /* [256], [255], [255] */
-  /* The parts, [B, H, blocks, ...] each. */
+  const float *factors; /* [256] */
+  /* The parts, [B, H, blocks, ...] each; for DECODE a view, whose rows and heads are so many blocks apart. */
+  int64_t row_blocks, head_blocks;
   uint8_t *planes[3], *scale, *mid;
   int8_t *exponent;
   float *units;
@@ -111,6 +113,12 @@ static inline uint16_t float_to_half(float x) {
   return sign | (uint16_t)((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
 }
 
+static inline uint16_t float_to_bfloat16(float x) {
+  uint32_t bits = (uint32_t)bits_of(x);
+  if (x != x) return (uint16_t)(bits >> 16) | 0x40;
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 /* The binary exponent of a number as frexp has it. */
 static inline int32_t exponent_of(float x) {
   int32_t field = (bits_of(x) & INFINITE) >> 23, exponent;
@@ -156,12 +164,10 @@ static void read_tile(const work_t *w) {
   }
 }
 
-/* HadamardRotation.apply: neighbours to their sums, then their differences, in two rooms in turn. */
-static void rotate(work_t *w) {
+/* add_and_subtract of kvq/plugin_api/hadamard.py: neighbours to their sums, then their differences, in two rooms in turn. */
+static void transform(work_t *w) {
   const request_t *q = w->q;
   int64_t D = q->head_dim, L = q->block_length, half = q->rotation_block / 2;
-  for (int64_t d = 0; d < D; d++)
-    for (int64_t t = 0; t < L; t += VL) store(w->tile + d * L + t, load(w->tile + d * L + t) * (float)q->signs[d]);
   for (int64_t left = q->rotation_block; left > 1; left /= 2) {
     for (int64_t d = 0; d < D; d += q->rotation_block)
       for (int64_t i = 0; i < half; i++) {
@@ -176,7 +182,27 @@ static void rotate(work_t *w) {
     float *swapped = w->tile;
     w->tile = w->other, w->other = swapped;
   }
+}
+
+/* HadamardRotation.apply. */
+static void rotate(work_t *w) {
+  const request_t *q = w->q;
+  int64_t D = q->head_dim, L = q->block_length;
+  for (int64_t d = 0; d < D; d++)
+    for (int64_t t = 0; t < L; t += VL) store(w->tile + d * L + t, load(w->tile + d * L + t) * (float)q->signs[d]);
+  transform(w);
   for (int64_t i = 0; i < D * L; i += VL) store(w->tile + i, load(w->tile + i) * q->rotation_scale);
+}
+
+/* HadamardRotation.undo. */
+static void rotate_back(work_t *w) {
+  const request_t *q = w->q;
+  int64_t L = q->block_length;
+  transform(w);
+  for (int64_t d = 0; d < q->head_dim; d++) {
+    float factor = (float)q->signs[d] * q->rotation_scale;
+    for (int64_t t = 0; t < L; t += VL) store(w->tile + d * L + t, load(w->tile + d * L + t) * factor);
+  }
 }
 
 static inline vf finite_or_zero(vf x) {
@@ -454,10 +480,103 @@ static void take_back(work_t *w, int64_t count, const int32_t *to) {
       for (int64_t t = 0; t < L; t++) w->codes[d * L + t] = codes[t * per_token + d];
 }
 
+/* ---- From parts to states, as decode_packed of kvq/store/packed_decoding.py */
+
+static float read_number(const uint8_t *from, int64_t type, int64_t place) {
+  return type == F32 ? ((const float *)from)[place] : half_to_float(((const uint16_t *)from)[place]);
+}
+
+static void read_metadata(work_t *w, int64_t count, const int32_t *to) {
+  const request_t *q = w->q;
+  const uint8_t *scales = q->scale + w->place * count * size_of(q->scale_type);
+  const uint8_t *mids = q->mid + w->place * count * size_of(q->mid_type);
+  if (q->has_units) {
+    float largest = q->units[2 * w->place], step = q->units[2 * w->place + 1];
+    for (int64_t i = 0; i < count; i++) {
+      int8_t mid = (int8_t)mids[to[i]];
+      w->scale[i] = (scales[to[i]] == ZERO_SCALE ? 0 : q->factors[scales[to[i]]]) * largest;
+      w->mid[i] = (mid == LOST_MID ? of_bits(0x7fc00000) : (float)mid) * step;
+    }
+    return;
+  }
+  float factor = q->has_exponent ? ldexpf(1, q->exponent[w->place]) : 1;
+  for (int64_t i = 0; i < count; i++) {
+    w->scale[i] = read_number(scales, q->scale_type, to[i]) * factor;
+    w->mid[i] = read_number(mids, q->mid_type, to[i]) * (q->shifts_mid ? factor : 1);
+  }
+}
+
+static void unpack(work_t *w) {
+  const request_t *q = w->q;
+  int64_t D = q->head_dim, L = q->block_length, shift = 0;
+  memset(w->codes, 0, D * L);
+  for (int64_t plane = 0; plane < q->plane_count; plane++) {
+    int width = (int)q->widths[plane], parts = 8 / width;
+    int64_t count = L / parts;
+    uint8_t mask = (uint8_t)((1 << width) - 1);
+    const uint8_t *in = q->planes[plane] + w->place * count * D;
+    for (int64_t d = 0; d < D; d++) {
+      const uint8_t *bytes = in + d * count;
+      if (!q->packs_rows) {
+        for (int64_t i = 0; i < count; i++) w->bytes[i] = in[i * D + d];
+        bytes = w->bytes;
+      }
+      for (int part = 0; part < parts; part++)
+        for (int64_t i = 0; i < count; i++)
+          w->codes[d * L + part * count + i] |= (uint8_t)((bytes[i] >> (width * part) & mask) << shift);
+    }
+    shift += width;
+  }
+}
+
+static void write_states(const work_t *w) {
+  const request_t *q = w->q;
+  int64_t D = q->head_dim, L = q->block_length;
+  int64_t place = w->row * q->batch_stride + w->head * q->head_stride + w->block * L * q->token_stride;
+  for (int64_t t = 0; t < L; t++) {
+    const float *x = w->tile + t;
+    int64_t to = place + t * q->token_stride;
+    if (q->states_type == F32)
+      for (int64_t d = 0; d < D; d++) ((float *)q->states)[to + d] = x[d * L];
+    else if (q->states_type == BF16)
+      for (int64_t d = 0; d < D; d++) ((uint16_t *)q->states)[to + d] = float_to_bfloat16(x[d * L]);
+    else
+      for (int64_t d = 0; d < D; d++) {
+        float one = x[d * L] > 65504.0f ? 65504.0f : x[d * L] < -65504.0f ? -65504.0f : x[d * L];
+        ((uint16_t *)q->states)[to + d] = float_to_half(one);
+      }
+  }
+}
+
+static void decode_block(work_t *w, int64_t count, const int32_t *to) {
+  const request_t *q = w->q;
+  int64_t D = q->head_dim, L = q->block_length, half = 1 << (q->bits - 1);
+  w->place = w->row * q->row_blocks + w->head * q->head_blocks + w->block;
+  read_metadata(w, count, to);
+  unpack(w);
+  float *factors = w->inverse;
+  for (int64_t t = 0; t < L && q->has_factor; t++) factors[t] = q->factors[q->factor[w->place * L + t]];
+  for (int64_t d = 0; d < D; d++) {
+    float *row = w->tile + d * L;
+    for (int64_t t = 0; t < L; t++) row[t] = (float)(w->codes[d * L + t] - half);
+    for (int64_t t = 0; t < L; t += VL) {
+      vf x = load(row + t) * meet(q, w->scale, d, t);
+      x = x + meet(q, w->mid, d, t);
+      store(row + t, q->has_factor ? x * load(factors + t) : x);
+    }
+  }
+  if (q->signs) rotate_back(w);
+  write_states(w);
+}
+
 /* ---- Blocks and threads */
 
 static void serve_block(work_t *w, int64_t count, const int32_t *to) {
   const request_t *q = w->q;
+  if (q->stage == DECODE) {
+    decode_block(w, count, to);
+    return;
+  }
   if (q->stage == STORE) {
     take_back(w, count, to);
     write_parts(w, count, to);
@@ -486,7 +605,7 @@ static void serve(void *argument) {
   queue_t *queue = argument;
   const request_t *q = queue->request;
   int64_t D = q->head_dim, L = q->block_length, groups = q->per_channel ? D : L * q->groups;
-  int64_t room = groups + 2 * VL, elements = D * L + L + VL, total = 2 * elements + 10 * room + L + VL;
+  int64_t room = most(groups, L) + 2 * VL, elements = D * L + L + VL, total = 2 * elements + 10 * room + L + VL;
   void *memory;
   if (posix_memalign(&memory, 64, 4 * total + 4 * room + D * L + room + L + 64)) return;
   memset(memory, 0, 4 * total);

@@ -13,8 +13,15 @@ import torch
 
 from kvq.attention.machine.variables import KERNEL_VARIABLE, read_variable
 from kvq.encoding.library import EncodeLibrary, find_encode_library
-from kvq.encoding.request import STATES_DTYPES, address_of, describe_codec, is_served, make_request
-from kvq.encoding.structure import PREPARE, STORE, WHOLE
+from kvq.encoding.request import (
+    STATES_DTYPES,
+    address_of,
+    describe_codec,
+    find_block_strides,
+    is_served,
+    make_request,
+)
+from kvq.encoding.structure import DECODE, PREPARE, STORE, WHOLE
 from kvq.store.affine import AffineCodec
 
 _LOG = logging.getLogger("kvq")
@@ -59,15 +66,37 @@ class CompiledEncoder:
 
     def encode(self, codec: AffineCodec, states: torch.Tensor) -> Mapping[str, torch.Tensor] | None:
         """Return the parts of states, or None."""
-        if TRUST.fault is not None or not _fits(codec, states):
-            return None
-        library = find_encode_library()
+        library = _find_library(codec, states)
         if library is None:
             return None
+        parts = _call(library, self._describe(codec), codec, states if states.stride(-1) == 1 else states.contiguous())
+        return parts if parts is not None and _is_trusted(codec, states, parts) else None
+
+    def decode_into(self, codec: AffineCodec, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> bool:
+        """Write the states that parts stand for into `out`; return whether it did."""
+        library = _find_library(codec, out)
+        if library is None or out.stride(-1) != 1 or codec.compute_dtype is not torch.float32 or not out.numel():
+            return False
+        strides = find_block_strides(parts) if _are_here(parts) else None
+        if strides is None:
+            return False
+        request = make_request(self._describe(codec), codec, out, parts, library)
+        request.stage, (request.row_blocks, request.head_blocks) = DECODE, strides
+        return not library.encode(address_of(request)) and _is_decoding_trusted(codec, parts, out)
+
+    def _describe(self, codec: AffineCodec) -> bytes:
         if self._described is None:
             self._described = describe_codec(codec)
-        parts = _call(library, self._described, codec, states if states.stride(-1) == 1 else states.contiguous())
-        return parts if parts is not None and _is_trusted(codec, states, parts) else None
+        return self._described
+
+
+def _find_library(codec: AffineCodec, states: torch.Tensor) -> EncodeLibrary | None:
+    """Return the compiled code if it may encode or decode such states."""
+    return find_encode_library() if TRUST.fault is None and _fits(codec, states) else None
+
+
+def _are_here(parts: Mapping[str, torch.Tensor]) -> bool:
+    return all(type(part) is torch.Tensor and part.device.type == "cpu" for part in parts.values())
 
 
 def _fits(codec: AffineCodec, states: torch.Tensor) -> bool:
@@ -122,4 +151,20 @@ def _is_trusted(codec: AffineCodec, states: torch.Tensor, parts: Mapping[str, to
             return False
     if expected["units" if "units" in expected else "scale"].any():
         TRUST.agreed.add(kind)  # equal numbers alone would prove little
+    return True
+
+
+def _is_decoding_trusted(codec: AffineCodec, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> bool:
+    """Return whether states of this kind are as torch makes them; compares the first block."""
+    kind = "decoding", codec.packed_format, out.dtype
+    if kind in TRUST.agreed:
+        return True
+    found = out[:1, :, : codec.block_length]
+    expected = torch.empty_like(found)
+    codec.decode_by_torch({name: part[:1, :, :1] for name, part in parts.items()}, expected)
+    if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
+        TRUST.lose(f"decoded {str(out.dtype)[6:]} states differ from what torch makes of the same block")
+        return False
+    if expected.nan_to_num().any():
+        TRUST.agreed.add(kind)
     return True

@@ -11,7 +11,7 @@ from kvq.encoding.library import EncodeLibrary
 from kvq.encoding.structure import TYPE_NUMBERS, EncodeRequest
 from kvq.plugin_api.packed_format import PackedFormat
 from kvq.store.affine import AffineCodec
-from kvq.store.balance import FACTOR_BOUNDARIES, INVERSE_FACTORS
+from kvq.store.balance import FACTOR_BOUNDARIES, FACTORS, INVERSE_FACTORS
 from kvq.store.byte_metadata import SCALE_BOUNDARIES
 
 MIN_PARALLEL_ELEMENTS = 1 << 17
@@ -54,6 +54,7 @@ def describe_codec(codec: AffineCodec) -> bytes:
     )
     request.inverse_factors = INVERSE_FACTORS.numbers.data_ptr()
     request.factor_bounds = FACTOR_BOUNDARIES.numbers.data_ptr()
+    request.factors = FACTORS.numbers.data_ptr()
     request.scale_bounds = SCALE_BOUNDARIES.numbers.data_ptr()
     return bytes(request)
 
@@ -71,7 +72,7 @@ def make_request(
         described: what `describe_codec` returned.
         codec: the codec, whose signs the request points to.
         states: `[B, H, T, D]`, D contiguous; like all other tensors they must live until the call is over.
-        parts: room for the parts, contiguous.
+        parts: the parts, or room for them: contiguous, or a view for decoding, see `find_block_strides`.
         library: the compiled code.
     """
     request = EncodeRequest.from_buffer_copy(described)
@@ -89,6 +90,19 @@ def make_request(
     if states.numel() >= MIN_PARALLEL_ELEMENTS and library.run_parallel:
         request.threads, request.run_parallel = torch.get_num_threads(), library.run_parallel
     return request
+
+
+def find_block_strides(parts: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+    """Return how many blocks the rows and the heads of parts are apart; None where they lie in another way."""
+    found = {_block_strides(part) for part in parts.values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _block_strides(part: torch.Tensor) -> tuple[int, int] | None:
+    row, head, block, *_ = part.stride()
+    is_whole = part[0, 0, 0].is_contiguous() if part.numel() else False
+    size = part[0, 0, 0].numel() if is_whole else 0
+    return (row // size, head // size) if is_whole and block == size and not row % size and not head % size else None
 
 
 def address_of(request: EncodeRequest) -> int:

@@ -8,8 +8,9 @@ import torch
 
 TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 4, torch.int8: 5}
 """As `encode.c` numbers them."""
-WHOLE, PREPARE, STORE = 0, 1, 2
-"""Stages: from states to parts; to the groups that a quantizer is given; and from what it says to parts."""
+WHOLE, PREPARE, STORE, DECODE = 0, 1, 2, 3
+"""Stages: from states to parts; to the groups that a quantizer is given; from what it says to parts; and from parts to
+states."""
 
 
 class EncodeRequest(Structure):
@@ -47,6 +48,9 @@ class EncodeRequest(Structure):
         ("inverse_factors", c_void_p),
         ("factor_bounds", c_void_p),
         ("scale_bounds", c_void_p),
+        ("factors", c_void_p),
+        ("row_blocks", c_int64),
+        ("head_blocks", c_int64),
         ("planes", c_void_p * 3),
         ("scale", c_void_p),
         ("mid", c_void_p),

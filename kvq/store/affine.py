@@ -39,7 +39,7 @@ def balanced_group_length(head_dim: int, group_size: int) -> int:
 
 
 class BlockEncoder(Protocol):
-    """Encodes whole blocks in torch's place: compiled code, which the store never names."""
+    """Encodes and decodes whole blocks in torch's place: compiled code, which the store never names."""
 
     def encode(self, codec: AffineCodec, states: torch.Tensor) -> Mapping[str, torch.Tensor] | None:
         """Return the very bytes of `AffineCodec.encode_by_torch`, in new tensors, or None where states are not served.
@@ -47,6 +47,16 @@ class BlockEncoder(Protocol):
         Args:
             codec: what encodes them otherwise.
             states: whole blocks `[B, H, T, D]`; not written to.
+        """
+        ...
+
+    def decode_into(self, codec: AffineCodec, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> bool:
+        """Write the very states of `AffineCodec.decode_by_torch` into `out`; return whether these are served.
+
+        Args:
+            codec: what decodes them otherwise, over what may stand in `out` then.
+            parts: any run of blocks, `[B, H, blocks, *part.shape]`.
+            out: `[B, H, T, D]`.
         """
         ...
 
@@ -183,6 +193,11 @@ class AffineCodec:
 
     def decode_into(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Write the states that parts stand for into `out` `[B, H, T, D]`; see `decode_packed`."""
+        if self.encoder is None or not self.encoder.decode_into(self, parts, out):
+            self.decode_by_torch(parts, out)
+
+    def decode_by_torch(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        """Do as `decode_into`, without compiled code."""
         decode_packed(self.packed_format, self.rotation, parts, out)
 
     def _group(self, states: torch.Tensor) -> torch.Tensor:

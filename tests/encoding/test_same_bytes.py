@@ -93,6 +93,44 @@ def test_what_a_quantizer_is_given_is_what_torch_would_give_it(make_codec):
         assert torch.equal(by_c, by_torch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_decoded_states_are_those_of_torch(draw, make_codec, own_trust, seed, dtype):
+    """Into any place, from any run of the blocks of a chunk, and nowhere else."""
+    for options, states in draw(200 + seed, 60):
+        codec = make_codec(**options)
+        blocks = states.shape[2] // codec.block_length
+        parts = {name: part.contiguous()[:, :, blocks // 2 :] for name, part in codec.encode_by_torch(states).items()}
+        batch, heads, _, dim = states.shape
+        tokens = (blocks - blocks // 2) * codec.block_length
+        expected = torch.empty(batch, heads, tokens, dim, dtype=dtype)
+        room = torch.full((batch, heads + 1, tokens + 5, dim + 3), 7.0, dtype=dtype)
+        found = room[:, :heads, 2 : 2 + tokens, 1 : 1 + dim]
+        codec.decode_by_torch(parts, expected)
+        own_trust.agreed.add(("decoding", codec.packed_format, dtype))
+        assert codec.encoder.decode_into(codec, parts, found)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        found.fill_(7)
+        assert (room == 7).all()
+
+
+def test_parts_that_lie_in_another_way_are_left_to_torch(make_codec):
+    codec, states = make_codec(), torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    parts = codec.encode(states)
+    expected, found = torch.empty_like(states), torch.empty_like(states)
+    codec.decode_by_torch(parts, expected)
+    for name in ("codes_4", "scale"):
+        turned = {
+            **parts,
+            name: parts[name].mT.contiguous().mT if name == "codes_4" else parts[name].expand(2, -1, -1, -1)[:1],
+        }
+        assert torch.equal(turned[name], parts[name])
+        codec.decode_into(turned, found.zero_())
+        assert torch.equal(found, expected)
+    assert not codec.encoder.decode_into(codec, {**parts, "codes_4": parts["codes_4"].mT.contiguous().mT}, found)
+    assert not codec.encoder.decode_into(codec, parts, found.mT.contiguous().mT)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(make_codec, monkeypatch, threads):
     monkeypatch.setattr(requests, "MIN_PARALLEL_ELEMENTS", 0)

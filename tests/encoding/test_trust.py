@@ -55,6 +55,26 @@ def test_code_that_makes_other_bytes_is_not_called_again(make_codec, monkeypatch
     assert own_trust.fault
 
 
+def test_states_that_differ_are_found_out(make_codec, monkeypatch, caplog, own_trust):
+    real = find_encode_library()
+
+    def wrong(place):
+        request = EncodeRequest.from_address(place)
+        request.rotation_scale *= 1.5
+        return real.encode(place)
+
+    codec, states = make_codec(is_rotated=True), draw_states()
+    parts = codec.encode(states)
+    expected, found = torch.empty_like(states), torch.empty_like(states)
+    codec.decode_by_torch(parts, expected)
+    monkeypatch.setattr(encoder, "find_encode_library", lambda: EncodeLibrary(wrong, None))
+    with caplog.at_level(logging.WARNING, "kvq"):
+        codec.decode_into(parts, found)
+    assert torch.equal(found, expected)
+    assert "decoded float32 states differ" in caplog.text
+    assert own_trust.fault
+
+
 def test_each_kind_is_compared_once(make_codec, monkeypatch, calls):
     compared = []
     codec, other = make_codec(), make_codec(3)
@@ -138,8 +158,10 @@ def test_a_cache_stores_the_same_bytes_without_it(monkeypatch, backend):
         generator = torch.Generator().manual_seed(0)
         for tokens in (150, 1, 60):
             cache.update(*torch.randn(2, 2, 2, tokens, 64, generator=generator), 0)
+        cache.reorder_cache(torch.tensor([1, 0]))
         assert cache.layers[0].side("key").store.length == 160
         segments = [segment for _, side in cache.layers[0].sides() for segment in side.store.segments]
-        stored.append([part for segment in segments for part in segment.read(0, segment.used).values()])
+        parts = [part for segment in segments for part in segment.read(0, segment.used).values()]
+        stored.append([*parts, *cache.materialize(0)])
     assert stored[0]
     assert all(torch.equal(one, other) for one, other in zip(*stored, strict=True))
