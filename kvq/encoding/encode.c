@@ -533,18 +533,25 @@ static void write_states(const work_t *w) {
   const request_t *q = w->q;
   int64_t D = q->head_dim, L = q->block_length;
   int64_t place = w->row * q->batch_stride + w->head * q->head_stride + w->block * L * q->token_stride;
-  for (int64_t t = 0; t < L; t++) {
+  for (int64_t t = 0; t < L; t += 8) { /* a few tokens at a time: what is read and written stays in the nearest cache */
     const float *x = w->tile + t;
-    int64_t to = place + t * q->token_stride;
-    if (q->states_type == F32)
-      for (int64_t d = 0; d < D; d++) ((float *)q->states)[to + d] = x[d * L];
-    else if (q->states_type == BF16)
-      for (int64_t d = 0; d < D; d++) ((uint16_t *)q->states)[to + d] = float_to_bfloat16(x[d * L]);
-    else
-      for (int64_t d = 0; d < D; d++) {
-        float one = x[d * L] > 65504.0f ? 65504.0f : x[d * L] < -65504.0f ? -65504.0f : x[d * L];
-        ((uint16_t *)q->states)[to + d] = float_to_half(one);
-      }
+    int64_t to = place + t * q->token_stride, step = q->token_stride;
+    if (q->states_type == F32) {
+      float *out = (float *)q->states + to;
+      for (int64_t d = 0; d < D; d++)
+        for (int64_t i = 0; i < 8; i++) out[i * step + d] = x[d * L + i];
+    } else if (q->states_type == BF16) {
+      uint16_t *out = (uint16_t *)q->states + to;
+      for (int64_t d = 0; d < D; d++)
+        for (int64_t i = 0; i < 8; i++) out[i * step + d] = float_to_bfloat16(x[d * L + i]);
+    } else {
+      uint16_t *out = (uint16_t *)q->states + to;
+      for (int64_t d = 0; d < D; d++)
+        for (int64_t i = 0; i < 8; i++) {
+          float one = x[d * L + i];
+          out[i * step + d] = float_to_half(one > 65504.0f ? 65504.0f : one < -65504.0f ? -65504.0f : one);
+        }
+    }
   }
 }
 
