@@ -21,7 +21,7 @@ from kvq.layers.held_bytes import report_memory
 from kvq.layers.memory_report import MemoryReport
 from kvq.layers.model_layers import DecoderConfig
 from kvq.layers.transformers_layers import fork_layer, reset_layer
-from kvq.persistence import CacheFile, ModelReference, write_layers
+from kvq.persistence import CacheFile, ModelReference, check_calibration_matches, write_layers
 
 
 class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
@@ -55,6 +55,7 @@ class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
         **overrides: Any,
     ) -> None:
         self.config = resolve_config(config, **overrides)
+        check_calibration_matches(self.config.calibration, model)
         decoder = DecoderConfig.of(model)
         if not decoder.is_encoder_decoder:
             raise ModelError(f"{type(decoder.layers).__name__} describes no encoder-decoder model; use KVQ")

@@ -10,8 +10,9 @@ import warnings
 import pytest
 import torch
 from small_llama import build_model
+from transformers import T5Config
 
-from kvq import KVQ, Calibration, KVQCacheConfig, attach
+from kvq import KVQ, Calibration, EncoderDecoderKVQ, KVQCacheConfig, attach
 from kvq.cli.config_summary import summarize_mapping
 from kvq.errors import CalibrationError, ConfigError, ContractViolationError
 from kvq.plugin_api import LayerStatistics
@@ -200,6 +201,13 @@ class TestModel:
         for call in (KVQ, attach):
             with pytest.raises(ConfigError, match=f"of another model: {told}.*; run `kvq calibrate` on this one"):
                 call(model=build_model(**other), backend="asking", calibration=path)
+
+    def test_a_model_with_an_encoder_is_another_one(self, asking, path):
+        asking("optional")
+        sizes = dict(vocab_size=97, d_model=32, d_kv=32, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        with pytest.raises(ConfigError, match="of another model: "):
+            EncoderDecoderKVQ(backend="asking", calibration=path, model=T5Config(**sizes))
+        EncoderDecoderKVQ(backend="asking", calibration="standard", model=T5Config(**sizes))
 
     def test_a_configuration_of_the_model_is_compared_as_far_as_it_goes(self, asking, path, model):
         asking("optional")
