@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from kvq.cache.key_rotation import KeyRotation
 from kvq.errors import CacheStateError, StatesError
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.transformers_layers import carrier_of
 
 
 class TextCache(Protocol):
@@ -99,11 +100,15 @@ def _check_one(name: str, cache: TextCache) -> None:
         raise CacheStateError(f"{name} has left padding, which would stand in the middle; make one cache for each row")
     if cache.next_position != cache.get_seq_length():
         raise CacheStateError(f"{name} has evicted tokens; concatenate first, and evict then")
-    other = [index for index, layer in enumerate(cache.layers) if type(layer) not in (KVQLayer, DynamicLayer)]
+    other = [
+        index
+        for index, layer in enumerate(cache.layers)
+        if type(layer) not in (KVQLayer, DynamicLayer) or carrier_of(layer) is not layer
+    ]
     if other:
         raise CacheStateError(
-            f"{name}: layers {other} do not hold the states of all their tokens (sliding or linear attention), so none "
-            "can be put behind others"
+            f"{name}: layers {other} do not hold the states of all their tokens, or more than these (sliding or linear "
+            "attention, indexers), so none can be put behind others"
         )
 
 

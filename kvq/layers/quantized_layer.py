@@ -280,9 +280,15 @@ class KVQLayer(CarryingLayer):
             value_states: `[B, H, T, D_v]`, copied.
 
         Raises:
+            CacheStateError: an indexer has a key for each token, by whose place it chooses; nothing is changed.
             StatesError: they do not fit, or would change the padding; the layer is then as it was.
         """
         self.check_states(key_states, value_states)
+        if hasattr(self.carried, "indexer_keys") and key_states.shape[2] != self.get_seq_length():
+            raise CacheStateError(
+                f"layer {self.layer_idx}: its indexer has a key for each token and chooses tokens by their place, so "
+                "none can be evicted"
+            )
         states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
         before, length, stored = self.get_seq_length(), key_states.shape[2], self._sides["key"].store.length
         common = min(count_common(held, states[name]) for name, held in self._materialize_sides())

@@ -103,6 +103,7 @@ SEAMS = (
         "the keys [B, T, D] of the indexer of a layer of sparse attention, a new tensor after each update",
         (
             "transformers_seams/layer_kinds.py",
+            "layers/quantized_layer.py",
             "layers/transformers_layers.py",
             "planning/rehearsal.py",
             "persistence/carried.py",

@@ -148,6 +148,24 @@ def test_a_crop_takes_back_the_keys_of_an_indexer_and_is_refused_for_a_sum(model
     assert torch.equal(generate(model, cache, text), reference)
 
 
+def test_caches_that_carry_more_are_not_concatenated(model):
+    caches = [read(model, ids(), KVQ(QUANTIZED, model=model)) for _ in range(2)]
+    with pytest.raises(CacheStateError, match=r"layers \[0, 1\] do not hold the states of all their tokens, or more"):
+        KVQ.concatenate(caches, model=model)
+
+
+def test_tokens_under_an_indexer_are_not_evicted(model):
+    cache = read(model, ids(), KVQ(QUANTIZED, model=model))
+    keep = torch.arange(10, 60)
+    if model.config.model_type == "falcon_h1":
+        cache.evict(0, keep)
+        assert cache.layers[0].get_seq_length() == 50
+        return
+    with pytest.raises(CacheStateError, match=r"layer 0: its indexer has a key for each token .* none can be evicted"):
+        cache.evict(0, keep)
+    assert cache.layers[0].get_seq_length() == 60
+
+
 @pytest.mark.skipif(not hasattr(transformers, "Qwen4ExpTextConfig"), reason="no Qwen4-Exp in this release")
 def test_an_indexer_over_plain_keys_reads_them_packed():
     config = transformers.Qwen4ExpTextConfig(

@@ -204,11 +204,15 @@ KNOWN_STATE = {
         "_sides", "device", "dtype", "is_initialized", "layer_idx", "padding", "settings",
         "kernel_cache",  # what kernels keep in this process
         "carried",  # saved beside the sides
+        "evicted_length", "_assigned", "_rewritten",  # a cache with evicted tokens is refused
         "flush_delay",  # of the index
         "_records_past",  # asked for by each `generate` that needs it
     },
     "LayerSide": {"flush_length", "contents"},
-    "SideContents": {"store", "window", "sinks", "cropped"},
+    "SideContents": {
+        "store", "window", "sinks", "cropped",
+        "length",  # found from store and window
+    },
     "ChunkedStore": {
         "writer", "batch_size", "segments",
         "blocks", "length", "seen",  # found from the segments
