@@ -11,6 +11,8 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
 )
 
@@ -143,6 +145,16 @@ def test_layers_in_full_precision_are_joined_too(model):
 def test_models_whose_keys_turn_otherwise_are_refused(make, said):
     with pytest.raises(ModelError, match=said):
         KeyRotation(build(make()))
+
+
+def test_models_whose_positions_images_shift_are_refused():
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    text = dict(**shape, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    vision = dict(depth=1, embed_dim=32, num_heads=2, hidden_size=64)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+    with pytest.raises(ModelError, match="images shift the positions"):
+        KeyRotation(model)
 
 
 def test_a_model_that_does_not_keep_what_it_says_is_found_out(model, monkeypatch):

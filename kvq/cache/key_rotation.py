@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvq.errors import ModelError
+from kvq.transformers_seams.position_offsets import OFFSETS, find_offset_holder
 from kvq.transformers_seams.private_names import pass_cache
 
 FIXED_KINDS = ("default", "linear", "llama3", "yarn", "proportional")
@@ -37,9 +38,24 @@ class KeyRotation:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._name = type(model).__name__
+        if find_offset_holder(model) is not None:
+            raise ModelError(
+                f"{self._name}: images shift the positions of later tokens ({OFFSETS}), and no cache says by how much; "
+                "its caches cannot be concatenated"
+            )
         self._embedding = _find_embedding(model)
         self._apply = _find_apply(self._embedding)
-        self._check(model)
+        try:
+            self._check(model)
+        except (
+            RuntimeError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ) as error:  # foreign code with positions it may not take
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{self._name}: its keys cannot be turned to other positions: {error}") from error
 
     def shifted(self, keys: torch.Tensor, distance: int) -> torch.Tensor:
         """Return keys as they would be `distance` positions later.
