@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import Qwen2Config
 
 from kvq import KVQ
+from kvq.attention.entry import kvq_attention_forward
 from kvq.attention.handle import PackedStates
 from kvq.config import KVQCacheConfig
 from kvq.errors import CacheStateError
@@ -83,6 +85,19 @@ def test_handles_of_a_layer_that_records_its_past_outlive_changes(layer):
     for handle, states in zip(handles, before, strict=True):
         assert not handle.is_fresh
         assert torch.equal(handle.materialize(), states)
+
+
+def test_attention_reads_a_handle_that_outlives_a_change_without_a_kernel(layer):
+    layer.activate_past_recording()
+    module, query = SimpleNamespace(is_causal=True), torch.randn(2, 2, 1, 64)
+    keys, values = layer.update(torch.randn(2, 2, 1, 64), torch.randn(2, 2, 1, 64), packed=True)
+    before = keys.materialize(), values.materialize()
+    layer.crop(-200)
+    expected, _ = kvq_attention_forward(module, query, *before, None, scaling=0.125)
+    layer.kernel_cache.last_reader = ""
+    found, _ = kvq_attention_forward(module, query, keys, values, None, scaling=0.125)
+    assert torch.equal(found, expected)
+    assert layer.kernel_cache.last_reader == "", "a kernel would keep where the chunks were"
 
 
 def test_handles_of_two_layers_are_not_taken_for_a_pair(layer):
