@@ -119,7 +119,7 @@ def test_kernels_read_what_it_stores(nbits, build, axis, fields):
     for kernel in kernels:
         if kernel.why_unavailable() is None:
             error = (kernel.attend(request).double() - expected).abs().max() / expected.abs().max()
-            assert error < 1e-5, kernel.name
+            assert error < (1e-5 if kernel is REFERENCE else 1e-4), kernel.name  # it rounds the query to 16 bits
 
 
 def test_every_kind_of_request():

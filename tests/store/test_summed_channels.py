@@ -108,11 +108,11 @@ def test_kernels_read_the_sums(nbits, queries):
     case = ContractCase(spec_of(Residual), nbits, Granularity.PER_CHANNEL)
     request = make_request(case, queries, is_padded=False, order=None)
     expected = attend(request)
-    for kernel in (REFERENCE, CompiledKernel()):
+    for kernel, bound in ((REFERENCE, 1e-5), (CompiledKernel(), 1e-4)):  # compiled code rounds the query to 16 bits
         assert kernel.why_unsupported(request) is None
         if kernel.why_unavailable() is None:
             error = (kernel.attend(request).double() - expected).abs().max() / expected.abs().max()
-            assert error < 1e-5, kernel.name
+            assert error < bound, kernel.name
     assert TRITON.why_unsupported(request) == "elements that are sums of stored channels"
 
 
