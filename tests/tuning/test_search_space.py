@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -9,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from kvq import KVQCacheConfig
 from kvq.tuning import Grid, Pair, SearchSpace, SideSetting, widen_for_biases
 from kvq.tuning.side_setting import build_config
+from kvq.tuning.tuner import _list_biased_keys
 
 BYTES, PLAIN = SideSetting("native", 2, metadata="int8"), SideSetting("native", 2)
 
@@ -61,3 +64,10 @@ def test_keys_with_a_large_bias_are_also_tried_without_bytes(bias, found):
     model = tiny_qwen2(bias)
     assert widen_for_biases(Grid(), model).metadata == found
     assert widen_for_biases(Grid(metadata=("float16",)), model).metadata == ("float16",)
+
+
+@pytest.mark.parametrize(("setting", "bias", "warns"), [(BYTES, 50.0, True), (PLAIN, 50.0, False), (BYTES, 0.0, False)])
+def test_an_answer_with_biased_keys_in_bytes_comes_with_a_warning(setting, bias, warns):
+    config = build_config(KVQCacheConfig(backend="native"), dict.fromkeys((0, 1), Pair(setting, setting)), 2)
+    plan = SimpleNamespace(model=tiny_qwen2(bias), space=SearchSpace((setting,), (setting,), ((0,), (1,))))
+    assert [("write metadata_dtype: float16" in one) for one in _list_biased_keys(plan, config)] == [True] * warns
