@@ -114,7 +114,7 @@ def test_decoded_states_are_those_of_torch(draw, make_codec, own_trust, seed, dt
         assert (room == 7).all()
 
 
-def test_parts_that_lie_in_another_way_are_left_to_torch(make_codec):
+def test_parts_that_lie_in_another_way_are_left_to_torch(make_codec, own_trust):
     codec, states = make_codec(), torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
     parts = codec.encode(states)
     expected, found = torch.empty_like(states), torch.empty_like(states)
@@ -129,6 +129,7 @@ def test_parts_that_lie_in_another_way_are_left_to_torch(make_codec):
         assert torch.equal(found, expected)
     assert not codec.encoder.decode_into(codec, {**parts, "codes_4": parts["codes_4"].mT.contiguous().mT}, found)
     assert not codec.encoder.decode_into(codec, parts, found.mT.contiguous().mT)
+    assert own_trust.fault is None, "they are not tried first"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
