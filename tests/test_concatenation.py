@@ -174,13 +174,19 @@ def test_caches_that_do_not_fit_are_refused(model):
     one = read(model, draw(30, 1), **SMALL)
     evicted, padded = read(model, draw(90, 1), **SMALL), KVQ(model=model, padding=(3,), **SMALL)
     evicted.evict(0, torch.arange(20, 90))
+    evicted_behind = read(model, draw(90, 1), **SMALL)
+    evicted_behind.evict(1, torch.arange(20, 90))
     with torch.no_grad():
         model(draw(30, 2), past_key_values=padded)
+    cut_short = one.fork()
+    cut_short.update(*torch.zeros(2, 1, 2, 5, cut_short.materialize(0)[0].shape[-1]), 0)
     for caches, error, said in (
         ([], StatesError, "there are no caches"),
         ([one, KVQ(model=model, **SMALL)], CacheStateError, "cache 1 holds no tokens"),
         ([one, evicted], CacheStateError, "cache 1 has evicted tokens"),
+        ([one, evicted_behind], CacheStateError, "cache 1 has evicted tokens"),
         ([padded, one], CacheStateError, "cache 0 has left padding"),
+        ([one, cut_short], CacheStateError, "cache 1 has layers of 30 and 35 tokens; a forward was cut short"),
         ([one, read(model, draw(30, 1, rows=2), **SMALL)], StatesError, "2 layers and 1 rows, 2 layers and 2 rows"),
     ):
         with pytest.raises(error, match=said):

@@ -26,11 +26,6 @@ class TextCache(Protocol):
         """Whether a row begins with left padding."""
         ...
 
-    @property
-    def next_position(self) -> int:
-        """The position of the token that comes next."""
-        ...
-
     def get_seq_length(self) -> int:
         """Return the tokens held."""
         ...
@@ -98,7 +93,7 @@ def _check_one(name: str, cache: TextCache) -> None:
         raise CacheStateError(f"{name} holds no tokens; run the model with it first")
     if cache.has_padding:
         raise CacheStateError(f"{name} has left padding, which would stand in the middle; make one cache for each row")
-    if cache.next_position != cache.get_seq_length():
+    if any(getattr(layer, "evicted_length", 0) for layer in cache.layers):
         raise CacheStateError(f"{name} has evicted tokens; concatenate first, and evict then")
     other = [
         index
@@ -109,6 +104,12 @@ def _check_one(name: str, cache: TextCache) -> None:
         raise CacheStateError(
             f"{name}: layers {other} do not hold the states of all their tokens, or more than these (sliding or linear "
             "attention, indexers), so none can be put behind others"
+        )
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    if len(lengths) > 1:
+        raise CacheStateError(
+            f"{name} has layers of {' and '.join(map(str, sorted(lengths)))} tokens; a forward was cut short, so it is "
+            "not of one text"
         )
 
 
