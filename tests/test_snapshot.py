@@ -1,5 +1,8 @@
 """`snapshot` and `restore`: a cache goes back to a token where a crop cannot."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -77,6 +80,21 @@ def test_stored_tokens_are_shared_until_the_cache_grows(model):
     cache.restore(snapshot)
     held, kept = (layers[quantized].side("key").store.segments[0] for layers in (snapshot.fork().layers, cache.layers))
     assert [one.data_ptr() for one in held.parts.values()] == [one.data_ptr() for one in kept.parts.values()]
+
+
+def test_what_came_after_it_is_let_go(model):
+    cache = KVQ(QUANTIZED, model=model)
+    with torch.no_grad():
+        model(ids(60), past_key_values=cache)
+        snapshot = cache.snapshot()
+        model(ids(60, 2), past_key_values=cache)
+        left = [weakref.ref(layer) for layer in cache.layers]
+        cache.restore(snapshot)
+        left += [weakref.ref(layer) for layer in cache.layers]
+        cache.move_to("cpu")
+    gc.collect()
+    assert len(snapshot) == 60
+    assert [layer() for layer in left] == [None] * 4
 
 
 def test_the_padding_and_the_batch_come_back():

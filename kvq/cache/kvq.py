@@ -337,6 +337,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         """
         moved = move_layers(self.layers, device)
         self.layers: list[Any] = moved
+        self._known_carriers = None
 
     def fork(self) -> KVQ:
         """Return an independent cache with the same tokens; both share the tensors until one of them changes its own.
@@ -345,6 +346,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         layers, those of plain attention share keys and values; others are copied at once.
         """
         other = copy.copy(self)
+        other._known_carriers = None  # which would keep these layers alive
         other._thread_guard, other.attention_detector = ThreadGuard(), self.attention_detector.fork()
         other._ticket = Ticket.of(other)
         other._padding = copy.copy(self._padding)
@@ -352,6 +354,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         return other
 
     def _take(self, held: KVQ) -> None:
+        self._known_carriers = None
         self.layers, self._padding, self._history = held.layers, held._padding, held._history
         self._records_past = held._records_past
         if held._position_offsets is not None:
