@@ -114,7 +114,8 @@ def _count_layers(config: KVQCacheConfig, model_config: PretrainedConfig | None)
         return int(model_config.get_text_config().num_hidden_layers)
     if config.needs_layer_count:
         raise EvaluationError("the configuration counts layers from the end; give --model, which has their number")
-    return max((LayerSelector.parse(text).stop for text in config.layers), default=1)
+    # One more, for all the layers that have no settings of their own.
+    return max((LayerSelector.parse(text).stop for text in config.layers), default=0) + 1
 
 
 _SIDES: tuple[Side, Side] = ("key", "value")

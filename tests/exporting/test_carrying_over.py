@@ -76,6 +76,12 @@ def test_layers_in_full_precision_are_skipped_where_the_engine_can():
     assert "settings of single layers: 1 entries become one setting for all" in other.losses
 
 
+def test_first_layers_in_full_precision_are_not_all_layers_where_no_model_says():
+    carried = _carry("vllm", nbits_k=8, nbits_v=8, layers={"0-1": {"full_precision": True}})
+    assert carried.kept == (0, 1)
+    assert carried.setting.label == _carry("vllm", nbits_k=8, nbits_v=8).setting.label
+
+
 def test_layers_count_in_the_mean_with_a_model():
     small = LlamaConfig(hidden_size=128, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=4)
     carried = _carry("llama.cpp", small, nbits_k=4, nbits_v=4, layers={"last:2": {"nbits_k": 8}})
@@ -94,7 +100,7 @@ def test_what_cannot_be_carried_over_is_refused():
     with pytest.raises(EvaluationError, match="counts layers from the end; give --model"):
         _carry("vllm", layers={"last:2": {"nbits_k": 8}})
     with pytest.raises(EvaluationError, match="keeps every layer in full precision"):
-        _carry("vllm", layers={"0": {"full_precision": True}})
+        _carry("vllm", LlamaConfig(num_hidden_layers=1), layers={"0": {"full_precision": True}})
     with pytest.raises(EvaluationError, match="choose one of vllm, sglang, "):
         find_engine("ollama")
     odd = LlamaConfig(hidden_size=80, num_attention_heads=1, num_hidden_layers=1)
