@@ -187,7 +187,7 @@ class TestAssignment:
         assert torch.equal(cache.materialize(0)[0], draw(seed=9)[0])
         assert torch.equal(cache.materialize(0)[1], draw()[1])
 
-    def test_half_an_assignment_stops_everything_else(self):
+    def test_half_an_assignment_stops_everything_else(self, tmp_path):
         cache = filled()
         layer = cache.layers[0]
         layer.keys = layer.keys[:, :, :100]
@@ -197,6 +197,7 @@ class TestAssignment:
             lambda: cache.materialize(0),
             lambda: cache.crop(-1),
             lambda: cache.reorder_cache(torch.tensor([1, 0])),
+            lambda: cache.save(tmp_path / "a.safetensors"),
         ):
             with pytest.raises(CacheStateError, match=r"keys of layer 0 were assigned with 100 tokens.*still has 300"):
                 use()

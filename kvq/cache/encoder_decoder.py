@@ -95,7 +95,8 @@ class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
 
         Raises:
             CacheFileError: the file cannot be written.
-            CacheStateError: the cache is empty, in the middle of a forward, or has layers that no file can hold.
+            CacheStateError: the cache is empty, in the middle of a forward, has evicted tokens, or has layers that no
+                file can hold.
             ConfigError: a backend was given as an object that no file can name.
         """
         write_layers(

@@ -229,15 +229,10 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
 
         Raises:
             CacheFileError: the file cannot be written.
-            CacheStateError: the cache is empty, in the middle of a forward, or has layers that no file can hold.
+            CacheStateError: the cache is empty, in the middle of a forward, has evicted tokens, or has layers that no
+                file can hold.
             ConfigError: a backend was given as an object that no file can name.
         """
-        evicted = [index for index, layer in enumerate(self.layers) if getattr(layer, "evicted_length", 0)]
-        if evicted:
-            raise CacheStateError(
-                f"tokens were evicted from layers {evicted}, and a file does not hold at which position to go on; save "
-                "the cache before, and evict after loading it"
-            )
         owner = model or self._model.find() or self._model_config
         known = self.token_ids
         if token_ids is None and known is not None and known.shape[1] >= self.get_seq_length():

@@ -103,8 +103,7 @@ class KVQLayer(CarryingLayer):
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as fresh full-precision tensors `[B, H, T, D]`; only after the first update."""
-        if self._assigned:
-            self._refuse_half_assigned()
+        self.check_whole()
         return self._sides["key"].view().materialize(), self._sides["value"].view().materialize()
 
     @property
@@ -177,8 +176,7 @@ class KVQLayer(CarryingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do as `update` with states that `check_states` has accepted."""
         was_initialized = self.is_initialized
-        if self._assigned:
-            self._refuse_half_assigned()
+        self.check_whole()
         if not was_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._sides["key"], self._sides["value"]
@@ -242,8 +240,7 @@ class KVQLayer(CarryingLayer):
             crop_carried(self.carried, tokens_to_remove)
         if not self.is_initialized:
             return
-        if self._assigned:
-            self._refuse_half_assigned()
+        self.check_whole()
         length = max(0, self.get_seq_length() + int(tokens_to_remove))  # a tensor where 5.17 decodes assisted
         flush_count = self._flush_count(length)
         if tokens_to_remove == 0 and not flush_count:
@@ -403,7 +400,14 @@ class KVQLayer(CarryingLayer):
         if self._rewritten > 1 and any(groups_tokens(side.codec) for side in self._sides.values()):
             warn_user_once(REWRITTEN_OFTEN)
 
-    def _refuse_half_assigned(self) -> None:
+    def check_whole(self) -> None:
+        """Check that keys and values are of the same tokens.
+
+        Raises:
+            CacheStateError: one of them was assigned, and the other is still to come.
+        """
+        if not self._assigned:
+            return
         (name, states), *_ = self._assigned.items()
         raise CacheStateError(
             f"{self._name(name)} were assigned with {states.shape[2]} tokens, and the other side still has "
@@ -437,8 +441,7 @@ class KVQLayer(CarryingLayer):
     def _select_rows(self, rows: torch.Tensor) -> None:
         if not self.is_initialized:
             return
-        if self._assigned:
-            self._refuse_half_assigned()
+        self.check_whole()
         for side in self._sides.values():
             side.select_rows(rows)
         if self.carried is not None:

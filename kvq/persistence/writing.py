@@ -48,7 +48,8 @@ def write_layers(
 
     Raises:
         CacheFileError: the file cannot be written; an existing file is unchanged.
-        CacheStateError: a layer is of a kind that the format does not know, or a forward was cut short.
+        CacheStateError: a layer is of a kind that the format does not know or has evicted tokens, or a forward was cut
+            short.
         ConfigError: a backend was given as an object that no file can name.
     """
     groups = {"layers": layers} if cross_layers is None else {"layers": layers, "cross_layers": cross_layers}
@@ -89,6 +90,7 @@ def write_layers(
 
 
 def _check_layers(layers: Sequence[Any]) -> None:
+    _check_evictions(layers)
     for index, layer in enumerate(layers):
         if find_form(layer) is None:
             raise CacheStateError(
@@ -102,6 +104,18 @@ def _check_layers(layers: Sequence[Any]) -> None:
         raise CacheStateError(
             f"the layers hold {' and '.join(map(str, sorted(lengths)))} tokens; a forward was cut short, so the cache "
             "is not the beginning of any text"
+        )
+
+
+def _check_evictions(layers: Sequence[Any]) -> None:
+    own = {index: layer for index, layer in enumerate(layers) if isinstance(layer, KVQLayer)}
+    for layer in own.values():
+        layer.check_whole()
+    evicted = [index for index, layer in own.items() if layer.evicted_length]
+    if evicted:
+        raise CacheStateError(
+            f"tokens were evicted from layers {evicted}, and a file does not hold at which position to go on; save "
+            "the cache before, and evict after loading it"
         )
 
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers.cache_utils import DynamicLayer
 
 from kvq import KVQ, EncoderDecoderKVQ
-from kvq.errors import CacheFileError
+from kvq.errors import CacheFileError, CacheStateError
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.layers.transformers_layers import carrier_of
 from kvq.persistence.header import CacheHeader
@@ -214,6 +214,16 @@ def test_a_file_of_one_attention_is_refused_for_two(tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     with pytest.warns(UserWarning, match="which model"), pytest.raises(CacheFileError, match=r"load it by KVQ\.load"):
         EncoderDecoderKVQ.load(tmp_path / "cache.safetensors", model=t5())
+
+
+def test_two_attentions_that_have_evicted_tokens_are_not_saved(tmp_path):
+    model = t5()
+    cache = EncoderDecoderKVQ(QUANTIZED, model=model)
+    with torch.no_grad():
+        model(input_ids=ids(70), decoder_input_ids=ids(90), past_key_values=cache)
+    cache.self_attention_cache.evict(1, torch.arange(90) != 50)
+    with pytest.raises(CacheStateError, match=r"evicted from layers \[1\]"):
+        cache.save(tmp_path / "cache.safetensors")
 
 
 def test_both_attentions_move():
