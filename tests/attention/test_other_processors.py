@@ -30,6 +30,8 @@ REQUESTS = {
     ),
     "swapped": dict(head_dim=64, **SWAPPED),
     **{f"{bits} bit": dict(nbits_k=bits, nbits_v=bits, head_dim=64) for bits in range(1, 9)},
+    "groups of 40": dict(head_dim=80, q_group_size=40, axis_key="per_token"),
+    "groups of 25": dict(head_dim=100, axis_key="per_token"),
     "swapped 5 bit": dict(nbits_k=5, nbits_v=3, **SWAPPED),
     "sinks, padding, mask": dict(sink_length=5, padding=(41, 0), mask=PADDED),
     "additive mask": dict(mask=torch.linspace(-3, 3, 6 * 334).reshape(1, 6, 1, 334)),

@@ -55,6 +55,17 @@ def test_blocks_of_every_length(kernel, make_request, reference, error_of, group
     assert error_of(kernel.attend(request), reference(request)) < ERROR
 
 
+@pytest.mark.parametrize("head_dim", [33, 36, 67, 80, 100, 130])
+def test_groups_of_a_token_that_fill_no_vector(kernel, make_request, reference, error_of, head_dim):
+    """A group ends in the middle of a vector, or of a pair: the next one has another scale."""
+    options = dict(axis_key="per_token", axis_value="per_token", q_group_size=32, nbits_k=5, nbits_v=3)
+    request = make_request(head_dim=head_dim, **options)
+    packed = request.pair.key.store.codec.packed_format
+    assert packed.groups_per_token > 1
+    assert packed.group_length % 8
+    assert error_of(kernel.attend(request), reference(request)) < ERROR
+
+
 def test_sharp_scores_are_as_exact_as_in_fp32(kernel, make_request, reference, error_of):
     """Where rounding to 16 bits would show, the remainders are multiplied too."""
     request = replace(make_request(head_dim=64, tokens=700, **DEFAULT_STEPS), scaling=1.0)

@@ -737,7 +737,15 @@ static inline void set_step(rounded_t *rounded, int r, vi sizes) {
   rounded->step[1][r] = rounded->step[0][r] / REMAINDER_STEPS;
 }
 
-/* Round a layer of one row, `count` numbers in whole vectors; return the sum of squares of the whole numbers. */
+/* The first `count` numbers of a vector; 0 for the others, which belong to the next group. */
+static inline vf first_numbers(vf x, int64_t count) {
+  vi place;
+  for (int i = 0; i < VL; i++) place[i] = i;
+  return choose(place < (int32_t)count, x, (vf){0});
+}
+
+/* Round a layer of one row of `count` numbers, and fill the last vector up with 0; return the sum of squares of the
+ * whole numbers. */
 static inline __attribute__((always_inline)) float round_row(rounded_t *rounded, const int layer, int r,
                                                              const float *from, int64_t count, int64_t half) {
   int16_t *to = rounded->numbers + (layer * MAX_ROWS + r) * rounded->stride;
@@ -745,6 +753,7 @@ static inline __attribute__((always_inline)) float round_row(rounded_t *rounded,
   vi sum = {0};
   for (int64_t i = 0; i < count; i += VL) {
     vf scaled = load(from + i) * inverse;
+    if (i + VL > count) scaled = first_numbers(scaled, count - i);
     vi whole = to_whole(scaled);
     vf remainder = scaled - __builtin_convertvector(whole, vf);
     if (layer) whole = to_whole(remainder * REMAINDER_STEPS);
@@ -915,19 +924,19 @@ static void fold(work_t *w, int rows, const float *from, int64_t stride, const f
 static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, int64_t count, float unit) {
 #if defined(WHOLE_BYTES)
   rounded_t *rounded = &w->rounded;
-  int64_t padded = divide_up(count, VL) * VL, half = 1 << (side->bits - 1);
+  int64_t half = 1 << (side->bits - 1);
   float accepted = accepted_error(w->q);
   /* Remainders are even within a step, so their deviation is 0.29; that of codes is about 0.58 halves. */
   float error = unit != 0 ? 0.167f * sqrtf((float)count) * (float)half * unit : 0.084f * (float)count;
   const float *from = w->folded + start;
   rounded->layers = 1;
   for (int r = 0; r < rows; r++) {
-    float squares = round_row(rounded, 0, r, from + r * w->fold_stride, padded, half), step = rounded->step[0][r];
+    float squares = round_row(rounded, 0, r, from + r * w->fold_stride, count, half), step = rounded->step[0][r];
     int is_coarse = unit != 0 ? error * step > accepted : error > squares * (accepted * accepted);
     if (is_coarse && step > 0) rounded->layers = LAYERS;
   }
   if (rounded->layers == LAYERS)
-    for (int r = 0; r < rows; r++) round_row(rounded, 1, r, from + r * w->fold_stride, padded, half);
+    for (int r = 0; r < rows; r++) round_row(rounded, 1, r, from + r * w->fold_stride, count, half);
 #else
   (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit;
 #endif
