@@ -278,6 +278,44 @@ class TestRefusals:
             cache.crop_to_prefix(torch.zeros(2, 10, dtype=torch.int64))
 
 
+class TestCrop:
+    """A crop takes back tokens that came last; evicted ones would have to be counted among them."""
+
+    @pytest.mark.parametrize(
+        ("keeps", "newest"),
+        [
+            ([torch.cat([torch.arange(4), torch.arange(250, TOKENS)])], 50),
+            ([torch.arange(100)], 0),
+            ([torch.cat([torch.arange(4), torch.arange(250, TOKENS)]), torch.arange(54) != 2], 50),
+            ([torch.cat([torch.arange(4), torch.arange(250, TOKENS)]), torch.arange(54) != 20], 33),
+            ([torch.arange(TOKENS) != 298, torch.arange(299) != 2], 1),
+        ],
+    )
+    def test_it_reaches_to_the_newest_gap(self, keeps, newest):
+        cache = filled()
+        for keep in keeps:
+            cache.evict(0, keep)
+        fork, held = cache.fork(), cache.get_seq_length()
+        for one in (cache, fork):
+            with pytest.raises(CacheStateError, match=rf"layers \[0\], and only the newest {newest} came"):
+                one.crop(-newest - 1)
+            assert one.get_seq_length() == held
+            one.crop(-newest)
+            assert one.get_seq_length() == held - newest
+            assert one.next_position == TOKENS - newest
+            one.update(*draw(3), 0)
+            one.crop(-3)
+            assert one.next_position == TOKENS - newest
+
+    def test_after_a_reset_it_reaches_all(self):
+        cache = filled()
+        cache.evict(0, torch.arange(100))
+        cache.reset()
+        cache.update(*draw(), 0)
+        cache.crop(-TOKENS)
+        assert cache.get_seq_length() == cache.next_position == 0
+
+
 def test_copies_are_independent_and_a_reset_forgets():
     cache = filled()
     fork, copied = cache.fork(), copy.deepcopy(cache)
@@ -286,8 +324,8 @@ def test_copies_are_independent_and_a_reset_forgets():
     again = cache.fork()
     again.update(*draw(2), 0)
     assert (again.next_position, cache.next_position) == (302, 300)
-    cache.crop(-10)
-    assert (cache.get_seq_length(), cache.next_position) == (40, 290)
+    again.crop(-2)
+    assert (again.get_seq_length(), again.next_position) == (50, 300)
     cache.reset()
     assert cache.next_position == 0
 

@@ -364,7 +364,8 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
         """Forget the newest tokens, and quantize those that waited while the past was recorded; see `KVQLayer.crop`.
 
         Raises:
-            CacheStateError: a layer carries a state that is the sum of all tokens, from which none can be taken back.
+            CacheStateError: a layer carries a state that is the sum of all tokens, of which none can be taken back,
+                has forgotten what came before its window, or has evicted tokens behind which too few came.
             StatesError: the number is positive.
         """
         stuck = [index for index, layer in enumerate(self.layers) if carries_sum(carrier_of(layer))]
@@ -381,6 +382,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
                 f"crop({tokens_to_remove}): layers {bounded} slide and have forgotten what came before their window; "
                 "call cache.activate_past_recording() before the tokens that may have to go, or cache.snapshot()"
             )
+        self._check_evictions(tokens_to_remove)
         super().crop(tokens_to_remove)
         if self._history is not None and tokens_to_remove < 0:
             self._history = self._history.cropped(self.get_seq_length())
@@ -541,6 +543,17 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
                 select_rows(layer, choose(torch.arange(count)))
         if self._history is not None:
             self._history = self._history.select_rows(choose(torch.arange(len(self._history.ids))))
+
+    def _check_evictions(self, tokens_to_remove: int) -> None:
+        """Check that a crop does not reach the tokens between which some were evicted."""
+        own = [layer for layer in self.layers if isinstance(layer, KVQLayer) and layer.firm_length]
+        left = min((layer.get_seq_length() - layer.firm_length for layer in own), default=-tokens_to_remove)
+        if -tokens_to_remove > left:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): tokens were evicted from layers {[layer.layer_idx for layer in own]}, and "
+                f"only the newest {left} came after them all; "
+                "cache.snapshot() before evict, and cache.restore(snapshot), go back further"
+            )
 
     def _check_order(self, layer: KVQLayer, key_states: torch.Tensor) -> None:
         """Check, without a model that says how its layers use the cache, that they are filled in step.

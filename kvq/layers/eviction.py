@@ -1,4 +1,4 @@
-"""Which tokens of a layer stay when others are dropped, and where the remaining states begin to differ."""
+"""Which tokens of a layer stay when others are dropped, and where the remaining states differ."""
 
 from __future__ import annotations
 
@@ -89,6 +89,13 @@ def count_common(states: torch.Tensor, others: torch.Tensor) -> int:
     equal = (states[:, :, :length] == others[:, :, :length]).all(-1).all(0).all(0)
     differs = equal.logical_not().nonzero()
     return int(differs[0]) if len(differs) else length
+
+
+def count_equal_ends(states: torch.Tensor, others: torch.Tensor) -> tuple[int, int]:
+    """Return how many of the first and of the last tokens of two `[B, H, T, D]` are equal, as `count_common` does."""
+    length = min(states.shape[2], others.shape[2])
+    newest = (one[:, :, one.shape[2] - length :].flip(2) for one in (states, others))
+    return count_common(states, others), count_common(*newest)
 
 
 def groups_tokens(quantizer: object) -> bool:

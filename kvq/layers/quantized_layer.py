@@ -13,7 +13,7 @@ from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import CacheStateError, StatesError
 from kvq.layers.carrying_layer import CarryingLayer
-from kvq.layers.eviction import check_padding_stays, count_common, find_kept, gather_tokens, groups_tokens
+from kvq.layers.eviction import check_padding_stays, count_equal_ends, find_kept, gather_tokens, groups_tokens
 from kvq.layers.flush_delay import choose_delay
 from kvq.layers.given_states import check_continuity, check_pair, check_states, goes_on
 from kvq.layers.quantizer_factory import build_codec
@@ -48,6 +48,9 @@ class KVQLayer(CarryingLayer):
 
     Attributes:
         flush_delay: tokens by which the layer quantizes later than `residual_length` says; see `choose_delay`.
+        evicted_length: tokens that came and were dropped by `evict` or `replace`.
+        firm_length: tokens that no crop can take back: between them some were dropped. Behind them stands all that came
+            last.
     """
 
     is_compileable = False
@@ -69,7 +72,7 @@ class KVQLayer(CarryingLayer):
         self.record_past = False
         self.flush_delay = 0
         self.kernel_cache = KernelCache()
-        self.evicted_length = 0
+        self.evicted_length = self.firm_length = 0
         self._rewritten = 0
         self._sides: dict[Side, LayerSide] = {}
         self._assigned: dict[Side, torch.Tensor] = {}
@@ -288,7 +291,8 @@ class KVQLayer(CarryingLayer):
             )
         states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
         before, length, stored = self.get_seq_length(), key_states.shape[2], self._sides["key"].store.length
-        common = min(count_common(held, states[name]) for name, held in self._materialize_sides())
+        equal = [count_equal_ends(held, states[name]) for name, held in self._materialize_sides()]
+        common, common_end = (min(counts) for counts in zip(*equal, strict=True))
         padding = max(self._sides["key"].sinks.starts)
         if common < padding:
             raise StatesError(f"layer {self.layer_idx}: {padding} tokens of left padding cannot be replaced")
@@ -300,12 +304,15 @@ class KVQLayer(CarryingLayer):
             for name, side in self._sides.items():
                 side.append(states[name][:, :, start:], flush_count)
         self._note_rewriting(start < stored)
+        if length < before:
+            self.firm_length = length - min(common_end, before - self.firm_length)
         self.evicted_length = max(0, self.evicted_length + before - length)
         self.kernel_cache.note_rearrangement()
 
     def reset(self) -> None:
         """Forget everything, the padding too; the next update may bring states of another shape."""
-        self._sides, self._assigned, self.evicted_length, self._rewritten = {}, {}, 0, 0
+        self._sides, self._assigned, self._rewritten = {}, {}, 0
+        self.evicted_length = self.firm_length = 0
         self.padding = None
         self.is_initialized = False
         if self.carried is not None:
@@ -371,7 +378,7 @@ class KVQLayer(CarryingLayer):
         other = KVQLayer(self.layer_idx, self.settings, self.padding, carried)
         other.is_initialized, other.record_past = self.is_initialized, self.record_past
         other.evicted_length, other._assigned = self.evicted_length, dict(self._assigned)
-        other._rewritten = self._rewritten
+        other.firm_length, other._rewritten = self.firm_length, self._rewritten
         other.flush_delay = self.flush_delay
         if self.is_initialized:
             other.dtype, other.device = self.dtype, self.device
