@@ -443,8 +443,7 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows: row `i` becomes the former row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)
-        if self._history is not None:
-            self._history = self._history.select_rows(beam_idx.cpu())
+        self._select_what_goes_with_rows(lambda rows: rows[beam_idx.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -541,8 +540,14 @@ class KVQ(CarriedStates, KnownTokens, Restorable):
             count = layer.count_rows() if isinstance(layer, KVQLayer) else count_rows(layer)
             if count is not None:
                 select_rows(layer, choose(torch.arange(count)))
+        self._select_what_goes_with_rows(choose)
+
+    def _select_what_goes_with_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self._history is not None:
             self._history = self._history.select_rows(choose(torch.arange(len(self._history.ids))))
+        offsets = self._position_offsets
+        if offsets is not None and len(offsets) > 1:  # one may serve all rows
+            self._position_offsets = offsets[choose(torch.arange(len(offsets))).to(offsets.device)]
 
     def _check_evictions(self, tokens_to_remove: int) -> None:
         """Check that a crop does not reach the tokens between which some were evicted."""

@@ -95,6 +95,23 @@ def test_a_snapshot_brings_them_back(model):
     assert torch.equal(go_on(model, cache), reference)
 
 
+def test_they_go_with_the_rows_of_the_batch(model, tmp_path):
+    path, cache = tmp_path / "cache.safetensors", KVQ(EXACT, model=model)
+    read_all_but_the_last(model, cache)
+    model.model.rope_deltas = torch.tensor([[-12], [-5]])
+    cache.get_mask_sizes(1, 0)  # as the next forward does
+    for change, expected in (
+        (lambda: cache.reorder_cache(torch.tensor([1, 0])), [[-5], [-12]]),
+        (lambda: cache.batch_repeat_interleave(2), [[-5], [-5], [-12], [-12]]),
+        (lambda: cache.batch_select_indices(torch.tensor([3])), [[-12]]),
+        (lambda: cache.batch_repeat_interleave(2), [[-12]]),
+    ):
+        change()
+        cache.save(path)
+        KVQ.load(path, model=model)
+        assert model.model.rope_deltas.tolist() == expected
+
+
 def test_an_attached_cache_knows_them(model, tmp_path):
     with attach(model, EXACT) as attachment:
         model.generate(**inputs(), **GREEDY)
