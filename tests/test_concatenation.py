@@ -147,6 +147,11 @@ def test_models_whose_keys_turn_otherwise_are_refused(make, said):
         KeyRotation(build(make()))
 
 
+def test_a_configuration_is_no_model(model):
+    with pytest.raises(ModelError, match=r"model=LlamaConfig: .* give it, with its weights"):
+        KeyRotation(model.config)
+
+
 def test_models_whose_positions_images_shift_are_refused():
     shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     text = dict(**shape, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -38,6 +38,8 @@ class KeyRotation:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._name = type(model).__name__
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model={self._name}: keys are turned by the model itself; give it, with its weights")
         if find_offset_holder(model) is not None:
             raise ModelError(
                 f"{self._name}: images shift the positions of later tokens ({OFFSETS}), and no cache says by how much; "
