@@ -70,9 +70,16 @@ class Service:
         self._turn = threading.Lock()
         self.length = length
 
-    def complete(self, prompt: str, max_tokens: int) -> dict[str, Any]:
-        """Return the continuation of a prompt, greedy, with the counts of tokens."""
-        token_ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"].to(self._model.device)
+    def complete(self, prompt: str, max_tokens: int, *, is_formatted: bool = False) -> dict[str, Any]:
+        """Return the continuation of a prompt, greedy, with the counts of tokens.
+
+        Args:
+            prompt: the text.
+            max_tokens: most tokens of the answer.
+            is_formatted: whether the prompt has all special tokens in it, as a chat template leaves it.
+        """
+        encoded = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=not is_formatted)
+        token_ids = encoded["input_ids"].to(self._model.device)
         with self._turn:
             cache, cached = self._find_cache(token_ids)
             output = self._model.generate(
@@ -114,7 +121,7 @@ class Service:
                 cache = best.fork()
                 return cache, cache.crop_to_prefix(token_ids)
             except CacheStateError:
-                pass  # states of linear attention and bounded windows cannot go back: read the prompt anew
+                pass  # states of linear attention and bounded windows cannot go back: read the whole prompt
         return KVQ(self._config, model=self._model), 0
 
 
@@ -152,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ValueError("'prompt' must be a text that is not empty")
         if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= 4096:
             raise ValueError("'max_tokens' must be a whole number from 1 to 4096")
-        return describe(service.complete(prompt, length), is_chat=is_chat)
+        return describe(service.complete(prompt, length, is_formatted=is_chat), is_chat=is_chat)
 
     def _send(self, status: HTTPStatus, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvq import KVQ, KVQCacheConfig, available_backends
@@ -264,6 +265,21 @@ class TestServe:
         }
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found] == [0, ids.shape[1] - 1]
         assert found[0]["usage"]["prompt_tokens"] == ids.shape[1]
+
+    def test_a_chat_has_the_special_tokens_of_its_template_alone(self, serving):
+        names, _ = serving
+        model, tokenizer = load_model("embedded")
+        word = decode_tokens([20])
+        tokenizer.add_special_tokens({"bos_token": decode_tokens([21])})
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{tokenizer.bos_token} $0",
+            special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)],
+        )
+        tokenizer.chat_template = "{{ bos_token }} {{ messages[0]['content'] }}"
+        service = names["Service"](model, tokenizer)
+        assert service.complete(word, 1)["prompt_tokens"] == 2
+        prompt = service.format_chat([{"role": "user", "content": word}])
+        assert service.complete(prompt, 1, is_formatted=True)["prompt_tokens"] == 2
 
     @pytest.mark.parametrize(
         ("path", "body", "status", "told"),
