@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq.attention.kernels.compiled.compiler import BuildError
-from kvq.attention.kernels.compiled.kept_library import BuiltLibrary, provide_library
+from kvq.attention.kernels.compiled.kept_library import BuiltLibrary, load_library
 from kvq.attention.kernels.compiled.torch_threads import find_run_parallel
 from kvq.encoding.structure import EncodeRequest
 
@@ -46,22 +46,10 @@ def why_encode_unavailable() -> str | None:
 @cache
 def _load_once() -> EncodeLibrary | BuildError:
     try:
-        return _load()
+        return load_library(SOURCE, _open)
     except BuildError as error:
         _LOG.info("quantizing on the CPU does without its compiled code and is several times slower: %s", error)
         return error
-
-
-def _load() -> EncodeLibrary:
-    """Return the library; a kept one that does not fit is built once more."""
-    built = provide_library(SOURCE)
-    try:
-        return _open(built)
-    except BuildError:
-        if built.is_new:
-            raise
-        built.discard()
-    return _open(provide_library(SOURCE))
 
 
 def _open(built: BuiltLibrary) -> EncodeLibrary:

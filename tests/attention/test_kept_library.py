@@ -15,7 +15,7 @@ import torch
 
 from kvq.attention.kernels.compiled import kept_library, library
 from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain
-from kvq.attention.kernels.compiled.kept_library import provide_library
+from kvq.attention.kernels.compiled.kept_library import load_library, provide_library
 from kvq.attention.kernels.compiled.structures import IN_ORDER
 from kvq.attention.machine import kept_files
 
@@ -113,8 +113,9 @@ LOAD_EACH = """
 import json, os, sys
 from pathlib import Path
 from kvq.attention.kernels.compiled import library
+from kvq.attention.kernels.compiled.kept_library import provide_library
 library.SOURCE = Path(sys.argv[1])
-path = library.provide_library(library.SOURCE).path
+path = provide_library(library.SOURCE).path
 whole, ends = path.read_bytes(), []
 for damaged in (whole[:5000], bytes(len(whole)), whole[:4096] + bytes(len(whole) - 4096), b""):
     child = os.fork()
@@ -156,7 +157,7 @@ def test_a_library_without_the_symbols_is_built_once_more(as_kernel, folder, tmp
     foreign, built = provide_library(other), provide_library(as_kernel)
     put_under_its_own_digest(built.path, foreign.path.read_bytes())
     foreign.path.unlink()
-    assert library._load().attend(None) == 0
+    assert load_library(library.SOURCE, library._open).attend(None) == 0
     assert list(folder.iterdir()) == [built.path]
 
 
@@ -164,16 +165,16 @@ def test_a_source_without_the_symbols_is_a_reason(as_kernel):
     as_kernel.write_text("int answer(void) { return 42; }\n", encoding="utf-8")
     for _ in range(2):  # built, then kept and built once more
         with pytest.raises(BuildError, match=r"is not the library that was to be built: .*kvq_attend"):
-            library._load()
+            load_library(library.SOURCE, library._open)
 
 
 def test_other_sizes_of_the_structures_are_a_reason(as_kernel):
     write_stand_in(as_kernel, smaller=8)
     for _ in range(2):
         with pytest.raises(BuildError, match="lays out States in another way than Python's ctypes"):
-            library._load()
+            load_library(library.SOURCE, library._open)
     write_stand_in(as_kernel)
-    assert library._load().attend(None) == 0
+    assert load_library(library.SOURCE, library._open).attend(None) == 0
 
 
 def assert_held_for_this_process(source, caplog, reason):

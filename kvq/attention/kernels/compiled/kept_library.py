@@ -11,13 +11,16 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain, find_toolchain
 from kvq.attention.machine.kept_files import keep_file, open_private_folder, read_private_file, remove_unfinished
 
+Loaded = TypeVar("Loaded")
 _LOG = logging.getLogger("kvq")
 _FOLDER = "kernels"
 _DIGITS = 32
@@ -67,6 +70,26 @@ def provide_library(source: Path) -> BuiltLibrary:
     except OSError as error:
         return _build_for_this_process(toolchain, source, stem, error)
     return _find_kept(folder, stem) or _build_and_keep(toolchain, source, stem, folder)
+
+
+def load_library(source: Path, open_built: Callable[[BuiltLibrary], Loaded]) -> Loaded:
+    """Return what a function makes of the library of a C file; a kept one that it refuses is built once more.
+
+    Args:
+        source: the C file.
+        open_built: opens a library; it raises `BuildError` where that is not the one that was to be built.
+
+    Raises:
+        BuildError: the library cannot be built, or a new one is refused.
+    """
+    built = provide_library(source)
+    try:
+        return open_built(built)
+    except BuildError:
+        if built.is_new:
+            raise
+        built.discard()
+    return open_built(provide_library(source))
 
 
 def _find_kept(folder: Path, stem: str) -> BuiltLibrary | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvq.attention.kernels.compiled.compiler import BuildError
-from kvq.attention.kernels.compiled.kept_library import BuiltLibrary, provide_library
+from kvq.attention.kernels.compiled.kept_library import BuiltLibrary, load_library
 from kvq.attention.kernels.compiled.structures import IN_ORDER
 from kvq.attention.kernels.compiled.torch_threads import find_run_parallel
 
@@ -55,23 +55,10 @@ def why_unavailable() -> str | None:
 @cache
 def _load_once() -> Library | BuildError:
     try:
-        return _load()
+        return load_library(SOURCE, _open)
     except BuildError as error:
         _LOG.warning("attention on the CPU does without its compiled kernel and is several times slower: %s", error)
         return error
-
-
-def _load() -> Library:
-    """Return the library; a kept one that does not fit is built once more."""
-    built = provide_library(SOURCE)
-    try:
-        return _open(built)
-    except BuildError:
-        if built.is_new:
-            raise
-        built.discard()
-    built = provide_library(SOURCE)
-    return _open(built)
 
 
 def _open(built: BuiltLibrary) -> Library:
