@@ -39,7 +39,7 @@ class FixedStep:
 
     def __init__(self, layer: KVQLayer, query: torch.Tensor, scaling: float, room: int) -> None:
         self._layer, self._scaling = layer, scaling
-        self._capacity = layer.settings.residual_length + layer.flush_length
+        self._capacity = layer.settings.residual_length + layer.flush_delay + layer.flush_length
         sides = [side for _, side in layer.sides()]
         self._buffers = [_allocate(side, self._capacity) for side in sides]
         new = [side.window.buffer.new_empty((*side.window.buffer.shape[:2], 1, side.window.buffer.shape[3]))
@@ -120,6 +120,8 @@ class FixedStep:
         sides = [side for _, side in self._layer.sides()]
         if not sides or sides[0].store.length > self.plan.room:
             return f"the store has outgrown {self.plan.room} tokens, or was emptied"
+        if sides[0].window.length > self._capacity:
+            return f"the window has {sides[0].window.length} tokens, more than its room of {self._capacity}"
         is_same = all(side.sinks.states is kept for side, kept in zip(sides, self._sinks, strict=True))
         fits = sides[0].window.buffer.shape[0] == self._buffers[0].shape[0]
         return None if is_same and fits else "its rows or sinks are others now"

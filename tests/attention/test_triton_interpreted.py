@@ -106,6 +106,39 @@ def test_a_token_that_the_layer_took_by_itself_is_taken_over_first():
 
 
 @needs_triton
+def test_a_layer_that_waits_for_its_turn_has_room_for_the_tokens_that_wait():
+    pytest.importorskip("hqq")
+    cache = KVQ(backend="hqq", nbits_k=4, nbits_v=4, residual_length=32)
+    states = torch.randn(1, 2, 184, 64)
+    for layer_idx in range(2):
+        cache.update(states, states, layer_idx)
+    layer = cache.layers[1]
+    step = FixedStep(layer, torch.randn(1, 4, 1, 64), 0.1, 1024)
+    assert step.may_run()
+    while not layer.will_flush(1):
+        layer.update(states[:, :, :1], states[:, :, :1])
+        step.refresh()
+    assert layer.side("key").window.length == 32 + 63 + layer.flush_delay > 32 + 64
+    assert torch.equal(layer.materialize()[0][:, :, 64:184], states[:, :, 64:])
+
+
+@needs_triton
+def test_a_window_that_outgrows_its_room_is_refused():
+    cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
+    states = torch.randn(1, 2, 150, 64)
+    cache.update(states, states, 0)
+    layer = cache.layers[0]
+    step = FixedStep(layer, torch.randn(1, 4, 1, 64), 0.1, 1024)
+    cache.activate_past_recording()
+    layer.update(states[:, :, :20], states[:, :, :20])
+    assert layer.side("key").window.length > 96
+    with pytest.raises(CacheStateError, match="window has 106 tokens"):
+        step.refresh()
+    with pytest.raises(CacheStateError, match="window has 106 tokens"):
+        FixedStep(layer, torch.randn(1, 4, 1, 64), 0.1, 1024)
+
+
+@needs_triton
 @pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices", "reset"])
 def test_other_tensors_in_their_place_end_a_capture(change):
     cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
