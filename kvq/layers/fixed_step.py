@@ -83,7 +83,7 @@ class FixedStep:
         """Note on the host that `run`, or the replay of its capture, has added a token; nothing on the device."""
         for side, buffer in zip((side for _, side in self._layer.sides()), self._buffers, strict=True):
             window = side.window
-            longer = TokenBuffer(window.step, buffer, window.length + 1)
+            longer = TokenBuffer(window.step, buffer, window.length + 1, is_refilled=True)
             side.contents = replace(side.contents, window=longer)
         self._layer.kernel_cache.note_growth()
         self._version = self._layer.kernel_cache.version
@@ -102,7 +102,7 @@ class FixedStep:
             held = side.window.view()
             if side.window.buffer is not buffer:
                 buffer[:, :, : held.shape[2]].copy_(held)
-                window = TokenBuffer(side.window.step, buffer, held.shape[2])
+                window = TokenBuffer(side.window.step, buffer, held.shape[2], is_refilled=True)
                 side.contents = replace(side.contents, window=window)
         self._version = layer.kernel_cache.version
         self._length.fill_(layer.side("key").window.length)

@@ -24,11 +24,14 @@ class TokenBuffer:
         step: tokens by which the capacity grows, `MAX_STEP` at most.
         buffer: the allocated tensor, `[B, H, capacity, D]`.
         length: tokens held.
+        is_refilled: whether somebody may write other tokens over those held, at the same place; what is shared is then
+            a copy.
     """
 
     step: int
     buffer: torch.Tensor
     length: int
+    is_refilled: bool = False
 
     @classmethod
     def of(cls, step: int, states: torch.Tensor) -> TokenBuffer:
@@ -52,7 +55,7 @@ class TokenBuffer:
             buffer = _allocate(count, self.step, new)
             buffer[:, :, :kept].copy_(held)
         buffer[:, :, kept:count].copy_(added)
-        return TokenBuffer(self.step, buffer, count)
+        return TokenBuffer(self.step, buffer, count, self.is_refilled and buffer is self.buffer)
 
     def extended(self, new: torch.Tensor) -> TokenBuffer:
         """Return a buffer with `new` `[B, H, T, D]` behind the tokens held, copied."""
@@ -61,7 +64,7 @@ class TokenBuffer:
         if count > self.buffer.shape[2]:
             return self.keep_last(count, new)
         self.buffer.narrow(2, self.length, added).copy_(new)
-        return TokenBuffer(self.step, self.buffer, count)
+        return TokenBuffer(self.step, self.buffer, count, self.is_refilled)
 
     def truncate(self, length: int) -> TokenBuffer:
         """Return a buffer without the tokens from `length` on."""
@@ -90,7 +93,7 @@ class TokenBuffer:
 
     def shared(self) -> TokenBuffer:
         """Return a buffer without room, so adding to it copies it first."""
-        return self._without_room(self.view())
+        return self._without_room(self.view().clone() if self.is_refilled else self.view())
 
     def _without_room(self, states: torch.Tensor) -> TokenBuffer:
         return TokenBuffer(self.step, states, self.length)

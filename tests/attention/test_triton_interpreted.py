@@ -139,6 +139,24 @@ def test_a_window_that_outgrows_its_room_is_refused():
 
 
 @needs_triton
+@pytest.mark.parametrize("taken", [0, 1])
+def test_what_was_forked_stays_when_the_window_is_filled_again(taken):
+    cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
+    states = torch.randn(1, 2, 150, 64)
+    cache.update(states, states, 0)
+    layer = cache.layers[0]
+    step = FixedStep(layer, torch.randn(1, 4, 1, 64), 0.1, 1024)
+    if taken:
+        layer.update(states[:, :, :taken], states[:, :, :taken])
+    fork = layer.fork()
+    before = [held.clone() for held in fork.materialize()]
+    layer.update(states[:, :, :30], states[:, :, :30])
+    step.refresh()
+    assert layer.side("key").store.length == 128
+    assert all(map(torch.equal, fork.materialize(), before))
+
+
+@needs_triton
 @pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices", "reset"])
 def test_other_tensors_in_their_place_end_a_capture(change):
     cache = KVQ(backend="native", nbits_k=4, nbits_v=4, residual_length=32)
