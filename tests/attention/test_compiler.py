@@ -13,6 +13,7 @@ from kvq.attention.entry import attend_packed
 from kvq.attention.kernels.compiled import compiler, library
 from kvq.attention.kernels.compiled.compiler import BuildError, Toolchain, find_toolchain
 from kvq.attention.kernels.compiled.kept_library import provide_library
+from kvq.encoding import library as encode_library
 
 CC = next((name for name in ("gcc", "cc", "clang") if compiler.shutil.which(name)), None)
 needs_compiler = pytest.mark.skipif(library.why_unavailable() is not None, reason="no C compiler")
@@ -48,10 +49,13 @@ def pretend(tmp_path):
 
 @pytest.fixture
 def unloaded():
-    """The library is looked for anew, here and afterwards."""
-    library._load_once.cache_clear()
+    """The libraries are looked for anew, here and afterwards: what quantizes is loaded beside what attends."""
+    loaders = (library._load_once, encode_library._load_once)
+    for load in loaders:
+        load.cache_clear()
     yield
-    library._load_once.cache_clear()
+    for load in loaders:
+        load.cache_clear()
 
 
 @needs_compiler
