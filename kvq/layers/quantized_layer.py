@@ -362,8 +362,8 @@ class KVQLayer(CarryingLayer):
     def moved_to(self, device: torch.device) -> KVQLayer:
         """Return an independent layer with its states on another device."""
         other = self.fork()
-        if self.carried is not None:
-            other.carried = moved_layer(self.carried, device)
+        if other.carried is not None:
+            other.carried = moved_layer(other.carried, device)
         if self.is_initialized:
             other.device, store_device = device, choose_store_device(self.settings.device, device)
             for name, side in self._sides.items():

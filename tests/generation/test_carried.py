@@ -88,6 +88,17 @@ def test_a_fork_goes_its_own_way(model):
     assert torch.equal(generate(model, cache, text), reference)
 
 
+def test_a_moved_layer_goes_its_own_way(model):
+    text = ids()
+    cache = read(model, text[:, :50], KVQ(EXACT, model=model))
+    moved = cache.layers[0].moved_to(torch.device("cpu"))
+    before = [one.clone() for one in carried_tensors(moved)]
+    with torch.no_grad():
+        model(text[:, 50:51], past_key_values=cache)
+    assert all(torch.equal(one, other) for one, other in zip(carried_tensors(moved), before, strict=True))
+    assert not torch.equal(carried_tensors(cache.layers[0])[0], before[0])
+
+
 def test_after_a_reset_another_batch_may_come(model):
     cache = KVQ(EXACT, model=model)
     generate(model, cache, ids(2))
