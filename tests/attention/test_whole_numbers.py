@@ -72,6 +72,16 @@ def test_sharp_scores_are_as_exact_as_in_fp32(kernel, make_request, reference, e
     assert error_of(kernel.attend(request), reference(request)) < 1e-5
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_errors_of_many_groups_of_a_token_are_counted_together(kernel, make_request, reference, error_of, bits):
+    """32 groups of 8 channels: each alone may be rounded in one layer, and their errors come to 1.1e-4."""
+    request = make_request(
+        nbits_k=bits, nbits_v=8, head_dim=256, value_dim=32, q_group_size=8, axis_key="per_token",
+        axis_value="per_channel", sharing=16, tokens=300, residual_length=0, offset=0.0,
+    )  # fmt: skip
+    assert error_of(kernel.attend(replace(request, scaling=0.3)), reference(replace(request, scaling=0.3))) < 5e-5
+
+
 def test_remainders_do_not_gather_in_one_channel(kernel, make_request, reference, error_of):
     """Codes of 1 bit are -0.5 on average: turning back the rotation would add up 256 errors of one sign, to 2e-5."""
     request = make_request(

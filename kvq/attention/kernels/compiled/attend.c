@@ -926,8 +926,9 @@ static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, i
   rounded_t *rounded = &w->rounded;
   int64_t half = 1 << (side->bits - 1);
   float accepted = accepted_error(w->q);
-  /* Remainders are even within a step, so their deviation is 0.29; that of codes is about 0.58 halves. */
-  float error = unit != 0 ? 0.167f * sqrtf((float)count) * (float)half * unit : 0.084f * (float)count;
+  /* Remainders are even within a step, so their deviation is 0.29; that of codes is about 0.58 halves. A score has the
+   * errors of all groups, so all channels count. */
+  float error = unit != 0 ? 0.167f * sqrtf((float)side->head_dim) * (float)half * unit : 0.084f * (float)count;
   const float *from = w->folded + start;
   rounded->layers = 1;
   for (int r = 0; r < rows; r++) {
