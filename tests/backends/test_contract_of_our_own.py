@@ -50,7 +50,11 @@ def marks_of(backend: str, check: BoundCheck) -> tuple[pytest.MarkDecorator, ...
     return (pytest.mark.costly,) if imports_vendor or searches else ()
 
 
-LEFT_OUT = {"check_fused_scores": "leaves attention to the core", "check_defaults": "proposes nothing"}
+LEFT_OUT = {
+    "check_calibration": "asks for no statistics",
+    "check_defaults": "proposes nothing",
+    "check_fused_scores": "leaves attention to the core",
+}
 """Checks of what a backend may leave to the core, and what they say of ours, which do."""
 CHOSEN = [(backend, check) for backend in BACKENDS for check in choose_checks(backend)]
 ROWS = [pytest.param(*row, id=f"{row[0]}-{row[1]}", marks=marks_of(*row)) for row in CHOSEN]

@@ -204,7 +204,7 @@ KNOWN_STATE = {
         "_sides", "device", "dtype", "is_initialized", "layer_idx", "padding", "settings",
         "kernel_cache",  # what kernels keep in this process
         "carried",  # saved beside the sides
-        "evicted_length", "_assigned", "_rewritten",  # a cache with evicted tokens is refused
+        "evicted_length", "firm_length", "_assigned", "_rewritten",  # a cache with evicted tokens is refused
         "flush_delay",  # of the index
         "_records_past",  # asked for by each `generate` that needs it
     },

@@ -35,7 +35,7 @@ def test_a_committed_configuration_holds_the_bytes_that_its_comment_names(path):
     assert f"{format_bytes(planned.total_bytes)} at 4,096 tokens" in words
     assert f"{32 * planned.total_bytes / planned.full_precision_bytes:.2f} bits an element" in words
     assert "kvq tune --model smollm2 --budget" in words
-    assert {config.for_layer(index).key.clip for index in range(30)} == {"none"}
+    assert torch.int8 in {config.for_layer(index).key.metadata_dtype for index in range(30)}
 
 
 def test_some_are_committed():

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest accepted difference from the reference by dtype of the output, relative to its largest number. In float32 twice
-what rounding of the compiled kernel is held to, since one request in two hundred near that limit passes it."""
+"""Largest accepted difference from the reference by dtype of the output, relative to its largest number.
+
+In float32 it is twice what rounding of the compiled kernel is held to, which one request in two hundred near that limit
+passes.
+"""
 
 
 def relative_difference(output: torch.Tensor, expected: torch.Tensor) -> float:
