@@ -219,7 +219,10 @@ KNOWN_STATE = {
         "owns_last", "prefetched",  # what is loaded is owned, and read from where it is
     },
     "ChunkWriter": {"codec", "num_heads", "device", "pinned", "block_length", "layout"},
-    "TokenBuffer": {"buffer", "length", "step"},
+    "TokenBuffer": {
+        "buffer", "length", "step",
+        "is_refilled",  # by steps at fixed addresses, which are of this process
+    },
     "SinkTokens": {"length", "starts", "states"},
     "CroppedGroups": {"groups"},
 }  # fmt: skip
