@@ -304,7 +304,7 @@ class KVQCacheConfig(FrozenModel):
 
         Raises:
             ConfigError: a backend was given as an object that is not registered, which no file can name, or a
-            calibration that was never saved.
+                calibration that was never saved.
         """
         faults = FaultCollector()
         with faults.at("backend"):
