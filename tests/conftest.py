@@ -23,10 +23,6 @@ GQA_COPIES = "SDPA of torch 2.6 repeats and scales the keys and values of groupe
 TORCH_2_6 = "its CUDA build prints a line on stderr, and rich 13.7 an empty one"
 OLDEST_LACKS = {
     **{
-        f"encoding/test_same_bytes.py::test_{name}": "C leaves a few of these to torch 2.6"
-        for name in ("of_drawn_formats_and_states[1]", "with_a_quantizer_between_both_halves[1]")
-    },
-    **{
         f"attention/test_compile.py::test_{name}": NO_COMPILED_MODEL
         for name in (
             "a_step_is_one_graph_and_no_step_adds_another[2000]",

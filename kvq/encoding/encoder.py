@@ -1,7 +1,8 @@
 """The compiled encoder of one codec, and when it is trusted.
 
-The bytes are those of `AffineCodec.encode_by_torch`. Every process makes sure of it: the first block of each kind is
-encoded by torch too, and code that differs in one byte is not called again in the process.
+The bytes are those of `AffineCodec.encode_by_torch`, but for which NaN of several it is: torch 2.6 writes more than
+one. Every process makes sure of it: the first block of each kind is encoded by torch too, and code that differs
+otherwise is not called again in the process.
 """
 
 from __future__ import annotations
@@ -146,12 +147,21 @@ def _is_trusted(codec: AffineCodec, states: torch.Tensor, parts: Mapping[str, to
         return True
     expected = codec.encode_by_torch(states[:1, :, : codec.block_length])
     for name, part in expected.items():
-        if not torch.equal(parts[name][:1, :, :1].contiguous().view(torch.uint8), part.contiguous().view(torch.uint8)):
+        if not _are_same(parts[name][:1, :, :1], part):
             TRUST.lose(f"{name} differs from what torch makes of the same {str(states.dtype)[6:]} states")
             return False
     if expected["units" if "units" in expected else "scale"].any():
         TRUST.agreed.add(kind)  # equal numbers alone would prove little
     return True
+
+
+def _are_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether two parts have the same bytes, whichever NaN of several stands for no number."""
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    lost = expected.isnan()
+    found_bytes, expected_bytes = (part.masked_fill(lost, 0).view(torch.uint8) for part in (found, expected))
+    return torch.equal(found.isnan(), lost) and torch.equal(found_bytes, expected_bytes)
 
 
 def _is_decoding_trusted(codec: AffineCodec, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> bool:

@@ -55,6 +55,20 @@ def test_code_that_makes_other_bytes_is_not_called_again(make_codec, monkeypatch
     assert own_trust.fault
 
 
+@pytest.mark.parametrize(("other", "is_trusted"), [(0x7FFF, True), (0xFE01, True), (0x7C00, False), (0x3C00, False)])
+def test_any_nan_stands_for_no_number(make_codec, monkeypatch, own_trust, other, is_trusted):
+    codec, states = make_codec(), draw_states()
+    states[0, 0, 0, 3] = torch.nan
+    expected = codec.encode_by_torch(states[:, :, : codec.block_length])
+    lost = expected["mid"].isnan()
+    assert 0 < lost.sum() < lost.numel()
+    pattern = other - 0x10000 if other >= 0x8000 else other  # of an int16
+    expected["mid"] = expected["mid"].view(torch.int16).masked_fill(lost, pattern).view(torch.float16)
+    monkeypatch.setattr(codec, "encode_by_torch", lambda _: expected)
+    assert (CompiledEncoder().encode(codec, states) is not None) is is_trusted
+    assert (own_trust.fault is None) is is_trusted
+
+
 def test_states_that_differ_are_found_out(make_codec, monkeypatch, caplog, own_trust):
     real = find_encode_library()
 
