@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from kvq.exporting.state_format import StateFormat
+from kvq.exporting.state_format import PerToken, StateFormat
 
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of OCP's 4-bit floating point."""
@@ -41,15 +41,8 @@ class Float8(StateFormat):
 
 
 @dataclass(frozen=True)
-class Float8PerToken(StateFormat):
+class Float8PerToken(PerToken):
     """`float8_e4m3fn` under a float32 scale for each token and head: the largest magnitude becomes 448."""
-
-    name: str
-    groups: str = "one head of one token"
-
-    def bits(self, head_dim: int) -> float:
-        """Return the codes and their float32 scale."""
-        return 8 + 32 / head_dim
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         """Return what is read of the states."""

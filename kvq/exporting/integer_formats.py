@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
-from kvq.exporting.state_format import StateFormat
+from kvq.exporting.state_format import PerToken, StateFormat
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,8 @@ class Int8PerTensor(StateFormat):
 
 
 @dataclass(frozen=True)
-class Int8PerToken(StateFormat):
+class Int8PerToken(PerToken):
     """8-bit integers under a float32 scale for each token and head: the largest magnitude becomes 127."""
-
-    name: str
-    groups: str = "one head of one token"
-
-    def bits(self, head_dim: int) -> float:
-        """Return the codes and their float32 scale."""
-        return 8 + 32 / head_dim
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         """Return what is read of the states."""
@@ -49,15 +43,8 @@ class Int8PerToken(StateFormat):
 
 
 @dataclass(frozen=True)
-class Int8BetweenExtremes(StateFormat):
+class Int8BetweenExtremes(PerToken):
     """8-bit integers around the middle between the extremes of each token and head; scale and middle float16."""
-
-    name: str
-    groups: str = "one head of one token"
-
-    def bits(self, head_dim: int) -> float:
-        """Return the codes, their scale and their middle."""
-        return 8 + 32 / head_dim
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         """Return what is read of the states."""
@@ -69,15 +56,10 @@ class Int8BetweenExtremes(StateFormat):
 
 
 @dataclass(frozen=True)
-class Int4PerToken(StateFormat):
+class Int4PerToken(PerToken):
     """Codes 0 to 15 between the extremes of each token and head; an integer zero point lies in its float32 scale."""
 
-    name: str
-    groups: str = "one head of one token"
-
-    def bits(self, head_dim: int) -> float:
-        """Return the codes and their float32 scale."""
-        return 4 + 32 / head_dim
+    code_bits: ClassVar[int] = 4
 
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         """Return what is read of the states."""

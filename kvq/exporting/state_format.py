@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -62,6 +63,23 @@ class FullPrecision(StateFormat):
     def rounded(self, states: torch.Tensor) -> torch.Tensor:
         """Return the states."""
         return states
+
+
+@dataclass(frozen=True)
+class PerToken(StateFormat):
+    """Codes of each token and head under scales of their own, of 32 bits in all.
+
+    Attributes:
+        code_bits: bits of a code.
+    """
+
+    name: str
+    groups: str = "one head of one token"
+    code_bits: ClassVar[int] = 8
+
+    def bits(self, head_dim: int) -> float:
+        """Return the codes and their scales."""
+        return self.code_bits + 32 / head_dim
 
 
 @dataclass(frozen=True)
