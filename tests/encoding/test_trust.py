@@ -69,6 +69,15 @@ def test_any_nan_stands_for_no_number(make_codec, monkeypatch, own_trust, other,
     assert (own_trust.fault is None) is is_trusted
 
 
+def test_a_number_is_no_nan(make_codec, monkeypatch, own_trust):
+    codec, states = make_codec(), draw_states()
+    expected = codec.encode_by_torch(states[:, :, : codec.block_length])
+    expected["mid"].view(-1)[3] = torch.nan
+    monkeypatch.setattr(codec, "encode_by_torch", lambda _: expected)
+    assert CompiledEncoder().encode(codec, states) is None
+    assert own_trust.fault
+
+
 def test_states_that_differ_are_found_out(make_codec, monkeypatch, caplog, own_trust):
     real = find_encode_library()
 
