@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -14,6 +15,7 @@ from interpreted_triton import DEFAULTS, PLAIN
 
 from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton import plan
 from kvq.attention.kernels.triton.fixed_launch import FixedLaunch, FixedPlan
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
 from kvq.attention.proving.trial import CHECKS, TIMED
@@ -60,6 +62,35 @@ def test_a_program_keeps_to_its_registers_and_reads_in_wide_loads(
     # Codes come 16 bytes at a time; the single bytes are exponents, one for each side and kind of metadata, or these.
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.v\d|cp\.async", text)) >= 2
     assert len(re.findall(r"ld\.global(?:\.\w+)*\.[bu]8\b", text)) <= (10 if "metadata_dtype" in fields else 8)
+
+
+MANY_ROWS = {
+    "16 rows": replace(TIMED, sharing=16),
+    "40 rows": replace(TIMED, sharing=8, queries=5),
+    "64 rows, float16": replace(TIMED, sharing=64, dtypes=(torch.float16,) * 3),
+    "16 rows, float32": replace(TIMED, sharing=16, dtypes=(torch.float32,) * 3),
+    "16 rows, long blocks": replace(TIMED, sharing=16, group_size=128),
+    "16 rows, head dim 256": replace(TIMED, sharing=16, head_dim=256),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "40 rows" else pytest.mark.costly) for name in MANY_ROWS]
+)
+def test_no_product_is_of_a_whole_warp_group(name):
+    """Since its release 3.6 Triton lets some of these read outside of their memory, on Hopper GPUs."""
+    launch = plan_launch(MANY_ROWS[name].build(torch.device("cpu")))
+    text = compile_parts(launch, 90).asm["ptx"]
+    assert "mma.sync" in text
+    assert "wgmma" not in text
+
+
+@pytest.mark.slow
+def test_a_wider_range_of_rows_would_be_multiplied_by_warp_groups(monkeypatch):
+    """What `WARP_GROUP` guards against."""
+    monkeypatch.setattr(plan, "WARP_GROUP", 99)
+    launch = plan_launch(MANY_ROWS["16 rows, long blocks"].build(torch.device("cpu")))
+    assert "wgmma" in compile_parts(launch, 90).asm["ptx"]
 
 
 @pytest.mark.costly

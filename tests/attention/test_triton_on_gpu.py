@@ -13,7 +13,8 @@ from kvq import KVQ, attach
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.kernel import TRITON
 from kvq.attention.proving.comparison import TOLERANCE, relative_difference
-from kvq.attention.proving.trial import CHECKS, REFERENCE, TIMED
+from kvq.attention.proving.trial import REFERENCE
+from kvq.benchmark.device_proof.correctness import SAMPLES
 from kvq.layers.fixed_step import FixedStep
 from kvq.transformers_seams.private_names import pass_cache
 
@@ -48,8 +49,8 @@ def test_half_width(name, dtype, bound):
     assert interpreted_triton.measure({**HALF[name], "dtype": dtype}, GPU) <= bound
 
 
-@pytest.mark.parametrize("sample", [TIMED, *CHECKS], ids=str)
-def test_what_a_trial_asks_for(sample):
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_what_a_trial_and_a_proof_ask_for(sample):
     request = sample.build(GPU)
     if TRITON.why_unsupported(request) is None:
         assert relative_difference(TRITON.attend(request), REFERENCE.attend(request)) <= TOLERANCE[request.query.dtype]

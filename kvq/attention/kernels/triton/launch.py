@@ -37,7 +37,8 @@ class Launch:
         from kvq.attention.kernels.triton.programs import attend_parts, combine
 
         parts = self._new_parts()
-        attend_parts[(self.batch * self.heads, self.parts)](*self.attend_arguments(*parts), **self.plan.options)
+        grid = self.batch * self.heads, self.parts, self.plan.row_ranges
+        attend_parts[grid](*self.attend_arguments(*parts), **self.plan.options)
         return self._combine(combine, *parts)
 
     def attend_arguments(

@@ -21,6 +21,12 @@ from kvq.store.rotation import HadamardRotation
 
 LEAST_ROWS = 8
 """Least outer dimension of a product."""
+MOST_ROWS = 16
+"""Query vectors of a program of two warps."""
+WARP_GROUP = 4
+"""From this many warps on, Triton multiplies 16 rows and more by the products of a whole warp group on a Hopper GPU.
+Since release 3.6, some of these read outside of their memory (github.com/triton-lang/triton/issues/11366), so a program
+of so many warps takes 8 rows, which it multiplies by the products of single warps."""
 EXACT_TILE = 64
 """As in `programs.py`."""
 PROGRAMS_PER_PROCESSOR = 6
@@ -43,6 +49,7 @@ class Plan:
     Attributes:
         key, value: layouts of the sides.
         rows: query vectors of one key-value head.
+        row_ranges: ranges of them, of which a program takes one.
         sinks: exact tokens at the start of each row that are kept.
         splits: runs of tokens that the store is split into.
         tiles_per_split: tiles of each run.
@@ -53,6 +60,7 @@ class Plan:
     key: SideLayout
     value: SideLayout
     rows: int
+    row_ranges: int
     sinks: int
     splits: int
     tiles_per_split: int
@@ -83,8 +91,10 @@ def make_plan(request: AttentionRequest, room: int = 0) -> Plan:
     tile = max(key.packed.block_length, value.packed.block_length)
     tiles = max(request.stored_length, room) // tile
     way = find_forced_way() or choose_way(request, key, value, tile)
+    rows = min(MOST_ROWS if way.warps < WARP_GROUP else LEAST_ROWS, max(LEAST_ROWS, power_of_two(request.row_count)))
+    row_ranges = -(-request.row_count // rows)
     programs = _program_count(request.query.device, way.programs_per_processor)
-    splits = min(tiles, max(1, programs // (batch * pair.key.like.shape[1])))
+    splits = min(tiles, max(1, programs // (batch * pair.key.like.shape[1] * row_ranges)))
     tiles_per_split = -(-tiles // splits)
     kept = pair.key.sinks.states
     sinks = 0 if kept is None else kept.shape[2]  # fewer than asked for until the store reaches them
@@ -92,11 +102,13 @@ def make_plan(request: AttentionRequest, room: int = 0) -> Plan:
         key=key,
         value=value,
         rows=request.row_count,
+        row_ranges=row_ranges,
         sinks=sinks,
         splits=-(-tiles // tiles_per_split),
         tiles_per_split=tiles_per_split,
         options={
             **_options(request, key, value),
+            "ROWS": rows,
             "TILE": tile,
             "SINKS": sinks,
             "WINDOW_TILES": 0,
@@ -114,7 +126,6 @@ def _options(request: AttentionRequest, key: SideLayout, value: SideLayout) -> d
         **key.options("KEY", "K", dtype),
         **value.options("VALUE", "V", dtype),
         "VALUE_SPLIT": value.split,
-        "ROWS": max(LEAST_ROWS, power_of_two(request.row_count)),
         "QUERIES": queries,
         "HAS_MASK": request.mask is not None,
         "IS_CAUSAL": request.mask is None and request.is_causal and queries > 1,
@@ -131,9 +142,9 @@ def choose_way(request: AttentionRequest, key: SideLayout, value: SideLayout, ti
     that hide the waiting as well.
     """
     is_small = tile * max(padded(key.head_dim), padded(value.head_dim)) <= SMALL_TILE
-    is_light = is_small and request.common_dtype != torch.float32 and request.row_count <= LEAST_ROWS
+    is_light = is_small and request.common_dtype != torch.float32
     warps = 2 if is_light else 4 if is_small else 8
-    return Way(warps, 1, REGISTERS if is_light else None, PROGRAMS_PER_PROCESSOR)
+    return Way(warps, 1, REGISTERS if is_light and request.row_count <= LEAST_ROWS else None, PROGRAMS_PER_PROCESSOR)
 
 
 def _find_rotation(view: StoreView) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
 """The programs that run on the GPU: split-KV decoding over packed chunks, in Triton.
 
-A program takes the queries of one key-value head to one run of tokens and leaves what an online softmax needs of it;
+A program takes queries of one key-value head to one run of tokens and leaves what an online softmax needs of it;
 `combine` merges the runs. Codes are read byte by byte and unpacked in registers; scales are folded into the small
 operand where a scale belongs to one channel or one token, and applied to the codes in registers otherwise. Sums are in
 fp32. Nothing here knows torch: addresses come in tables, see `chunk_table.py`.
@@ -281,12 +281,10 @@ def _divisor(scale, DOT: tl.constexpr):
 
 
 @triton.jit
-def _visible(
-    scores, position, mask, mask_row, QUERIES: tl.constexpr, ROWS: tl.constexpr, stride, HAS_MASK: tl.constexpr
-):
+def _visible(scores, position, mask, mask_row, line, QUERIES: tl.constexpr, stride, HAS_MASK: tl.constexpr):
     """Return scores without the tokens that the mask hides."""
     if HAS_MASK:
-        query = tl.arange(0, ROWS) % QUERIES
+        query = line % QUERIES
         seen = tl.load(
             mask + mask_row + query[None, :] * stride + position[:, None], mask=(position >= 0)[:, None], other=0
         )
@@ -392,7 +390,9 @@ def attend_parts(
     SINKS: tl.constexpr, HAS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, WINDOW_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one run of tokens: program (b * H + h, part); parts are splits of the store, then exact tokens.
+    """Attend to one run of tokens: program (b * H + h, part, range of ROWS query vectors).
+
+    Parts are splits of the store, then exact tokens.
 
     `window_length` is a number, or, where WINDOW_TILES are the parts of the window, a pointer to it: the launch is then
     the same for every length.
@@ -401,7 +401,7 @@ def attend_parts(
     """
     pair, part = tl.program_id(0), tl.program_id(1)
     batch_row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    line = tl.arange(0, ROWS)
+    line = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, KEY_PADDED)
     WIDTH: tl.constexpr = VALUE_PADDED // VALUE_SPLIT
     query_place = (pair * rows + line)[None, :] * KEY_DIM + channel[:, None]
@@ -463,7 +463,7 @@ def attend_parts(
             if SINKS > 0:
                 covered = (position >= first_sink) & (position < first_sink + SINKS)
                 logits = tl.where(covered[:, None], float("-inf"), logits)
-            logits = _visible(logits, position, mask, mask_row, QUERIES, ROWS, mask_query_stride, HAS_MASK)
+            logits = _visible(logits, position, mask, mask_row, line, QUERIES, mask_query_stride, HAS_MASK)
             weights, factor, peak, total_by_place = _weigh(logits, peak, total_by_place)
             row, offset = _locate(value_table, TILE // VALUE_LENGTH, tile, batch_row, head, heads)
             if VALUE_FACTOR:
@@ -533,7 +533,7 @@ def attend_parts(
             behind = position[:, None] - (stored + held) <= (line % QUERIES)[None, :]
             logits = tl.where(behind, logits, float("-inf"))
         position = tl.where(exists, position, -1)
-        logits = _visible(logits, position, mask, mask_row, QUERIES, ROWS, mask_query_stride, HAS_MASK)
+        logits = _visible(logits, position, mask, mask_row, line, QUERIES, mask_query_stride, HAS_MASK)
         weights, _, peak, _ = _weigh(logits, peak, tl.zeros((EXACT_TILE, ROWS), tl.float32))
         total = tl.sum(weights, axis=0)
         output = _with_exact_values(output, weights, value_at, exists, 0, WIDTH, VALUE_DIM, DOT, PRECISION)
