@@ -17,6 +17,8 @@ from quality_tables import RESULTS
 
 RESULT = RESULTS / "gpu-compiled.json"
 ROWS, TOKENS, HEADS = 8, 32768, 8
+MEASURED = "4 bit"
+"""The settings that `kvq doctor --prove --device` measures."""
 """Of the batch; of history; key-value heads."""
 COLUMNS = (
     "settings", "compute capability", "registers", "spilled bytes", "instructions per token and head",
@@ -124,12 +126,12 @@ def _per_tile(program: Mapping[str, Any]) -> int:
 
 
 def _compare(result: Mapping[str, Any], head_dim: int) -> str:
-    program = next(one for one in result["programs"] if one["compute_capability"] == 90)
+    program = next(one for one in result["programs"] if (one["settings"], one["compute_capability"]) == (MEASURED, 90))
     estimate = Estimate.of(program, head_dim)
     ways = [one for run in load_gpu_runs() for one in chosen_ways(run)]
     measured = next(one for one in ways if (one["batch"], one["length"]) == (ROWS, TOKENS))
     return (
-        f"The first settings were [measured](#all-caches) on an H200, with the program of then: "
+        f"The row of {MEASURED} at 9.0 was [measured](#all-caches) on an H200: "
         f"{measured['kernel_us']:.0f} us, {measured['kernel_us'] / estimate.total:.1f} times the estimate, and "
         f"{measured['baseline_us']:.0f} us for full precision, "
         f"{measured['baseline_us'] / estimate.full_precision:.1f} times its own. So the program neither waits for "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def render_gpu_runs() -> Iterable[str]:
 
 def chosen_ways(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the measurements made in the way that the kernel now runs, by `kvq.attention.kernels.triton.plan`."""
-    from kvq.attention.kernels.triton.plan import PROGRAMS_PER_PROCESSOR, REGISTERS
+    from kvq.attention.kernels.triton.plan import LIGHT_WAY
 
-    chosen = {"warps": 2, "registers": REGISTERS, "stages": 1, "programs_per_processor": PROGRAMS_PER_PROCESSOR}
-    return [one for one in run["ways"] if chosen.items() <= one.items()]
+    chosen = [one for one in run["ways"] if asdict(LIGHT_WAY).items() <= one.items()]
+    return sorted(chosen, key=lambda one: (one["batch"], one["length"]))
 
 
 def speedups(run: Mapping[str, Any]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -11,8 +12,10 @@ from typing import Any, NoReturn
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvq.attaching.attention_switch import AttentionSwitch
+from kvq.attaching.decode_graph import DecodeGraph, is_plain_step
 from kvq.attaching.generation_watch import GenerationWatch
 from kvq.attaching.unwrap import find_generating_model
 from kvq.cache.encoder_decoder import EncoderDecoderKVQ
@@ -24,13 +27,22 @@ from kvq.errors import CacheStateError, ModelError
 from kvq.layers.biased_keys import explain_biased_keys, find_biased_keys
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.plugin_api.granularity import Granularity
-from kvq.transformers_seams.private_names import ATTENTION, PREPARE_CACHE, START_BATCHING, cache_arguments, rename_cache
+from kvq.transformers_seams.private_names import (
+    ATTENTION,
+    PREPARE_CACHE,
+    START_BATCHING,
+    cache_arguments,
+    find_cache,
+    rename_cache,
+)
 from kvq.user_warnings import warn_user
 
 
 def attach(
     model: torch.nn.Module,
     config: KVQCacheConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    cuda_graphs: bool = False,
     **overrides: Any,
 ) -> Attachment:
     """Give every `generate` of `model` a fresh `KVQ` and the attention that reads it.
@@ -46,13 +58,15 @@ def attach(
     Args:
         model: a model of transformers that generates, compiled or not, or an adapter of PEFT around one.
         config: as for `KVQ`.
+        cuda_graphs: replay the steps of decoding between flushes as one CUDA graph, where the model is on a CUDA device
+            and the batch has no padding. `Attachment.decode_graph` says how many, and why not.
         **overrides: as for `KVQ`.
 
     Raises:
         ConfigError: the configuration is wrong.
         ModelError: the model does not generate, or nothing in it would be quantized.
     """
-    return Attachment(find_generating_model(model), resolve_config(config, **overrides))
+    return Attachment(find_generating_model(model), resolve_config(config, **overrides), cuda_graphs=cuda_graphs)
 
 
 class Attachment:
@@ -64,12 +78,14 @@ class Attachment:
         cache: the cache of the latest `generate`, also where the model drafts for another one, or where you passed a
             `KVQ` yourself; None before the first, and where the latest one did not read a quantized cache. A model that
             drafts for itself shows the cache of its own `generate`.
+        decode_graph: the CUDA graph of the latest `generate`, with `cuda_graphs`; None before its first step.
     """
 
-    def __init__(self, model: PreTrainedModel, config: KVQCacheConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: KVQCacheConfig, *, cuda_graphs: bool = False) -> None:
         self.model = model
         self.config = config
         self.cache: KVQ | EncoderDecoderKVQ | None = None
+        self.decode_graph: DecodeGraph | None = None
         # A cache is built now, to raise here and not at the first generate.
         _warn_of_biased_keys(model, self._build_cache(None))
         self._hooks: dict[str, Callable[..., Any]] = {
@@ -77,12 +93,13 @@ class Attachment:
             START_BATCHING: self._refuse_batching,
             "generate": self._generate,
             "__getstate__": self._state_without_hooks,
+            **({"forward": self._signed_forward(model.forward)} if cuda_graphs else {}),
         }
         self._shadowed = {name: vars(model).get(name) for name in self._hooks}
         # The innermost attachment wins: it goes past the others to the model's own methods.
         outer = _attachment_of(vars(model))
         self._own: dict[str, Callable[..., Any]] = (
-            outer._own if outer else {name: getattr(model, name) for name in (PREPARE_CACHE, "generate")}
+            outer._own if outer else {name: getattr(model, name) for name in (PREPARE_CACHE, "generate", "forward")}
         )
         self._calls = _Calls()
         self._told: set[str] = set()
@@ -147,6 +164,31 @@ class Attachment:
             watch.end(failed=failed)
             self._calls.stack.pop()
         return result
+
+    def _signed_forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the hook with the signature of the model's own forward, by which transformers knows what it takes."""
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        return forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Replay a step of decoding of the attached cache where that is possible; else run the model's own forward."""
+        cache = None if args else find_cache(kwargs)
+        if not isinstance(cache, KVQ) or cache is not self.cache or not is_plain_step(kwargs):
+            return self._own["forward"](*args, **kwargs)
+        if self.decode_graph is None or self.decode_graph.cache is not cache:
+            self.decode_graph = DecodeGraph(self.model, cache, forward=self._own["forward"])
+        graph, tokens = self.decode_graph, kwargs["input_ids"]
+        positions = graph.find_positions(tokens, kwargs.get("position_ids"))
+        logits = graph.replay(tokens, positions)
+        if logits is not None:
+            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        output = self._own["forward"](*args, **kwargs)
+        graph.prepare(tokens, positions)
+        return output
 
     def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Let transformers prepare its cache, then replace a plain one that it made itself by ours."""

@@ -20,6 +20,7 @@ from kvq.attention.full_precision import SDPA_OPTIONS, attend_full_precision, fi
 from kvq.attention.handle import PackedPair, PackedStates
 from kvq.attention.kernels.eager.kernel import REFERENCE
 from kvq.attention.padding_mask import kvq_mask
+from kvq.attention.step_states import StepStates
 from kvq.attention.traced.deferred import DeferredPair, find_pair, settled
 from kvq.attention.traced.step import define_step
 
@@ -119,7 +120,7 @@ def kvq_attention_forward(
         module: the model's attention module.
         query: `[B, Hq, Tq, D]`.
         key: a handle of a quantized layer, or plain keys `[B, H, Tk, D]`; in a model that is being compiled also states
-            that the cache has yet to take.
+            that the cache has yet to take, and in a step that is being recorded what stands for them.
         value: the same for the values.
         attention_mask: the mask that `kvq_mask` made.
         dropout: share of the probabilities that are dropped; in its place as transformers' functions have it, since
@@ -127,6 +128,8 @@ def kvq_attention_forward(
         **options: scaling and any other argument that the model passes.
     """
     options["dropout"] = dropout
+    if isinstance(key, StepStates):
+        return key.take_query(query, attention_mask, options), None
     pair = find_pair(key, value)
     if pair is not None and _may_step(query, pair, options):
         return _take_step(module, query, pair, attention_mask, options), None

@@ -29,6 +29,8 @@ class FixedStep:
         query: a query like those to come, `[B, Hq, 1, D]`.
         scaling: factor of the dot products.
         room: tokens that the store may have; a store that outgrows them needs another object, and another capture.
+        softcap: as for attention, or None.
+        sink_logits: one more logit for each head, `[Hq]`, or None.
 
     Attributes:
         plan: tables and sizes; another one after `refresh` would be a capture that no longer holds.
@@ -37,8 +39,17 @@ class FixedStep:
         CacheStateError: the kernel cannot serve such steps, or the room is too small.
     """
 
-    def __init__(self, layer: KVQLayer, query: torch.Tensor, scaling: float, room: int) -> None:
-        self._layer, self._scaling = layer, scaling
+    def __init__(
+        self,
+        layer: KVQLayer,
+        query: torch.Tensor,
+        scaling: float,
+        room: int,
+        *,
+        softcap: float | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> None:
+        self._layer, self._scaling, self._softcap, self._sink_logits = layer, scaling, softcap, sink_logits
         self._capacity = layer.settings.residual_length + layer.flush_delay + layer.flush_length
         sides = [side for _, side in layer.sides()]
         self._buffers = [_allocate(side, self._capacity) for side in sides]
@@ -127,7 +138,14 @@ class FixedStep:
         return None if is_same and fits else "its rows or sinks are others now"
 
     def _request(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionRequest:
-        return AttentionRequest(query, self._pair(key, value), None, self._scaling)
+        return AttentionRequest(
+            query,
+            self._pair(key, value),
+            None,
+            self._scaling,
+            softcap=self._softcap,
+            sink_logits=self._sink_logits,
+        )
 
     def _pair(self, key: torch.Tensor | None, value: torch.Tensor | None) -> PackedPair:
         keys, values = self._layer.side("key").contents, self._layer.side("value").contents

@@ -157,7 +157,12 @@ def pass_cache(model: Any, states: Any) -> dict[str, Any]:
         model: a model of transformers, or a module around one.
         states: a cache, or None.
     """
-    return {_name_in(getattr(model.forward, "__func__", model.forward)): states}
+    return {name_cache(model.forward): states}
+
+
+def name_cache(forward: Callable[..., Any]) -> str:
+    """Return the name of the argument that hands a cache to a model's forward."""
+    return _name_in(getattr(forward, "__func__", forward))
 
 
 def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQ, attach
+from kvq.attaching.decode_graph import DecodeGraph
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.kernel import TRITON
 from kvq.attention.proving.comparison import TOLERANCE, relative_difference
@@ -138,3 +139,62 @@ def test_a_graph_holds_a_step_until_the_store_outgrows_its_room():
     assert replays >= 137
     for own, other in zip(layer.materialize(), twin.materialize(), strict=True):
         assert own.equal(other)
+
+
+def read_prompt(model, prompt):
+    cache = KVQ(backend="native", nbits_k=4, nbits_v=4, model=model)
+    model(prompt, use_cache=True, logits_to_keep=1, **pass_cache(model, cache))
+    return cache
+
+
+@torch.no_grad()
+def test_a_graph_holds_the_steps_of_a_whole_model(monkeypatch):
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "triton")
+    model = make_model()
+    model.set_attn_implementation("kvq")
+    tokens = torch.randint(500, (2, 850), generator=torch.Generator().manual_seed(1)).to(GPU)
+    caches = [read_prompt(model, tokens[:, :700]) for _ in range(2)]
+    graph = DecodeGraph(model, caches[0])
+    for place in range(700, 850):
+        token = tokens[:, place : place + 1]
+        expected = model(token, use_cache=True, **pass_cache(model, caches[1])).logits
+        assert relative_difference(graph.step(token), expected) <= 5e-3, "but for codes that round the other way"
+    assert graph.obstacle is None
+    assert graph.recordings == 1
+    assert graph.replays >= 146
+
+
+@pytest.mark.parametrize("backend", ["native", "quanto", "hqq"])
+def test_generate_replays_its_steps(backend, monkeypatch):
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "triton")
+    model, prompt = make_model(), torch.arange(700, device=GPU)[None] % 500
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 150, "do_sample": False}
+    texts = []
+    for cuda_graphs in (True, False):
+        with attach(model, backend=backend, nbits_k=4, nbits_v=4, cuda_graphs=cuda_graphs) as attached:
+            texts.append(model.generate(prompt, **options)[0, 700:].tolist())
+            if cuda_graphs:
+                assert attached.decode_graph.obstacle is None
+                assert attached.decode_graph.replays >= 138
+    assert len(set(texts[0])) > 8
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "replays"), [({"num_beams": 2}, False), ({"padded": True}, False), ({"rows": 3}, True)], ids=str
+)
+def test_generate_is_the_same_where_steps_are_not_replayed(given, replays, monkeypatch):
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "triton")
+    model, given = make_model(), dict(given)
+    prompt = torch.randint(1, 500, (given.pop("rows", 2), 300), generator=torch.Generator().manual_seed(2)).to(GPU)
+    mask = torch.ones_like(prompt)
+    if given.pop("padded", False):
+        mask[0, :9] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 80, "do_sample": False, "pad_token_id": 0, **given}
+    texts = []
+    for cuda_graphs in (True, False):
+        with attach(model, backend="native", nbits_k=4, nbits_v=4, cuda_graphs=cuda_graphs) as attached:
+            texts.append(model.generate(prompt, **options)[:, 300:].tolist())
+            if cuda_graphs:
+                assert (attached.decode_graph.replays > 70) == replays
+    assert texts[0] == texts[1]

@@ -29,13 +29,18 @@ Since release 3.6, some of these read outside of their memory (github.com/triton
 of so many warps takes 8 rows, which it multiplies by the products of single warps."""
 EXACT_TILE = 64
 """As in `programs.py`."""
-PROGRAMS_PER_PROCESSOR = 6
 PROGRAMS_WITHOUT_DEVICE = 8
 """Where there is no GPU to ask, under Triton's interpreter."""
 SMALL_TILE = 64 * 128
 """Elements of a tile that two warps keep in registers."""
-REGISTERS = 168
-"""Registers of a thread at such a tile and products in half width, for six programs to fit on a processor."""
+LIGHT_WAY = Way(2, 1, 128, 8)
+"""For such a tile, products in half width and at most 8 query vectors: registers for eight programs on a processor."""
+PLANES_WAY = Way(2, 1, 168, 6)
+"""For codes in several planes, which with fewer registers would lie in memory."""
+WIDE_WAY = Way(2, 1, None, 4)
+"""For such a tile and more query vectors."""
+FEWER_WARPS, MORE_WARPS = Way(4, 1, None, 6), Way(8, 1, None, 6)
+"""For products in float32, and for longer tiles."""
 
 FUSION = {"enable_fp_fusion": True}
 """Products and sums in one rounding, as all figures were measured. Triton 3.9 warns of a launch that does not say,
@@ -136,15 +141,19 @@ def _options(request: AttentionRequest, key: SideLayout, value: SideLayout) -> d
 
 
 def choose_way(request: AttentionRequest, key: SideLayout, value: SideLayout, tile: int) -> Way:
-    """Return the way to launch, by what was fastest of 13 ways at 8 and 32 rows on an H200 (docs/speed.md).
+    """Return the way to launch, by what was fastest of 13 ways at 1 and 8 rows of 32,768 tokens on an H200.
 
     Few warps share the query, which each of them scales by itself; a pipeline of loads would take the room of programs
     that hide the waiting as well.
     """
     is_small = tile * max(padded(key.head_dim), padded(value.head_dim)) <= SMALL_TILE
-    is_light = is_small and request.common_dtype != torch.float32
-    warps = 2 if is_light else 4 if is_small else 8
-    return Way(warps, 1, REGISTERS if is_light and request.row_count <= LEAST_ROWS else None, PROGRAMS_PER_PROCESSOR)
+    if not is_small:
+        return MORE_WARPS
+    if request.common_dtype == torch.float32:
+        return FEWER_WARPS
+    if request.row_count > LEAST_ROWS:
+        return WIDE_WAY
+    return PLANES_WAY if max(len(side.packed.plane_widths) for side in (key, value)) > 1 else LIGHT_WAY
 
 
 def _find_rotation(view: StoreView) -> torch.Tensor | None:

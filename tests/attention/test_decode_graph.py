@@ -1,0 +1,95 @@
+"""Decoding steps of a whole model as one CUDA graph: by Triton's interpreter, and left out where there is no GPU."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvq import KVQ, attach
+from kvq.attaching.decode_graph import DecodeGraph
+from kvq.attention.kernels.triton.kernel import LEAST_TRITON, _find_missing_triton
+from kvq.transformers_seams.private_names import pass_cache
+
+SCRIPT = Path(__file__).with_name("interpreted_decode_graph.py")
+needs_triton = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
+
+
+@needs_triton
+@pytest.mark.costly
+def test_replayed_steps_are_those_of_the_model_by_itself():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "KVQ_ATTENTION_KERNEL": "eager"}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    steps = seen["steps"]
+    assert steps["error"] <= 1e-3
+    assert steps["same"], "the first layer holds what one without graphs holds"
+    assert (steps["replays"], steps["recordings"]) == (77, 2), "all but the first and two flushes, the second of which"
+    assert steps["recordings after the rows changed places"] == 3
+    assert steps["obstacles"] == ["None"]
+    assert all(seen[name]["same"] for name in ("plain", "padded", "beams"))
+    assert seen["plain"]["graph"] == [37, 1, None]
+    assert seen["padded"]["graph"] == [0, 0, "the batch is padded"]
+    assert seen["beams"]["graph"][:2] == [0, 3], "no other is tried once three were of no use"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, vocab_size=300, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def test_without_a_gpu_generate_is_as_ever(model):
+    tokens = torch.arange(100)[None] % 300
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    texts = []
+    for cuda_graphs in (True, False):
+        with attach(model, backend="native", residual_length=32, cuda_graphs=cuda_graphs) as attached:
+            texts.append(model.generate(tokens, **options).tolist())
+        assert attached.decode_graph is None
+    assert texts[0] == texts[1]
+
+
+def test_the_forward_of_an_attached_model_keeps_its_signature_and_is_given_back(model):
+    own = inspect.signature(model.forward)
+    with attach(model, backend="native", cuda_graphs=True):
+        assert inspect.signature(model.forward) == own
+        assert "forward" not in vars(copy.deepcopy(model))
+    assert "forward" not in vars(model)
+
+
+@torch.no_grad()
+def test_a_step_that_another_kernel_reads_is_not_recorded(model):
+    model.set_attn_implementation("kvq")
+    cache, tokens = KVQ(backend="native", residual_length=32), torch.arange(100)[None] % 300
+    model(tokens, use_cache=True, **pass_cache(model, cache))
+    graph = DecodeGraph(model, cache, record=pytest.fail)
+    for _ in range(3):
+        graph.step(tokens[:, :1])
+    assert graph.obstacle.startswith("attention was computed by")
+    assert cache.get_seq_length() == 103
+
+
+@torch.no_grad()
+def test_a_layer_that_no_graph_holds_is_named(model):
+    model.set_attn_implementation("kvq")
+    cache = KVQ(backend="native", layers={0: {"full_precision": True}})
+    tokens = torch.arange(100)[None] % 300
+    model(tokens, use_cache=True, **pass_cache(model, cache))
+    graph = DecodeGraph(model, cache, record=pytest.fail)
+    graph.step(tokens[:, :1])
+    assert "layers that no graph holds" in graph.obstacle
