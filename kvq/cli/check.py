@@ -111,6 +111,7 @@ def _print_summary(file: str, summary: ConfigSummary, head_dim: int) -> None:
         "rotation",
         "balance",
         "clip",
+        "rounding",
         "effective bits",
     )
     print_table(columns, [_row(side, others=bool(config.layers)) for side in summary.sides])
@@ -121,7 +122,7 @@ def _print_summary(file: str, summary: ConfigSummary, head_dim: int) -> None:
 def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
     layers = one.layers or ("all others" if others else "all")
     if one.settings is None:
-        return layers, f"{one.side}s", "full precision", *["-"] * 7
+        return layers, f"{one.side}s", "full precision", *["-"] * 8
     bits = "unknown" if one.effective_bits is None else f"{one.effective_bits:.3f}"
     own = one.settings
     return (
@@ -134,5 +135,6 @@ def _row(one: SideSummary, *, others: bool) -> tuple[str, ...]:
         one.rotation,
         one.balance,
         one.clip,
+        own.rounding,
         bits,
     )

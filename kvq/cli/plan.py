@@ -75,7 +75,7 @@ def plan(
     without --gpu-memory), "is_search_bounded" (more than "largest_context" would fit), "unsupported", "warnings",
     "notes", "left_out", and "layers", a list with "layer_idx", "kind", "reason", bytes as above, "offloaded_bytes",
     "key" and "value" (null, or "num_heads", "head_dim", "backend", "nbits", "granularity", "group_length",
-    "rotation", "balance", "clip", "effective_bits"; null from "backend" on in full precision).
+    "rotation", "balance", "clip", "rounding", "effective_bits"; null from "backend" on in full precision).
     """
     with _exit(2, ValueError):
         sizes = [None if size is None else parse_bytes(size) for size in (gpu_memory, weights_memory)]

@@ -41,6 +41,7 @@ from kvq.config.field_types import (
     KeyValue,
     MetadataDtype,
     Rotation,
+    Rounding,
     Tokens,
     Version,
     find_integer,
@@ -54,6 +55,7 @@ from kvq.config.plain_values import find_strange_values
 from kvq.config.presets import FIELD as PRESET_FIELD
 from kvq.config.presets import add_to_schema, expand_preset
 from kvq.config.resolved import ResolvedLayer
+from kvq.config.rounding_choice import ERROR_FEEDBACK, ROUNDING_FIELD, check_rounding, list_places
 from kvq.errors import ConfigError, Fault
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
@@ -119,6 +121,11 @@ class KVQCacheConfig(FrozenModel):
         "cut (for affine backends); `none`: all of it; or `auto`: what suits the width, if rotated and `per_channel`",
     )
     clip_v: Clip = Field(default="auto", description="the same for the values")
+    rounding_k: Rounding = Field(
+        default="nearest",
+        description="`nearest`, or `error_feedback`: keys get the codes that suit the queries that a `calibration` "
+        "saw, in the same bytes (for backends that say that they round to nearest: `native`)",
+    )
     compute_dtype: Dtype | None = Field(
         default=None,
         description="dtype that dequantization computes in; default: float32, then rounded once to the states' dtype",
@@ -148,8 +155,9 @@ class KVQCacheConfig(FrozenModel):
     )
     calibration: GivenCalibration | None = Field(
         default=None,
-        description="statistics of the model for backends that ask for them: the path of a file that `kvq calibrate` "
-        "wrote, in a file relative to its folder; `{file: ..., digest: ...}`; or `standard`: of standard normal states",
+        description="statistics of the model for `rounding_k`, and for backends that ask for them: the path of a file "
+        "that `kvq calibrate` wrote, in a file relative to its folder; `{file: ..., digest: ...}`; or `standard`: of "
+        "standard normal states",
     )
 
     @field_validator("backend")
@@ -227,6 +235,7 @@ class KVQCacheConfig(FrozenModel):
     @classmethod
     def _check_calibration(cls, value: Calibration | None, info: ValidationInfo) -> Calibration | None:
         check_needed(value, _list_backends(info.data))
+        check_rounding(value, list_places(info.data))
         return value
 
     def model_post_init(self, context: Any) -> None:  # noqa: ARG002  # pydantic passes it
@@ -253,6 +262,8 @@ class KVQCacheConfig(FrozenModel):
 
     def _warn_of_unused_calibration(self) -> None:
         specs = _list_backends(dict(self))
+        if ERROR_FEEDBACK in list_places(dict(self)).values():
+            return
         if self.calibration is not None and all(spec.calibration == UNUSED for spec in specs):
             names = ", ".join(sorted({repr(spec.name) for spec in specs}))
             warn_user(f"calibration: {self.calibration} has no effect: backend {names} asks for no statistics")
@@ -352,10 +363,13 @@ class KVQCacheConfig(FrozenModel):
 _LATER_STEPS = {*BALANCE_FIELDS.values(), *CLIP_FIELDS.values()}
 """Fields of steps that kvq learned after all others had a field: a file with all the rest was written before."""
 
+_ALWAYS_DEFAULT = {CALIBRATION_FIELD, ROUNDING_FIELD}
+"""Later fields whose default is what was done before."""
+
 
 def _complete_older(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return fields as they were written before some of today's existed, with what these did not do then."""
-    missing = KVQCacheConfig.model_fields.keys() - fields.keys() - {CALIBRATION_FIELD}
+    missing = KVQCacheConfig.model_fields.keys() - fields.keys() - _ALWAYS_DEFAULT
     return {**fields, **dict.fromkeys(missing, "none")} if missing <= _LATER_STEPS else fields
 
 

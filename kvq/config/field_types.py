@@ -212,6 +212,7 @@ Device = Annotated[
 ]
 Rotation = Literal["auto", "none", "hadamard"]
 Balance = Literal["auto", "none", "rms"]
+Rounding = Literal["nearest", "error_feedback"]
 Clip = Annotated[
     float | str,
     PlainValidator(_parse_clip),

@@ -20,6 +20,7 @@ from kvq.config.field_types import (
     GroupSize,
     MetadataDtype,
     Rotation,
+    Rounding,
     Tokens,
     of_side,
 )
@@ -59,6 +60,7 @@ class LayerConfig(FrozenModel):
     balance_v: Balance | None = Field(default=None, description="balance of the values")
     clip_k: Clip | None = Field(default=None, description="clipping of the keys")
     clip_v: Clip | None = Field(default=None, description="clipping of the values")
+    rounding_k: Rounding | None = Field(default=None, description="rounding of the keys")
     compute_dtype: Dtype | None = Field(default=None, description="dtype that dequantization computes in")
     metadata_dtype: MetadataDtype | None = Field(default=None, description="dtype of scale and mid")
     full_precision: StrictBool = Field(default=False, description="keep these layers in full precision")

@@ -10,8 +10,9 @@ import torch
 
 from kvq.calibration import Calibration
 from kvq.config.backend_choice import get_side_backend
-from kvq.config.field_types import Balance, Clip, Rotation, of_side
+from kvq.config.field_types import Balance, Clip, Rotation, Rounding, of_side
 from kvq.config.layer_config import AXIS_FIELDS, BALANCE_FIELDS, CLIP_FIELDS, NBITS_FIELDS, ROTATION_FIELDS
+from kvq.config.rounding_choice import NEAREST, ROUNDING_FIELD
 from kvq.plugin_api.backend_spec import BackendOptions, BackendSpec
 from kvq.plugin_api.granularity import Granularity
 from kvq.plugin_api.quantizer import Side
@@ -32,6 +33,7 @@ class ResolvedSide:
         clip: the part of each group's range that codes are spread over, or `none`: all; `auto`: what suits the width.
         metadata_dtype: dtype of scale and mid, or None: the core chooses.
         calibration: statistics of the model, or None.
+        rounding: how codes are chosen; `nearest` for values.
     """
 
     backend: BackendSpec
@@ -44,6 +46,7 @@ class ResolvedSide:
     clip: Clip
     metadata_dtype: torch.dtype | None
     calibration: Calibration | None = None
+    rounding: Rounding = "nearest"
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], side: Side) -> ResolvedSide:
@@ -60,6 +63,7 @@ class ResolvedSide:
             clip=fields[CLIP_FIELDS[side]],
             metadata_dtype=fields["metadata_dtype"],
             calibration=fields.get("calibration"),
+            rounding=fields[ROUNDING_FIELD] if side == "key" else NEAREST,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ResolvedSide:

@@ -1,4 +1,4 @@
-/* What the store does around an affine quantizer, block by block: rotate, balance, clip, round to nearest, and pack codes
+/* What the store does around an affine quantizer, block by block: rotate, balance, clip, round, and pack codes
  * and metadata. Every number is made by the operations of kvq/store/affine.py and what it calls, in the same order, so
  * every byte is the same: compare them line by line. That forbids fused multiply-adds and sums in another order.
  *
@@ -64,6 +64,9 @@ typedef struct {
   uint8_t *lost;
   const uint8_t *codes;
   const float *said_scale, *said_offset;
+  /* Of ErrorFeedback: channels by place, and what a place loses of the error of an earlier one; NULL: round to nearest. */
+  const int64_t *order;   /* [H, D] */
+  const float *weights;   /* [H, D, D] */
   int64_t stage, threads;
   void *run_parallel; /* GOMP_parallel, or NULL: one thread */
 } request_t;
@@ -313,7 +316,7 @@ static void clip(work_t *w, int64_t count) {
     vf low = load(w->low + i), high = load(w->high + i), cut = high * q->clip_margin - low * q->clip_margin;
     store(w->low + i, low + cut), store(w->high + i, high - cut);
   }
-  for (int64_t d = 0; d < q->head_dim; d++)
+  for (int64_t d = 0; d < q->head_dim && !q->order; d++) /* error feedback makes up for what is cut, too */
     for (int64_t t = 0; t < q->block_length; t += VL) {
       float *place = w->tile + d * q->block_length + t;
       store(place, smaller(meet(q, w->high, d, t), larger(meet(q, w->low, d, t), load(place))));
@@ -359,6 +362,38 @@ static void find_codes(work_t *w) {
       store((float *)w->rounded + t, x);
     }
     for (int64_t t = 0; t < L; t++) w->codes[d * L + t] = (uint8_t)w->rounded[t];
+  }
+}
+
+static void read_metadata(work_t *w, int64_t count, const int32_t *to);
+
+/* _round_channels of kvq/store/error_feedback.py, against the lines that are stored. */
+static void feed_back(work_t *w, int64_t count, const int32_t *to) {
+  const request_t *q = w->q;
+  int64_t D = q->head_dim, L = q->block_length;
+  float half = (float)(1 << (q->bits - 1)), *error = w->other; /* a room that is free after balance */
+  const int64_t *order = q->order + w->head * D;
+  read_metadata(w, count, to);
+  for (int64_t place = 0; place < D; place++) {
+    int64_t d = order[place];
+    const float *row = w->tile + d * L, *shares = q->weights + (w->head * D + place) * D;
+    for (int64_t t = 0; t < L; t += VL) {
+      vf x = load(row + t), scale = meet(q, w->scale, d, t), mid = meet(q, w->mid, d, t);
+      vf step = (x - mid) / choose(scale == 0, splat(1), scale);
+      step = choose(step == step, smaller(larger(step, splat(-half)), splat(half - 1)), (vf){0});
+      step = (step + ROUNDER) - ROUNDER;
+      store((float *)w->rounded + t, (step + half) + ROUNDER);
+      vf read = step * scale;
+      store(error + t, finite_or_zero(x - (read + mid)));
+    }
+    for (int64_t t = 0; t < L; t++) w->codes[d * L + t] = (uint8_t)w->rounded[t];
+    for (int64_t later = place + 1; later < D; later++) {
+      float *other = w->tile + order[later] * L;
+      for (int64_t t = 0; t < L; t += VL) {
+        vf share = load(error + t) * shares[later];
+        store(other + t, load(other + t) - share);
+      }
+    }
   }
 }
 
@@ -448,6 +483,7 @@ static void write_parts(work_t *w, int64_t count, const int32_t *to) {
     w->mid[i] = w->lost[i] ? of_bits(0x7fc00000) : mid;
   }
   write_metadata(w, count, to);
+  if (w->q->order) feed_back(w, count, to);
   pack(w);
 }
 
@@ -599,7 +635,7 @@ static void serve_block(work_t *w, int64_t count, const int32_t *to) {
     return;
   }
   find_lines(w, count);
-  find_codes(w);
+  if (!q->order) find_codes(w);
   write_parts(w, count, to);
 }
 

@@ -119,7 +119,12 @@ def _call(
     request = make_request(described, codec, states, parts, library)
     if getattr(codec.quantizer, "rounds_to_nearest", False):
         request.stage = WHOLE
+        if codec.feedback is not None:
+            order, weights = codec.feedback.on(states.device)
+            request.order, request.weights = order.data_ptr(), weights.data_ptr()
         return None if library.encode(address_of(request)) else parts
+    if codec.feedback is not None:
+        return None
     groups, lost = _make_groups(codec, leading, states.device)
     request.stage, request.group_values, request.lost = PREPARE, groups.data_ptr(), lost.data_ptr()
     if library.encode(address_of(request)):
@@ -142,7 +147,7 @@ def _make_groups(
 
 def _is_trusted(codec: AffineCodec, states: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> bool:
     """Return whether blocks of this kind are as torch makes them; compares the first one."""
-    kind = codec.packed_format, codec.clip_share, states.dtype, codec.kind
+    kind = codec.packed_format, codec.clip_share, states.dtype, codec.kind, codec.feedback is not None
     if kind in TRUST.agreed or not states.numel():
         return True
     expected = codec.encode_by_torch(states[:1, :, : codec.block_length])

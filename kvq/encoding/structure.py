@@ -62,6 +62,8 @@ class EncodeRequest(Structure):
         ("codes", c_void_p),
         ("said_scale", c_void_p),
         ("said_offset", c_void_p),
+        ("order", c_void_p),
+        ("weights", c_void_p),
         ("stage", c_int64),
         ("threads", c_int64),
         ("run_parallel", c_void_p),

@@ -52,6 +52,8 @@ def _side(side: Side, own: ResolvedSide, there: StateFormat, bits: float, head_d
         yield f"{name}: the balance ({own.balance})"
     if own.clip != "none":
         yield f"{name}: the clipping ({own.clip})"
+    if own.rounding != "nearest":
+        yield f"{name}: the rounding ({own.rounding})"
 
 
 def _describe_groups(own: ResolvedSide) -> str:

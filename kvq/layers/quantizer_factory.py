@@ -8,8 +8,9 @@ import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.config.layer_config import BALANCE_FIELDS, CLIP_FIELDS
+from kvq.config.rounding_choice import ERROR_FEEDBACK, NEAREST, ROUNDING_FIELD
 from kvq.encoding.encoder import CompiledEncoder
-from kvq.errors import BackendFailedError, BrokenBackendError, ConfigError, Fault, StatesError
+from kvq.errors import BackendFailedError, BrokenBackendError, CalibrationError, ConfigError, Fault, StatesError
 from kvq.layers.metadata_dtypes import find_mid_dtype, find_scale_dtype
 from kvq.layers.quantizer_kind import find_kind
 from kvq.layers.savings import check_savings
@@ -20,6 +21,7 @@ from kvq.plugin_api.quantizer import AffineQuantizer, Quantizer, QuantSpec, Side
 from kvq.plugin_api.statistics import LayerStatistics
 from kvq.registry import get_registry
 from kvq.store.affine import AffineCodec, balanced_group_length
+from kvq.store.error_feedback import ErrorFeedback
 from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import Origin
 from kvq.store.rotated import RotatedQuantizer
@@ -96,18 +98,22 @@ def _build(chosen: ResolvedSide, spec: QuantSpec) -> object:
 
 def _wrap(quantizer: object, chosen: ResolvedSide, spec: QuantSpec, compute_dtype: torch.dtype) -> Quantizer:
     origin = Origin.of(chosen.backend.name, spec)
-    if find_kind(quantizer, str(origin)) == "general":
+    kind = find_kind(quantizer, str(origin))
+    _check_rounding(quantizer, chosen)
+    if kind == "general":
         _check_untouched(chosen, spec.side)
         return _guard(cast(Quantizer, quantizer), chosen, origin, spec)
+    rotation = _make_rotation(spec) if is_rotated(chosen, spec) else None
     return AffineCodec(
         cast(AffineQuantizer, quantizer),
         spec,
-        _make_rotation(spec) if is_rotated(chosen, spec) else None,
+        rotation,
         compute_dtype,
         find_scale_dtype(chosen),
         chosen.backend.name,
         balanced=is_balanced(chosen, spec),
         clip_share=choose_clip_share(chosen, spec),
+        feedback=_make_feedback(chosen, spec, rotation),
         encoder=CompiledEncoder(),
     )
 
@@ -121,6 +127,28 @@ def _guard(quantizer: Quantizer, chosen: ResolvedSide, origin: Origin, spec: Qua
 
 def _make_rotation(spec: QuantSpec) -> HadamardRotation:
     return HadamardRotation(spec.head_dim, spec.seed, spec.device)
+
+
+def _make_feedback(chosen: ResolvedSide, spec: QuantSpec, rotation: HadamardRotation | None) -> ErrorFeedback | None:
+    if chosen.rounding != ERROR_FEEDBACK or chosen.calibration is None:
+        return None
+    own = chosen.calibration.get(spec.layer_idx, spec.side, num_heads=spec.num_heads, head_dim=spec.head_dim)
+    if own.query_moment is None or not own.query_moment.isfinite().all():
+        raise CalibrationError(
+            f"calibration {chosen.calibration} has no queries of the shape of the keys in layer {spec.layer_idx}: "
+            f"{ROUNDING_FIELD}={ERROR_FEEDBACK!r} needs them; set {NEAREST!r} there"
+        )
+    return ErrorFeedback(own.query_moment, rotation)
+
+
+def _check_rounding(quantizer: object, chosen: ResolvedSide) -> None:
+    """Refuse to choose other codes than those of a backend that chooses them in a way of its own."""
+    if chosen.rounding == ERROR_FEEDBACK and not getattr(quantizer, "rounds_to_nearest", False):
+        problem = (
+            f"{chosen.backend.name} does not say that it rounds to nearest, so its codes are its own to choose; use "
+            f"{NEAREST!r}, or keys by another backend"
+        )
+        raise ConfigError([Fault((ROUNDING_FIELD,), problem)])
 
 
 def _check_untouched(chosen: ResolvedSide, side: Side) -> None:

@@ -30,6 +30,7 @@ class SidePlan:
         rotation: the rotation before quantizing.
         balance: how tokens are evened out before quantizing.
         clip: the part of each group's range that codes are spread over, or `none`.
+        rounding: how codes are chosen, as `rounding_k` says; `nearest` for values.
         effective_bits: codes and metadata per stored element, without slack.
     """
 
@@ -42,6 +43,7 @@ class SidePlan:
     rotation: str | None = None
     balance: str | None = None
     clip: str | None = None
+    rounding: str | None = None
     effective_bits: float | None = None
 
     def __str__(self) -> str:
@@ -49,7 +51,8 @@ class SidePlan:
             return "full precision"
         group = f" by {self.group_length}" if self.group_length else ""
         clip = "none" if self.clip in (None, "none") else f"clip {self.clip}"
-        steps = "".join(f", {step}" for step in (self.rotation, self.balance, clip) if step not in (None, "none"))
+        named = (self.rotation, self.balance, clip, self.rounding)
+        steps = "".join(f", {step}" for step in named if step not in (None, "none", "nearest"))
         return f"{self.backend} {self.nbits:g} bit {self.granularity}{group}{steps} ({self.effective_bits:.2f})"
 
 

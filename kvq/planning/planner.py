@@ -174,6 +174,7 @@ def _describe(shape: SidePlan, settings: ResolvedLayer, quantizer: Quantizer, na
         rotation=rotation,
         balance=balance,
         clip=clip,
+        rounding=chosen.rounding,
         effective_bits=effective_bits(quantizer, shape.head_dim),
     )
 

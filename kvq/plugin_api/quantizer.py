@@ -61,7 +61,8 @@ class AffineQuantizer(Protocol):
 
     A quantizer may have an attribute `rounds_to_nearest`. True says that its results are, bit for bit, those of kvq's
     own backend "native" without clipping: codes spread evenly from the least to the largest element. The core may then
-    do it without calling `encode`, in C. Where the bytes of the first block differ, it calls `encode` all the same.
+    do it without calling `encode`, in C. Where the bytes of the first block differ, it calls `encode` all the same. And
+    where `rounding_k` asks for it, the core takes the scales and offsets alone, and chooses other codes.
     """
 
     group_local: bool

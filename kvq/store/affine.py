@@ -22,9 +22,11 @@ from kvq.plugin_api.quantizer import AffineQuantizer, Part, QuantSpec
 from kvq.store.balance import even_out
 from kvq.store.byte_metadata import write_bytes
 from kvq.store.clipping import clip
+from kvq.store.error_feedback import ErrorFeedback
 from kvq.store.first_blocks import check_first_codes, kind_of
 from kvq.store.origin import Origin, name_quantizer
 from kvq.store.packed_decoding import decode_packed
+from kvq.store.packed_parts import read_metadata
 from kvq.store.rotation import HadamardRotation
 
 EXPONENT_TARGET = 14
@@ -74,6 +76,7 @@ class AffineCodec:
         backend: name of what built the quantizer, for errors.
         balanced: whether each token is divided by a factor of its own after the rotation; per channel only.
         clip_share: the part of each group's range, around its middle, that codes are spread over.
+        feedback: chooses the codes in the place of the backend, which decides the lines alone then; or None. For keys.
         encoder: may encode in the place of torch, or None.
 
     Attributes:
@@ -91,6 +94,7 @@ class AffineCodec:
         *,
         balanced: bool = False,
         clip_share: float = 1.0,
+        feedback: ErrorFeedback | None = None,
         encoder: BlockEncoder | None = None,
     ) -> None:
         self.quantizer = quantizer
@@ -98,6 +102,7 @@ class AffineCodec:
         self.rotation = rotation
         self.compute_dtype = compute_dtype
         self.clip_share = clip_share
+        self.feedback = feedback
         self.encoder = encoder
         self.bits = math.ceil(spec.nbits)
         self.per_channel = spec.granularity is Granularity.PER_CHANNEL
@@ -157,15 +162,10 @@ class AffineCodec:
         lost = groups.abs().amax(-1).isfinite().logical_not_()
         if lost.device.type != "cpu" or lost.any():  # elsewhere asking takes longer than filling
             groups = groups.masked_fill(lost[..., None], 0)
-        if self.clip_share < 1:
-            groups = clip(groups, self.clip_share)
-        codes, scale, offset = self.encode_groups(groups, lost)
+        codes, scale, offset = self._quantize(groups, lost)
         for width, plane in split_planes(self._ungroup(codes), self.bits).items():
             parts[f"codes_{width}"] = pack(plane, width, self.packed_format.packed_dim)
-        # In two steps: the whole distance to the middle may be past the largest fp32 where both ends are not.
-        half_way = scale * 2.0 ** (self.bits - 2)
-        mid = (offset + half_way + half_way).masked_fill_(lost, math.nan)
-        return {**parts, **self._round_metadata(scale, mid)}
+        return {**parts, **self._round_metadata(scale, offset, lost)}
 
     def encode_groups(
         self, groups: torch.Tensor, lost: torch.Tensor
@@ -200,6 +200,20 @@ class AffineCodec:
         """Do as `decode_into`, without compiled code."""
         decode_packed(self.packed_format, self.rotation, parts, out)
 
+    def _quantize(self, groups: torch.Tensor, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Clip groups, let the backend quantize them, and choose their codes for the queries if that is asked for.
+
+        Arguments and results are those of `encode_groups`.
+        """
+        clipped = clip(groups, self.clip_share) if self.clip_share < 1 else groups
+        codes, scale, offset = self.encode_groups(clipped, lost)
+        if self.feedback is not None:
+            # Against the lines that are stored, whose error is made up for too.
+            stored = read_metadata(self.packed_format, self._round_metadata(scale, offset, lost))
+            chosen = self.feedback.choose_codes(self.packed_format, self._by_channel(groups), *stored)
+            codes = chosen.contiguous() if self.per_channel else self._fill_in(codes, chosen)
+        return codes, scale, offset
+
     def _group(self, states: torch.Tensor) -> torch.Tensor:
         """Return `[B, H, blocks, D, L]` per channel, `[B, H, blocks, L, groups, G]` per token."""
         if self.per_channel:
@@ -218,8 +232,22 @@ class AffineCodec:
         codes = codes.flatten(-2)[..., : self.spec.head_dim]
         return codes.transpose(-1, -2) if self.packed_format.packed_dim == -1 else codes
 
-    def _round_metadata(self, scale: torch.Tensor, mid: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _by_channel(self, groups: torch.Tensor) -> torch.Tensor:
+        """Return groups as `[B, H, blocks, D, L]`."""
+        return groups if self.per_channel else groups.flatten(-2)[..., : self.spec.head_dim].mT
+
+    def _fill_in(self, codes: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return codes `[B, H, blocks, L, groups, G]` with those of `[B, H, blocks, D, L]` in their places."""
+        rows = codes.flatten(-2).clone()
+        rows[..., : self.spec.head_dim] = chosen.mT
+        filled: torch.Tensor = rows.unflatten(-1, codes.shape[-2:])
+        return filled
+
+    def _round_metadata(self, scale: torch.Tensor, offset: torch.Tensor, lost: torch.Tensor) -> dict[str, torch.Tensor]:
         packed = self.packed_format
+        # In two steps: the whole distance to the middle may be past the largest fp32 where both ends are not.
+        half_way = scale * 2.0 ** (self.bits - 2)
+        mid = (offset + half_way + half_way).masked_fill_(lost, math.nan)
         if packed.has_units:
             return write_bytes(scale, mid)
         if not packed.has_exponent:

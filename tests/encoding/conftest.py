@@ -13,6 +13,7 @@ from kvq.encoding.encoder import CompiledEncoder, Trust
 from kvq.encoding.library import why_encode_unavailable
 from kvq.plugin_api import Granularity, QuantSpec
 from kvq.store.affine import AffineCodec, balanced_group_length
+from kvq.store.error_feedback import ErrorFeedback
 from kvq.store.rotation import HadamardRotation
 from kvq_backends.native.quantizer import NativeQuantizer
 
@@ -42,16 +43,18 @@ def make_codec() -> Callable[..., AffineCodec]:
 
     def make(
         bits=4, side="key", granularity=Granularity.PER_CHANNEL, head_dim=64, group_size=32, *, heads=2,
-        dtype=torch.float32, metadata=METADATA[0], is_rotated=False, quantizer=None, **more,
+        dtype=torch.float32, metadata=METADATA[0], is_rotated=False, quantizer=None, query_moment=None, **more,
     ) -> AffineCodec:  # fmt: skip
         per_token, device = granularity is Granularity.PER_TOKEN, torch.device("cpu")
         length = balanced_group_length(head_dim, group_size) if per_token else group_size
         spec = QuantSpec(side, 0, bits, granularity, length, heads, head_dim, dtype, metadata[0], device, seed=bits)
         rotation = HadamardRotation(head_dim, bits, device) if is_rotated else None
         quantizer = quantizer or NativeQuantizer(bits)
+        feedback = None if query_moment is None else ErrorFeedback(query_moment, rotation)
         return AffineCodec(
-            quantizer, spec, rotation, torch.float32, metadata[1], "native", encoder=CompiledEncoder(), **more
-        )
+            quantizer, spec, rotation, torch.float32, metadata[1], "native", encoder=CompiledEncoder(),
+            feedback=feedback, **more,
+        )  # fmt: skip
 
     return make
 

@@ -62,6 +62,26 @@ def test_with_a_quantizer_between_both_halves(draw, make_codec, seed):
         assert_same(make_codec(**options, quantizer=Rounded(options["bits"])), states)
 
 
+def draw_moment(heads, head_dim, seed):
+    """Second moments of queries that go together, of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(heads, 150, head_dim, generator=generator)
+    queries = queries @ torch.randn(heads, head_dim, head_dim, generator=generator) * 10.0 ** (seed % 7 - 3)
+    return queries.mT @ queries / 150
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_error_feedback(draw, make_codec, seed):
+    for number, (options, states) in enumerate(draw(200 + seed, 50)):
+        moment = draw_moment(options["heads"], options["head_dim"], number)
+        assert_same(make_codec(**{**options, "side": "key"}, query_moment=moment), states)
+
+
+def test_error_feedback_of_another_quantizer_is_left_to_torch(make_codec):
+    codec = make_codec(quantizer=Rounded(4), query_moment=draw_moment(2, 64, 0))
+    assert CompiledEncoder().encode(codec, torch.randn(1, 2, 32, 64)) is None
+
+
 @pytest.mark.parametrize(("side", "granularity"), SHAPES)
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_at_every_width(make_codec, bits, side, granularity):

@@ -34,6 +34,7 @@ def test_a_configuration_with_all_fields_of_its_time_gets_nothing_new(folder):
     layer = config.for_layer(0)
     for side in (layer.key, layer.value):
         assert (side.rotation, side.balance, side.clip) == STEPS_THEN[folder]
+        assert side.rounding == "nearest"
     assert KVQCacheConfig.from_mapping(config.to_dict()) == config
 
 
