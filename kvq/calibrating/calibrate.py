@@ -28,7 +28,7 @@ def calibrate(
     batch_size: int = 1,
     watcher: Watcher | None = None,
 ) -> Calibration:
-    """Collect the statistics of a model's keys, values and queries, which some backends ask for.
+    """Collect the statistics of a model's keys, values and queries, which `rounding_k` and some backends ask for.
 
     The model reads the text once, in full precision. `Calibration.save` writes them to a file, and `calibration=FILE`
     in a configuration gives them to the backend; a configuration takes the object too.

@@ -42,10 +42,10 @@ def calibrate(
     device: GivenDevice = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")] = Path("calibration.safetensors"),
 ) -> None:
-    """Collect statistics of a model's keys, values and queries, for backends that ask for them.
+    """Collect statistics of a model's keys, values and queries, for `rounding_k: error_feedback` and some backends.
 
-    `kvq backends NAME` says whether a backend does. The model reads the text once, in full precision. The file goes
-    into a configuration, `calibration: FILE`; it fits this model alone, and is refused for another one.
+    `kvq backends NAME` says whether a backend asks for them. The model reads the text once, in full precision. The file
+    goes into a configuration, `calibration: FILE`; it fits this model alone, and is refused for another one.
 
     Exit codes: 0 fine; 1 the file cannot be written; 2 wrong usage, or something is missing.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 
@@ -163,6 +164,13 @@ class TestBytes:
         assert plans[0].total_bytes == plans[1].total_bytes
         assert ", error_feedback (" in str(plans[1].layers[0].key)
         assert "error_feedback" not in str(plans[1].layers[0].value) + str(plans[0].layers[0].key)
+
+    def test_a_copy_goes_on_as_the_original(self, calibration):
+        cache = fill(KVQ(**FIELDS, calibration=calibration))
+        other = copy.deepcopy(cache)
+        for one in (cache, other):
+            fill(one, 200, seed=1)
+        assert torch.equal(other.materialize(1)[0], cache.materialize(1)[0])
 
     def test_a_saved_cache_goes_on_as_it_would_have(self, path, tmp_path):
         cache = fill(KVQ(**FIELDS, calibration=path))
