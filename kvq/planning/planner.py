@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from kvq.cache.kvq import KVQ
 from kvq.config import KVQCacheConfig, ResolvedLayer
+from kvq.config.rounding_choice import ERROR_FEEDBACK
 from kvq.errors import ConfigError, Fault, ModelError
 from kvq.layers.biased_keys import explain_biased_keys
 from kvq.layers.given_states import STATES_DTYPES
@@ -23,6 +24,7 @@ from kvq.planning.reasons import Reasons
 from kvq.planning.rehearsal import Moments, Rehearsal
 from kvq.plugin_api.packed_format import find_packed_format
 from kvq.plugin_api.quantizer import Quantizer, Side
+from kvq.store.error_feedback import count_table_bytes
 from kvq.store.steps import find_steps
 from kvq.transformers_seams.layer_kinds import kind_of
 from kvq.units import format_bytes, format_ratio
@@ -258,4 +260,12 @@ def _list_left_out(layers: tuple[LayerPlan, ...]) -> tuple[str, ...]:
         f"one layer in full precision while attention reads it (up to {format_bytes(largest)}, and what "
         "dequantizing needs beside it)",
         "memory of the device's runtime, and fragmentation",
+        *_list_tables(layers),
     )
+
+
+def _list_tables(layers: tuple[LayerPlan, ...]) -> list[str]:
+    """Return what `ErrorFeedback` holds, which layers have once, whatever the number of tokens."""
+    sides = [one.key for one in layers if one.key is not None and one.key.rounding == ERROR_FEEDBACK]
+    held = sum(side.num_heads * count_table_bytes(side.head_dim) for side in sides)
+    return [f"tables of {ERROR_FEEDBACK} ({format_bytes(held)})"] if held else []

@@ -78,6 +78,11 @@ class ErrorFeedback:
         return self._weights[device]
 
 
+def count_table_bytes(head_dim: int) -> int:
+    """Return the bytes of the order and the weights of one head."""
+    return head_dim * (torch.int64.itemsize + head_dim * torch.float32.itemsize)
+
+
 def rotate_moment(moment: torch.Tensor, rotation: HadamardRotation | None) -> torch.Tensor:
     """Return the second moment of rotated queries in float64 on the CPU, `[H, D, D]`, new."""
     moment = moment.double()

@@ -34,6 +34,10 @@ def fill(cache, tokens=150, seed=0):
     return cache
 
 
+def keys_of(cache):
+    return [layer.side("key") for layer in cache.layers]
+
+
 class TestConfiguration:
     def test_it_stands_in_files(self, path, tmp_path):
         with warnings.catch_warnings():
@@ -162,6 +166,12 @@ class TestBytes:
         assert fill(chosen).memory().total_bytes == fill(plain).memory().total_bytes
         plans = [plan(model.config, cache.config, context=1000) for cache in (plain, chosen)]
         assert plans[0].total_bytes == plans[1].total_bytes
+        assert [text for text in plans[1].left_out if "error_feedback" in text] == [
+            "tables of error_feedback (17.0 KiB)"
+        ]
+        assert not any("error_feedback" in text for text in plans[0].left_out)
+        held = [sum(one.nbytes for one in side.codec.feedback.on(side.device)) for side in keys_of(chosen)]
+        assert sum(held) == 17 * 1024
         assert ", error_feedback (" in str(plans[1].layers[0].key)
         assert "error_feedback" not in str(plans[1].layers[0].value) + str(plans[0].layers[0].key)
 
