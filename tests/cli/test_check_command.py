@@ -37,12 +37,18 @@ def test_a_good_file_is_summarized(run_kvq, toy_path, tmp_path):
     assert "newest 96 and the first 4 tokens" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
     # Codes of 4 bits; scale and mid, 16 bits each, for a group; a byte for a block; a byte for 64 elements of a token.
-    steps, others = ("hadamard", "rms", "none"), f"{4 + 2 * 16 / 64 + 8 / (64 * 64) + 8 / 64:.3f}"
+    steps, others = ("hadamard", "rms", "none", "nearest"), f"{4 + 2 * 16 / 64 + 8 / (64 * 64) + 8 / 64:.3f}"
     assert ["all", "others", "keys", "toy", "4", "per_channel", "64", *steps, others] in rows
-    assert ["0-1", "values", "full", "precision", *"-------"] in rows
+    assert ["0-1", "values", "full", "precision", *"--------"] in rows
     last = f"{4 + 2 * 16 / 32 + 8 / (32 * 64) + 8 / 64:.3f}"
     assert ["last:2", "values", "toy", "4", "per_channel", "32", *steps, last] in rows
-    assert ["4", "values", "toy", "4", "per_token", "32", "none", "none", "none", "5.004"] in rows, "8 / (32 * 64)"
+    assert ["4", "values", "toy", "4", "per_token", "32", *["none"] * 3, "nearest", "5.004"] in rows, "8 / (32 * 64)"
+
+
+def test_codes_that_suit_the_queries_are_named(run_kvq, tmp_path):
+    (tmp_path / "chosen.yaml").write_text("{backend: native, rounding_k: error_feedback, calibration: standard}")
+    rows = [line.split() for line in run_kvq("check", "chosen.yaml", COLUMNS=200).stdout.splitlines()]
+    assert [row[-2] for row in rows if row[:2] in (["all", "keys"], ["all", "values"])] == ["error_feedback", "nearest"]
 
 
 @pytest.mark.parametrize(
