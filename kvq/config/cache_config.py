@@ -55,7 +55,7 @@ from kvq.config.plain_values import find_strange_values
 from kvq.config.presets import FIELD as PRESET_FIELD
 from kvq.config.presets import add_to_schema, expand_preset
 from kvq.config.resolved import ResolvedLayer
-from kvq.config.rounding_choice import ERROR_FEEDBACK, ROUNDING_FIELD, check_rounding, list_places
+from kvq.config.rounding_choice import ROUNDING_FIELD, check_rounding, list_places, warn_of_unknown_queries
 from kvq.errors import ConfigError, Fault
 from kvq.plugin_api.backend_spec import BackendSpec
 from kvq.plugin_api.granularity import Granularity
@@ -262,7 +262,7 @@ class KVQCacheConfig(FrozenModel):
 
     def _warn_of_unused_calibration(self) -> None:
         specs = _list_backends(dict(self))
-        if ERROR_FEEDBACK in list_places(dict(self)).values():
+        if warn_of_unknown_queries(self.calibration, list_places(dict(self))):
             return
         if self.calibration is not None and all(spec.calibration == UNUSED for spec in specs):
             names = ", ".join(sorted({repr(spec.name) for spec in specs}))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from kvq.calibration import Calibration
+from kvq.calibration.calibration import StandardCalibration
+from kvq.user_warnings import warn_user
 
 ROUNDING_FIELD = "rounding_k"
 NEAREST: Final = "nearest"
@@ -33,9 +35,30 @@ def check_rounding(calibration: Calibration | None, places: Mapping[str, str]) -
     Raises:
         ValueError: there are none.
     """
-    asking = next((place for place, word in places.items() if word == ERROR_FEEDBACK), None)
+    asking = _find_asking(places)
     if asking is not None and calibration is None:
         raise ValueError(
             f"{asking}={ERROR_FEEDBACK!r} needs statistics of the model's queries: write them to a file by `kvq "
             f"calibrate --model ... --out FILE`, and give its path; {NEAREST!r} needs none"
         )
+
+
+def warn_of_unknown_queries(calibration: Calibration | None, places: Mapping[str, str]) -> bool:
+    """Return whether error feedback is asked for, and warn of a calibration that knows no queries of a model.
+
+    Args:
+        calibration: that of the configuration.
+        places: as `list_places` returns them.
+    """
+    asking = _find_asking(places)
+    if asking is not None and isinstance(calibration, StandardCalibration):
+        warn_user(
+            f"{asking}={ERROR_FEEDBACK!r} has no effect: calibration {calibration} knows no model's queries; write a "
+            "file by `kvq calibrate --model ... --out FILE`, and give its path"
+        )
+    return asking is not None
+
+
+def _find_asking(places: Mapping[str, str]) -> str | None:
+    """Return the first place that asks for error feedback."""
+    return next((place for place, word in places.items() if word == ERROR_FEEDBACK), None)

@@ -71,7 +71,10 @@ class TestConfiguration:
         with pytest.raises(ConfigError, match=f"{place}='error_feedback' needs .*kvq calibrate --model") as caught:
             KVQCacheConfig(backend="native", **fields)
         assert len(caught.value.faults) == 1
-        KVQCacheConfig(backend="native", calibration="standard", **fields)
+        with pytest.warns(
+            UserWarning, match=f"{place}='error_feedback' has no effect: calibration 'standard' knows no"
+        ):
+            KVQCacheConfig(backend="native", calibration="standard", **fields)
 
     @pytest.mark.parametrize("value", ["auto", "none", True, None])
     def test_other_words_are_refused(self, value):

@@ -48,7 +48,8 @@ def test_what_is_lost_is_said_line_by_line():
     assert "the rotation" not in lost  # int4_per_token_head has one of its own
     assert "the rounding" not in lost
     assert "keys: the rotation (hadamard)" in "\n".join(_carry("sglang", rotation_k="hadamard").losses)
-    chosen = _carry("vllm", rounding_k="error_feedback", calibration="standard")
+    with pytest.warns(UserWarning, match="has no effect"):
+        chosen = _carry("vllm", rounding_k="error_feedback", calibration="standard")
     assert [line for line in chosen.losses if "the rounding" in line] == ["keys: the rounding (error_feedback)"]
     bare = _carry(
         "llama.cpp",
