@@ -138,7 +138,7 @@ def _make_feedback(chosen: ResolvedSide, spec: QuantSpec, rotation: HadamardRota
             f"calibration {chosen.calibration} has no queries of the shape of the keys in layer {spec.layer_idx}: "
             f"{ROUNDING_FIELD}={ERROR_FEEDBACK!r} needs them; set {NEAREST!r} there"
         )
-    return ErrorFeedback(own.query_moment, rotation)
+    return ErrorFeedback(own, rotation)
 
 
 def _check_rounding(quantizer: object, chosen: ResolvedSide) -> None:

@@ -11,11 +11,14 @@ same bytes however they are split: every number is made by single operations on 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from kvq.plugin_api.packed_format import PackedFormat
+from kvq.plugin_api.statistics import LayerStatistics
 from kvq.store.packed_decoding import spread_metadata
 from kvq.store.rotation import HadamardRotation
 
@@ -25,19 +28,25 @@ PIECE_ELEMENTS = 1 << 20
 """Elements that are rounded at a time: fewer would pay more for each call, more would need more memory."""
 
 
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""The order of channels int64 `[H, D]`, and the weights fp32 `[H, D, D]`; see `find_weights`."""
+
+_SHARED: WeakKeyDictionary[LayerStatistics, dict[Hashable, Tables]] = WeakKeyDictionary()
+"""The tables of statistics that are in use, by signs and device: each cache of a model has the same."""
+
+
 class ErrorFeedback:
     """Chooses codes of keys for given scales and mids.
 
     Args:
-        query_moment: fp32 `[H, D, D]` on the CPU, the mean of `q q^T` of the queries of each head; finite, not written
-            to.
+        statistics: of the keys of one layer, with a `query_moment` that is finite; without one no error is made up for.
         rotation: what the keys went through, or None. Its signs are read at the first call.
     """
 
-    def __init__(self, query_moment: torch.Tensor, rotation: HadamardRotation | None) -> None:
-        self._moment = query_moment
+    def __init__(self, statistics: LayerStatistics, rotation: HadamardRotation | None) -> None:
+        self._statistics = statistics
         self._rotation = rotation
-        self._weights: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[torch.device, Tables] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ErrorFeedback:
         return self
@@ -69,13 +78,24 @@ class ErrorFeedback:
         by_row: torch.Tensor = _reorder(codes, order.argsort(-1)).unflatten(2, (keys.shape[0], keys.shape[2]))
         return by_row.permute(2, 0, 3, 1, 4)
 
-    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the order of channels int64 `[H, D]`, and the weights fp32 `[H, D, D]`, on a device."""
-        if device not in self._weights:
+    def on(self, device: torch.device) -> Tables:
+        """Return the tables on a device, made at the first call; not to be written to."""
+        if device not in self._tables:
+            self._tables[device] = self._find_shared(device)
+        return self._tables[device]
+
+    def _find_shared(self, device: torch.device) -> Tables:
+        known = _SHARED.setdefault(self._statistics, {})
+        signs = None if self._rotation is None else tuple(self._rotation.signs.tolist())
+        if (signs, device) not in known:
             with torch.inference_mode(False), torch.no_grad():
-                order, weights = find_weights(rotate_moment(self._moment, self._rotation))
-                self._weights[device] = order.to(device).contiguous(), weights.to(device).contiguous()
-        return self._weights[device]
+                order, weights = find_weights(rotate_moment(self._find_moment(), self._rotation))
+                known[signs, device] = order.to(device).contiguous(), weights.to(device).contiguous()
+        return known[signs, device]
+
+    def _find_moment(self) -> torch.Tensor:
+        moment = self._statistics.query_moment
+        return torch.zeros_like(self._statistics.second_moment) if moment is None else moment
 
 
 def count_table_bytes(head_dim: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from kvq.encoding import encoder
 from kvq.encoding.encoder import CompiledEncoder, Trust
 from kvq.encoding.library import why_encode_unavailable
-from kvq.plugin_api import Granularity, QuantSpec
+from kvq.plugin_api import Granularity, LayerStatistics, QuantSpec
 from kvq.store.affine import AffineCodec, balanced_group_length
 from kvq.store.error_feedback import ErrorFeedback
 from kvq.store.rotation import HadamardRotation
@@ -50,7 +50,7 @@ def make_codec() -> Callable[..., AffineCodec]:
         spec = QuantSpec(side, 0, bits, granularity, length, heads, head_dim, dtype, metadata[0], device, seed=bits)
         rotation = HadamardRotation(head_dim, bits, device) if is_rotated else None
         quantizer = quantizer or NativeQuantizer(bits)
-        feedback = None if query_moment is None else ErrorFeedback(query_moment, rotation)
+        feedback = None if query_moment is None else ErrorFeedback(_make_statistics(query_moment), rotation)
         return AffineCodec(
             quantizer, spec, rotation, torch.float32, metadata[1], "native", encoder=CompiledEncoder(),
             feedback=feedback, **more,
@@ -76,6 +76,11 @@ def draw() -> Callable[[int], Iterator[tuple[dict, torch.Tensor]]]:
             yield options, states.to(options["dtype"])
 
     return drawn
+
+
+def _make_statistics(query_moment: torch.Tensor) -> LayerStatistics:
+    ends = torch.zeros(query_moment.shape[:2])
+    return LayerStatistics(query_moment, ends, ends, ends, query_moment)
 
 
 def _draw_options(chosen: random.Random) -> dict:

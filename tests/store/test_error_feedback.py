@@ -1,5 +1,7 @@
 """Codes that are chosen for queries: by the definition, against every choice there is, and where nothing is gained."""
 
+import dataclasses
+import gc
 import itertools
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from kvq import KVQ
 from kvq.calibration import Calibration
 from kvq.plugin_api import LayerStatistics
-from kvq.store.error_feedback import DAMPING, ErrorFeedback, find_weights, rotate_moment
+from kvq.store.error_feedback import _SHARED, DAMPING, ErrorFeedback, find_weights, rotate_moment
 from kvq.store.rotation import HadamardRotation
 
 HEADS, DIM = 2, 32
@@ -31,11 +33,14 @@ def draw_moment(heads=HEADS, dim=DIM, seed=1):
     return queries.mT @ queries / 200
 
 
-def calibration_of(moment):
+def statistics_of(moment):
     heads, dim = moment.shape[:2]
     mean = torch.zeros(heads, dim)
-    own = LayerStatistics(torch.eye(dim).repeat(heads, 1, 1), mean, mean - 4, mean + 4, moment)
-    return Calibration({(0, "key"): own})
+    return LayerStatistics(torch.eye(dim).repeat(heads, 1, 1), mean, mean - 4, mean + 4, moment)
+
+
+def calibration_of(moment):
+    return Calibration({(0, "key"): statistics_of(moment)})
 
 
 def build(moment, rounding="error_feedback", **fields):
@@ -70,7 +75,11 @@ def choose(moment, keys, step, bits, rotation=None):
     packed = cache.layers[0].side("key").codec.packed_format
     blocks = keys.mT[None, None, None]
     scale = torch.full(blocks.shape[:4], step)
-    return ErrorFeedback(moment, rotation).choose_codes(packed, blocks, scale, torch.zeros_like(scale))[0, 0, 0].mT
+    return (
+        ErrorFeedback(statistics_of(moment), rotation)
+        .choose_codes(packed, blocks, scale, torch.zeros_like(scale))[0, 0, 0]
+        .mT
+    )
 
 
 def damped(moment):
@@ -202,8 +211,23 @@ def test_heads_without_queries_round_to_nearest():
     order, weights = find_weights(moment.double())
     assert torch.equal(weights[1], torch.eye(DIM))
     assert torch.equal(order[1], torch.arange(DIM))
+    unknown = dataclasses.replace(statistics_of(moment), query_moment=None)
+    _, weights = ErrorFeedback(unknown, None).on(torch.device("cpu"))
+    assert torch.equal(weights, torch.eye(DIM).repeat(HEADS, 1, 1))
     keys = draw(1, HEADS, 64, DIM, seed=14)
     fields = {"metadata_dtype": "float32"}
     found, plain = (stored(moment, keys, word, **fields) for word in ("error_feedback", "nearest"))
     torch.testing.assert_close(found[:, 1], plain[:, 1])
     assert not torch.allclose(found[:, 0], plain[:, 0])
+
+
+def test_caches_share_their_tables_and_leave_none_behind():
+    statistics, cpu = statistics_of(draw_moment()), torch.device("cpu")
+    rotations = [HadamardRotation(DIM, seed, cpu) for seed in (1, 1, 2)]
+    first, same, other = (ErrorFeedback(statistics, rotation).on(cpu)[1] for rotation in rotations)
+    assert first is same
+    assert not torch.equal(first, other)
+    before = len(_SHARED)
+    del statistics
+    gc.collect()
+    assert len(_SHARED) < before
