@@ -17,10 +17,13 @@ FIELD = "preset"
 """The key that names a preset, beside the fields of a configuration."""
 DESCRIPTION = "name of a preset, which gives the fields that are not set beside it; `kvq presets` lists them"
 
+PRESET_BACKEND = "native"
+"""The backend of all presets."""
+
 
 def _evened_out(nbits: int, metadata_dtype: str | None = None) -> FrozenDict[str, Any]:
     return FrozenDict(
-        backend="native",
+        backend=PRESET_BACKEND,
         nbits_k=nbits,
         nbits_v=nbits,
         axis_key="per_channel",

@@ -8,6 +8,7 @@ import torch
 
 from kvq.config import ResolvedLayer, ResolvedSide
 from kvq.config.layer_config import BALANCE_FIELDS, CLIP_FIELDS
+from kvq.config.presets import PRESET_BACKEND
 from kvq.config.rounding_choice import ERROR_FEEDBACK, NEAREST, ROUNDING_FIELD
 from kvq.encoding.encoder import CompiledEncoder
 from kvq.errors import BackendFailedError, BrokenBackendError, CalibrationError, ConfigError, Fault, StatesError
@@ -146,7 +147,7 @@ def _check_rounding(quantizer: object, chosen: ResolvedSide) -> None:
     if chosen.rounding == ERROR_FEEDBACK and not getattr(quantizer, "rounds_to_nearest", False):
         problem = (
             f"{chosen.backend.name} does not say that it rounds to nearest, so its codes are its own to choose; use "
-            f"{NEAREST!r}, or keys by another backend"
+            f"{NEAREST!r}, or keys by a backend that says so, as {PRESET_BACKEND!r} without options does"
         )
         raise ConfigError([Fault((ROUNDING_FIELD,), problem)])
 

@@ -113,6 +113,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=rf"rounding_k: {backend} does not say that it rounds to nearest") as one:
             fill(KVQ(**fields, calibration=calibration))
         assert len(str(one.value).splitlines()) == 1
+        assert "keys by a backend that says so, as 'native' without options does" in str(one.value)
 
     def test_values_of_any_backend_go_with_it(self, calibration):
         fields = {**FIELDS, "backend": {"key": "native", "value": "quanto"}}
