@@ -27,6 +27,7 @@ REAL_CONFIGS ?= $(wildcard examples/configs/*.yaml)
 REAL_ARGS ?= --sequences 8 --budget-minutes 8 --needles 0 --continuation 0
 # `make real-targets`: a file more in the folder is a row more in the table
 TARGETS_ARGS ?= --sequences 8
+ROUNDING_ARGS ?= --sequences 8
 DATASET ?= stdlib-report
 REPORT ?= reproduce.json
 
@@ -42,7 +43,7 @@ REQUIRE_PYTHON := -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvq n
 export DISABLE_CUDA := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real real-targets bench reproduce test test-costly test-fast test-oldest test-newest test-classes eval-harness mutants mutants-sampled soak fuzz lint types examples plugin wheel models cases pages docs venv clean
+.PHONY: help demo real real-targets real-rounding bench reproduce test test-costly test-fast test-oldest test-newest test-classes eval-harness mutants mutants-sampled soak fuzz lint types examples plugin wheel models cases pages docs venv clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +60,20 @@ real-targets: venv ## measure the quality targets on the real model, and write t
 	$(BIN)/kvq eval --model smollm2 --dataset topics-report --length 1280 --prefill 512 --step 128 --batch-size 2 \
 		--needles 0 --continuation 0 --peer quanto-4 --peer hqq-4 $(addprefix --config ,$(wildcard benchmarks/targets/*.yaml)) \
 		--out benchmarks/results/targets-smollm2.json $(TARGETS_ARGS)
+	$(BIN)/python scripts/update_pages.py
+
+# Statistics are of one text, measured is on two others: more of the same prose, and source code.
+ROUNDING_EVAL := eval --model smollm2 --length 1280 --prefill 512 --step 128 --batch-size 2 --needles 0 --continuation 0
+ROUNDING_ALL := $(addprefix --config ,$(wildcard benchmarks/rounding/k[234]v[234]-*.yaml))
+ROUNDING_KEYS := $(addprefix --config ,$(wildcard benchmarks/rounding/k[234]v8-*.yaml))
+real-rounding: venv ## measure error feedback on the real model, and write its table in docs/method.md (half an hour; ROUNDING_ARGS)
+	mkdir -p build
+	$(BIN)/kvq calibrate --model smollm2 --out build/smollm2-calibration.safetensors
+	$(BIN)/kvq $(ROUNDING_EVAL) --dataset topics-report $(ROUNDING_ALL) --out build/rounding-prose.json $(ROUNDING_ARGS)
+	$(BIN)/kvq $(ROUNDING_EVAL) --dataset stdlib-report $(ROUNDING_ALL) --out build/rounding-source.json $(ROUNDING_ARGS)
+	$(BIN)/kvq $(ROUNDING_EVAL) --dataset topics-report $(ROUNDING_KEYS) --out build/rounding-keys.json $(ROUNDING_ARGS)
+	$(BIN)/python scripts/join_reports.py benchmarks/results/rounding-smollm2.json \
+		prose=build/rounding-prose.json source=build/rounding-source.json keys=build/rounding-keys.json
 	$(BIN)/python scripts/update_pages.py
 
 # On a quiet machine: what others do meanwhile widens every interval.

@@ -5,8 +5,8 @@
     python scripts/update_pages.py --measure   # run the demo first
 
 Figures come from committed files in benchmarks/results: those of the demo from demo.json, which `--measure` writes in a
-minute or two; quality from `kvq eval` and `make real-targets`; speed from `make bench`. All other blocks are computed
-now.
+minute or two; quality from `kvq eval`, `make real-targets` and `make real-rounding`; speed from `make bench`. All other
+blocks are computed now.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from method_tables import render_method
 from preset_tables import render_front, render_long, render_measured, render_presets, render_real_model
 from quality_tables import render_toys
 from quality_targets import render_targets
+from rounding_tables import render_rounding
 from speed_tables import render_speed
 from step_tables import render_steps
 from tuned_tables import render_tuned
@@ -119,7 +120,7 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "options": render_options,
     },
     "docs/memory.md": {"memory": render_memory, "lengths": render_lengths},
-    "docs/method.md": {"method": render_method},
+    "docs/method.md": {"method": render_method, "rounding": render_rounding},
     "docs/plugins.md": {"checks": render_checks},
     "docs/quality.md": {
         "real-model": render_real_model,
