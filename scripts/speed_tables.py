@@ -80,7 +80,9 @@ def load_runs(device: str) -> list[dict[str, Any]]:
 def describe_machine(run: dict[str, Any]) -> str:
     """Return the sentence above a table."""
     machine, versions = run["machine"], run["machine"]["versions"]
-    where = machine["gpu"]["name"] if "gpu" in machine else f"{machine['threads']} threads of {machine['cpu']}"
+    instructions = f" with {machine['instructions']}" if "instructions" in machine else ""
+    processor = f"{machine['threads']} threads of {machine['cpu']}{instructions}"
+    where = machine["gpu"]["name"] if "gpu" in machine else processor
     return (
         f"{where}; torch {versions['torch']}, transformers {versions['transformers']}; medians of "
         f"{run['options']['rounds']} rounds, each ratio with the 95 % interval of its median."

@@ -21,6 +21,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": device.type,
         "cpu": find_cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _total_memory(),
