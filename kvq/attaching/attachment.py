@@ -155,6 +155,7 @@ class Attachment:
         watch = GenerationWatch(self.model, self._tell, lambda one: self._calls.stack[-1] is one)
         self._calls.stack.append(watch)
         self.cache = None if self.is_outermost else self.cache
+        self.decode_graph = None
         failed = True
         try:
             watch.begin()
@@ -181,8 +182,7 @@ class Attachment:
             return self._own["forward"](*args, **kwargs)
         if self.decode_graph is None or self.decode_graph.cache is not cache:
             self.decode_graph = DecodeGraph(self.model, cache, forward=self._own["forward"])
-        graph, tokens = self.decode_graph, kwargs["input_ids"]
-        positions = graph.find_positions(tokens, kwargs.get("position_ids"))
+        graph, tokens, positions = self.decode_graph, kwargs["input_ids"], kwargs["position_ids"]
         logits = graph.replay(tokens, positions)
         if logits is not None:
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)

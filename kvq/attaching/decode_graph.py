@@ -7,6 +7,7 @@ A step that quantizes runs as it does without graphs, and so does every other st
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ from kvq.layers.fixed_step import FixedStep
 from kvq.layers.quantized_layer import KVQLayer
 from kvq.transformers_seams.private_names import CACHE_NAMES, name_cache
 
+_LOG = logging.getLogger("kvq")
+
 Replay = Callable[[], None]
 LEAST_ROOM = 1024
 """Tokens that a store may grow by before its graph is recorded again, at least."""
@@ -31,6 +34,9 @@ ROOM_SHARE = 8
 """Or the store's length by this: programs for tokens that are not there yet are idle."""
 READER = TRITON.name
 """The kernel of the steps that are recorded; where another one is chosen, none is."""
+UNRECORDABLE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
+"""What ends a recording: a model that waits for the device in the middle of a step, or that does with its keys and values
+what their stand-ins cannot."""
 WORTHWHILE, MOST_FAILURES = 8, 3
 """Replays that make a recording worth its time, and how many in a row may be worth less before no other is tried: rows
 change places at every step of a beam search."""
@@ -60,7 +66,9 @@ def is_plain_step(arguments: Mapping[str, Any]) -> bool:
         return False
     given = {name for name, value in arguments.items() if value is not None and value is not False}
     is_plain = given <= PLAIN_ARGUMENTS and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
-    return is_plain and arguments.get("return_dict") is not False and not torch.is_grad_enabled()
+    # Without positions a model finds them by itself, perhaps from what it remembers of images.
+    has_positions = isinstance(arguments.get("position_ids"), torch.Tensor)
+    return is_plain and has_positions and arguments.get("return_dict") is not False and not torch.is_grad_enabled()
 
 
 class DecodeGraph:
@@ -104,16 +112,13 @@ class DecodeGraph:
             input_ids: int64 `[B, 1]`.
             position_ids: int64 `[B, 1]`, or of the shape that the model wants; by default the length of the cache.
         """
-        positions = self.find_positions(input_ids, position_ids)
-        logits = self.replay(input_ids, positions)
+        if position_ids is None:
+            position_ids = torch.full_like(input_ids, self.cache.get_seq_length())
+        logits = self.replay(input_ids, position_ids)
         if logits is None:
-            logits = self._call(input_ids, positions, self.cache)[:, -1:]
-            self.prepare(input_ids, positions)
+            logits = self._call(input_ids, position_ids, self.cache)[:, -1:]
+            self.prepare(input_ids, position_ids)
         return logits
-
-    def find_positions(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Return the positions of the next tokens: those that are given, or the length of the cache."""
-        return torch.full_like(input_ids, self.cache.get_seq_length()) if position_ids is None else position_ids
 
     def replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | None:
         """Do as `step` where the step can be replayed; else do nothing and return None."""
@@ -176,6 +181,8 @@ class DecodeGraph:
             return "the batch is padded"
         if torch.is_autocast_enabled(self._model.device.type):
             return "autocast"
+        if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
+            return "the model lies on several devices"
         others = [type(layer).__name__ for layer in self.cache.layers if type(layer) is not KVQLayer]
         if others or not self.cache.layers:
             return f"the cache has layers that no graph holds: {', '.join(sorted(set(others)))}"
@@ -191,8 +198,9 @@ class DecodeGraph:
             for step in self._steps.values():
                 step.refresh()
             self._replay = self._record(lambda: self._keep(self._call(self._tokens, self._positions, stand_in)))
-        except CacheStateError as error:
-            self.obstacle, self._steps = str(error), {}
+        except UNRECORDABLE as error:
+            _LOG.info("a step of %s is not recorded", type(self._model).__name__, exc_info=True)
+            self.obstacle, self._steps, self._replay = str(error).partition("\n")[0], {}, None
             return
         for step in self._steps.values():
             step.refresh()

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQ, attach
+from kvq.attaching import decode_graph
 from kvq.attaching.decode_graph import DecodeGraph
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, _find_missing_triton
 from kvq.transformers_seams.private_names import pass_cache
@@ -93,3 +94,32 @@ def test_a_layer_that_no_graph_holds_is_named(model):
     graph = DecodeGraph(model, cache, record=pytest.fail)
     graph.step(tokens[:, :1])
     assert "layers that no graph holds" in graph.obstacle
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("'StepStates' object has no attribute 'shape'"), RuntimeError("capture")]
+)
+@torch.no_grad()
+def test_a_step_that_cannot_be_recorded_is_run_as_ever(model, error, monkeypatch):
+    monkeypatch.setattr(decode_graph, "READER", "eager")
+    monkeypatch.setenv("KVQ_ATTENTION_KERNEL", "eager")
+    model.set_attn_implementation("kvq")
+    tokens, recordings = torch.arange(100)[None] % 300, []
+
+    def forward(**given):
+        if not isinstance(given.get("past_key_values"), KVQ):
+            recordings.append(given)
+            raise error
+        return own(**given)
+
+    own, logits = model.forward, []
+    forward.__signature__ = inspect.signature(own)
+    for given in (forward, None):
+        cache = KVQ(backend="native", residual_length=32)
+        model(tokens, use_cache=True, **pass_cache(model, cache))
+        graph = DecodeGraph(model, cache, forward=given)
+        logits.append([graph.step(tokens[:, place : place + 1]) for place in range(5)])
+        if given:
+            assert graph.obstacle == str(error)
+    assert len(recordings) == decode_graph.MOST_FAILURES
+    assert all(map(torch.equal, *logits))
