@@ -35,8 +35,8 @@ ROOM_SHARE = 8
 READER = TRITON.name
 """The kernel of the steps that are recorded; where another one is chosen, none is."""
 UNRECORDABLE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
-"""What ends a recording: a model that waits for the device in the middle of a step, or that does with its keys and values
-what their stand-ins cannot."""
+"""What ends a recording: a model waits for the device in the middle of a step, or does with its keys and values what
+their stand-ins cannot."""
 WORTHWHILE, MOST_FAILURES = 8, 3
 """Replays that make a recording worth its time, and how many in a row may be worth less before no other is tried: rows
 change places at every step of a beam search."""
