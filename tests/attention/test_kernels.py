@@ -203,12 +203,19 @@ def test_pieces_of_work_are_merged(make_request, reference, error_of, threads):
     assert error_of(output, reference(request)) < FP32_ERROR
 
 
+WINDOW = torch.ones(70, 403, dtype=torch.bool).tril(333).triu(333 - 59)[None, None]
+"""Each query sees 60 tokens, and none of most pieces."""
 BLOCKWISE = {
     "causal": dict(),
     "masked": dict(mask=torch.ones(70, 403, dtype=torch.bool).tril(333)[None, None], sink_length=4),
     "additive": dict(mask=torch.linspace(-3, 3, 6 * 403).reshape(1, 6, 1, 403)),
+    "a window": dict(mask=WINDOW),
+    "a window, additive": dict(mask=torch.zeros(WINDOW.shape).masked_fill(~WINDOW, -torch.inf)),
+    "a window, with the least number": dict(mask=torch.finfo(torch.float32).min * (1 - WINDOW.float())),
+    "a window of one head": dict(mask=torch.cat([WINDOW, *5 * [WINDOW.new_ones(WINDOW.shape).tril(333)]], dim=1)),
     "sees everything": dict(is_causal=False),
     "sink logits": dict(sink_logits=torch.linspace(-2, 6, 6)),
+    "sink logits and a window": dict(sink_logits=torch.linspace(-2, 6, 6), mask=WINDOW),
 }
 
 

@@ -53,8 +53,7 @@ class BlockwiseKernel:
                 # Query heads `place`, `place + sharing`, ...: one for each key-value head.
                 query = all_queries[:, place::sharing]
                 own_mask = mask if mask is None or mask.shape[1] == 1 else mask[:, place::sharing]
-                output, logarithm = _FLASH(query, keys, values, attn_mask=own_mask, scale=request.scaling)
-                merged.add(place, output, logarithm)
+                merged.add(place, *_attend_piece(query, keys, values, own_mask, request.scaling))
         output = merged.output.reshape(batch, heads, sharing, queries, -1).flatten(1, 2)
         return output.transpose(1, 2).to(request.query.dtype).contiguous()
 
@@ -88,6 +87,17 @@ class _Merged:
         share = (logarithm - base).exp_()[..., None]
         own.add_(output.float().mul_(share).masked_fill_(unseen[..., None], 0))
         self.logarithm[:, :, place] = after
+
+
+def _attend_piece(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output `[B, H, Tq, D_v]` of one piece and the logarithm `[B, H, Tq]` of its sum."""
+    output, logarithm = _FLASH(query, keys, values, attn_mask=mask, scale=scaling)
+    if mask is None:
+        return output, logarithm
+    # torch 2.6 to 2.13 says 0, a sum of 1, of a row that sees no token.
+    return output, logarithm.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
 
 
 def _iterate_states(request: AttentionRequest) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
