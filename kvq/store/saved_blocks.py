@@ -15,7 +15,7 @@ from kvq.store.segments import Segment
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Neighbouring segments with the same batch order.
+    """Neighbouring segments with the same batch order, of as many rows.
 
     Attributes:
         segments: never empty.
@@ -29,7 +29,7 @@ class Run:
 
     @classmethod
     def of(cls, segments: Iterable[Segment]) -> Run:
-        """Join segments that have the same `rows`."""
+        """Join segments that have the same `rows`, and chunks of as many."""
         joined = tuple(segments)
         if joined[0].rows is None:
             return cls(joined, None, None)
@@ -60,5 +60,6 @@ def find_runs(store: ChunkedStore) -> list[Run]:
     return [Run.of(group) for _, group in groupby(store.segments, key=_batch_order)]
 
 
-def _batch_order(segment: Segment) -> tuple[int, ...] | None:
-    return None if segment.rows is None else tuple(segment.rows.tolist())
+def _batch_order(segment: Segment) -> tuple[int, tuple[int, ...] | None]:
+    rows = next(iter(segment.parts.values())).shape[0]
+    return rows, None if segment.rows is None else tuple(segment.rows.tolist())

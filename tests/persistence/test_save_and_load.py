@@ -103,6 +103,16 @@ def test_whatever_was_done_to_the_batch_and_the_length(operation, tmp_path):
         assert side.sinks.starts == cache.layers[0].side(name).sinks.starts
 
 
+def test_chunks_of_a_smaller_batch_are_saved_apart_from_those_of_a_larger_one(tmp_path):
+    cache = fill(KVQ(**SMALL), 150)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    fill(cache, 150, seed=7)
+    cache.reorder_cache(torch.tensor([0, 0]))  # now all chunks have the same batch order
+    cache.save(tmp_path / "cache.safetensors")
+    assert_equal(KVQ.load(tmp_path / "cache.safetensors"), cache)
+
+
 def test_rows_that_nobody_reads_are_not_saved(tmp_path):
     cache = fill(KVQ(**SMALL), 150)
     cache.save(tmp_path / "both.safetensors")
