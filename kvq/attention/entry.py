@@ -23,6 +23,7 @@ from kvq.attention.padding_mask import kvq_mask
 from kvq.attention.step_states import StepStates
 from kvq.attention.traced.deferred import DeferredPair, find_pair, settled
 from kvq.attention.traced.step import define_step
+from kvq.attention.visibility import hide_first
 
 READ_OPTIONS = SDPA_OPTIONS | {"softcap", "s_aux"}
 """Arguments that kernels obey."""
@@ -42,7 +43,8 @@ def attend(
         module: the model's attention module.
         query: `[B, Hq, Tq, D]`.
         pair: keys and values of the layer.
-        attention_mask: boolean or additive `[B, 1, Tq, Tk]`, or None for plain causal attention.
+        attention_mask: boolean or additive `[B, 1, Tq, Tk]`, without the tokens that the pair hides; or None for plain
+            causal attention.
         **options: the other arguments of the model's attention function.
 
     Returns:
@@ -52,7 +54,7 @@ def attend(
     reason = find_reason_to_materialize(query, pair, options)
     if reason is not None:
         kernel_cache.last_reader, kernel_cache.passed_over = f"materialized: {reason}", {}
-        keys, values = pair.key.materialize(), pair.value.materialize()
+        keys, values = (side.materialize()[:, :, pair.hidden :] for side in (pair.key, pair.value))
         return attend_full_precision(module, query, keys, values, attention_mask, **options)
     scaling = options.get("scaling")
     request = AttentionRequest(
@@ -64,6 +66,8 @@ def attend(
         softcap=options.get("softcap"),
         sink_logits=options.get("s_aux"),
     )
+    if pair.hidden:
+        request = hide_first(attention_mask, pair.hidden, request)
     return attend_packed(request, kernel_cache), None
 
 

@@ -27,12 +27,14 @@ class PackedPair:
         value: view of the values.
         kernel_cache: the layer's; its version tells whether the layer has changed since.
         outlives: whether the states may be read after the layer has changed, as a drafter does that shares them.
+        hidden: first tokens of the views that are held and no query sees; handles and masks begin behind them.
     """
 
     key: SideView
     value: SideView
     kernel_cache: KernelCache
     outlives: bool = False
+    hidden: int = 0
 
     def handles(self) -> tuple[PackedStates, PackedStates]:
         """Return the two tensors that stand for the pair until the layer changes."""
@@ -52,7 +54,7 @@ class PackedStates(torch.Tensor):
         """Return a handle with the shape, dtype and device of the states that `side` stands for."""
         like = side.like
         batch, heads, _, head_dim = like.shape
-        shape = (batch, heads, side.length, head_dim)
+        shape = (batch, heads, side.length - pair.hidden, head_dim)
         # Not by `PackedStates(...)`: calling the class of a tensor takes longer than making the tensor.
         made: Any = torch.Tensor._make_wrapper_subclass(PackedStates, shape, dtype=like.dtype, device=like.device)
         handle: PackedStates = made
@@ -84,7 +86,10 @@ class PackedStates(torch.Tensor):
         """Return the states as a plain tensor `[B, H, T, D]`."""
         self.check_fresh()
         states = self._side.materialize()
-        return states.clone() if states is self._side.new else states
+        hidden = self.pair.hidden
+        if states is self._side.new:
+            return states.clone()
+        return states[:, :, hidden:] if hidden else states
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without cls

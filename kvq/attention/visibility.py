@@ -5,6 +5,8 @@ It must not know how states are stored.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kvq.attention.dispatch.request import AttentionRequest
@@ -43,6 +45,25 @@ def causally_visible(queries: int, length: int, start: int, stop: int, device: t
     positions = torch.arange(start, stop, device=device)
     last_seen = torch.arange(first, length, device=device)
     return (positions <= last_seen[:, None])[None, None]
+
+
+def hide_first(mask: torch.Tensor | None, hidden: int, request: AttentionRequest) -> AttentionRequest:
+    """Return a request in which no query sees the first tokens.
+
+    Args:
+        mask: for the tokens behind them, as an `AttentionRequest` has it, or None where `is_causal` says it.
+        hidden: tokens that no query sees, at least 1.
+        request: the call, with any mask.
+    """
+    queries, length, device = request.query.shape[2], request.pair.key.length, request.query.device
+    if mask is None:
+        causal = causally_visible(queries, length, 0, length, device) if request.is_causal else None
+        seen = torch.arange(length, device=device).expand(1, 1, queries, -1) >= hidden
+        return replace(request, mask=seen if causal is None else seen & causal)
+    behind = with_four_dims(mask)
+    nothing = False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min
+    before = behind.new_full((*behind.shape[:3], hidden), nothing)
+    return replace(request, mask=torch.cat([before, behind], dim=-1))
 
 
 def with_four_dims(mask: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def _steps_before_flush(layer: object) -> int | None:
     if isinstance(layer, KVQLayer):
         stored = layer.side("key").store.length
         waiting = layer.settings.residual_length + layer.flush_delay
-        return stored + layer.flush_length + waiting - layer.get_seq_length() - 1
+        return stored + layer.flush_length + waiting - layer.held_length - 1
     if isinstance(layer, QuantizedLayer):
         waiting = layer.keys.shape[-2] if layer.keys.dim() == 4 else 0
         return int(layer.residual_length) - waiting - 1

@@ -63,7 +63,7 @@ class EncoderDecoderKVQ(EncoderDecoderCache, Restorable):
         cross: Cache = DynamicCache()
         if self.config.cross_attention == "quantize":
             # Cross-attention sees the whole input, also in layers whose self-attention slides.
-            cross = KVQ.of_decoder(self.config.replace(sliding="quantize"), decoder)
+            cross = KVQ.of_decoder(self.config.replace(sliding="quantize"), decoder, bounded=False)
         super().__init__(own, cross)
         self._model = ModelReference(model)
 

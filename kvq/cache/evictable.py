@@ -37,7 +37,7 @@ class Evictable(Cache):
                 boolean mask `[T]`, `[B, T]` or `[B, H, T]`, True for tokens that stay. Left padding stays.
 
         Raises:
-            CacheStateError: the layer holds nothing, or is none of plain attention.
+            CacheStateError: the layer holds nothing, or is none of plain attention: it slides, or is transformers'.
             StatesError: `keep` does not fit; the cache is then as it was.
         """
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None

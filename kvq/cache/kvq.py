@@ -35,6 +35,7 @@ from kvq.layers.held_bytes import report_memory
 from kvq.layers.memory_report import MemoryReport
 from kvq.layers.model_layers import DecoderConfig, build_layers
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.sliding_layer import SlidingKVQLayer
 from kvq.layers.transformers_layers import (
     carrier_of,
     carries_sum,
@@ -87,13 +88,30 @@ class KVQ(CarriedStates, Evictable, KnownTokens, Restorable):
         self._model = ModelReference(model)
 
     @classmethod
-    def of_decoder(cls, config: KVQCacheConfig, decoder: DecoderConfig, padding: Sequence[int] | None = None) -> KVQ:
-        """Return a cache for one attention of an encoder-decoder model; raises the errors of the constructor."""
+    def of_decoder(
+        cls,
+        config: KVQCacheConfig,
+        decoder: DecoderConfig,
+        padding: Sequence[int] | None = None,
+        *,
+        bounded: bool = True,
+    ) -> KVQ:
+        """Return a cache for one attention of an encoder-decoder model; raises the errors of the constructor.
+
+        Where it is not bounded, layers that slide hold all tokens too: those of an encoder.
+        """
         cache = cls.__new__(cls)
-        cache._fill(config, decoder, padding)
+        cache._fill(config, decoder, padding, bounded=bounded)
         return cache
 
-    def _fill(self, config: KVQCacheConfig, decoder: DecoderConfig | None, padding: Sequence[int] | None) -> None:
+    def _fill(
+        self,
+        config: KVQCacheConfig,
+        decoder: DecoderConfig | None,
+        padding: Sequence[int] | None,
+        *,
+        bounded: bool = True,
+    ) -> None:
         self.config = config
         self._model_config = None if decoder is None else decoder.layers
         self.attention_detector = AttentionDetector(None if decoder is None else decoder.attention)
@@ -108,9 +126,9 @@ class KVQ(CarriedStates, Evictable, KnownTokens, Restorable):
         if self._model_config is None and self.config.needs_layer_count:
             fault = Fault(("layers",), "a layer is counted from the end; pass `model=`, which has the number of layers")
             raise ConfigError([fault])
-        layers = (
-            [] if self._model_config is None else build_layers(self.config, self._model_config, self._padding.counts)
-        )
+        layers: list[Any] = []
+        if self._model_config is not None:
+            layers = build_layers(self.config, self._model_config, self._padding.counts, bounded=bounded)
         super().__init__(layers=layers)
 
     def update(
@@ -388,6 +406,9 @@ class KVQ(CarriedStates, Evictable, KnownTokens, Restorable):
                 f"crop({tokens_to_remove}): layers {bounded} slide and have forgotten what came before their window; "
                 "call cache.activate_past_recording() before the tokens that may have to go, or cache.snapshot()"
             )
+        for layer in self.layers:
+            if isinstance(layer, SlidingKVQLayer):
+                layer.check_crop(tokens_to_remove)
         self._check_evictions(tokens_to_remove)
         super().crop(tokens_to_remove)
         if self._history is not None and tokens_to_remove < 0:

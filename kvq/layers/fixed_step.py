@@ -122,6 +122,8 @@ class FixedStep:
     def _why_too_early(self, room: int) -> str | None:
         """Return why addresses could not stay, or None."""
         keys = self._layer.side("key")
+        if self._layer.is_sliding:
+            return "the layer slides, and a step sees no mask"
         if keys.store.length > room:
             return f"the store has {keys.store.length} tokens, more than the room of {room}"
         return "not all sinks are stored yet" if keys.store.length < max(keys.sinks.ends) else None

@@ -41,12 +41,13 @@ def _count_quantized(index: int, layer: KVQLayer) -> tuple[LayerMemory, dict[int
         found |= _storages(one.tensor for one in held)
     carried = {} if layer.carried is None else _storages(_tensors_of(vars(layer.carried).values()))
     found |= carried
+    seen = layer.held_length - layer.hidden_length
     entry = LayerMemory(
         index,
         type(layer).__name__,
         layer.get_seq_length(),
         sum(found.values()),
-        sum(_full_precision_bytes(side, layer.get_seq_length()) for _, side in layer.sides()) + sum(carried.values()),
+        sum(_full_precision_bytes(side, seen) for _, side in layer.sides()) + sum(carried.values()),
         key=sides.get("key"),
         value=sides.get("value"),
         attention=layer.kernel_cache.last_reader,

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from kvq.config import KVQCacheConfig, ResolvedLayer
 from kvq.errors import ModelError
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.sliding_layer import SlidingKVQLayer
 from kvq.transformers_seams.layer_kinds import Replaced, kind_of, new_carrier
 
 LATENT_VALUE_BITS = 8
@@ -59,7 +60,11 @@ class DecoderConfig:
 
 
 def build_layers(
-    config: KVQCacheConfig, model_config: PretrainedConfig, padding: tuple[int, ...] | None = None
+    config: KVQCacheConfig,
+    model_config: PretrainedConfig,
+    padding: tuple[int, ...] | None = None,
+    *,
+    bounded: bool = True,
 ) -> list[Any]:
     """Return transformers' own list of layers with the plain ones replaced; all, where nothing else is there.
 
@@ -67,6 +72,7 @@ def build_layers(
         config: the cache's configuration.
         model_config: the decoder's configuration.
         padding: tokens of left padding in each row, or None.
+        bounded: whether layers that slide forget what is behind their window; not where they attend to an encoder.
 
     Raises:
         ConfigError: `layers` does not fit the model.
@@ -86,17 +92,20 @@ def build_layers(
         )
     if is_latent(model_config):
         settings |= {index: _spare_rope_part(settings[index]) for index in quantized}
+    if not bounded:  # layers of one kind share a mask, so those in full precision hold all tokens too
+        layers = [DynamicLayer() if kind_of(layer).slides and index in replaced else layer
+                  for index, layer in enumerate(layers)]  # fmt: skip
     return [
-        KVQLayer(index, settings[index], padding, new_carrier(layer))
-        if index in quantized
-        else (_as_long_as_others(layer) if index in replaced else layer)
+        _quantized(index, settings[index], padding, layer) if index in quantized else layer
         for index, layer in enumerate(layers)
     ]
 
 
-def _as_long_as_others(layer: Any) -> Any:
-    """Return a layer in full precision that holds all tokens, as quantized ones of its kind do: they share a mask."""
-    return DynamicLayer() if kind_of(layer).replaced is Replaced.ON_REQUEST else layer
+def _quantized(index: int, settings: ResolvedLayer, padding: tuple[int, ...] | None, layer: Any) -> KVQLayer:
+    """Return the quantized layer in the place of one of transformers."""
+    if kind_of(layer).slides:
+        return SlidingKVQLayer(index, settings, layer.sliding_window, padding)
+    return KVQLayer(index, settings, padding, new_carrier(layer))
 
 
 def _find_replaced(layers: list[Any], when: Replaced) -> set[int]:

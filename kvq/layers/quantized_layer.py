@@ -107,7 +107,7 @@ class KVQLayer(CarryingLayer):
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as fresh full-precision tensors `[B, H, T, D]`; only after the first update."""
         self.check_whole()
-        return self._sides["key"].view().materialize(), self._sides["value"].view().materialize()
+        return self._materialize("key"), self._materialize("value")
 
     @property
     def flush_length(self) -> int:
@@ -135,6 +135,15 @@ class KVQLayer(CarryingLayer):
             codecs: the quantizers of keys and values.
             like: states like those that will come, `[B, H, T, D]`.
         """
+        self._begin(codecs, like, chunk_lengths=None)
+
+    def _begin(
+        self,
+        codecs: Mapping[Side, Quantizer],
+        like: Mapping[Side, torch.Tensor],
+        *,
+        chunk_lengths: tuple[int, int] | None,
+    ) -> None:
         keys = like["key"]
         starts = self.padding or (0,) * keys.shape[0]
         if len(starts) != keys.shape[0]:
@@ -145,7 +154,12 @@ class KVQLayer(CarryingLayer):
         self.flush_delay = choose_delay(self.layer_idx, flush_length) if takes_turns else 0
         self._sides = {
             side: LayerSide.empty(
-                codecs[side], states, choose_store_device(self.settings.device, states.device), flush_length, sinks
+                codecs[side],
+                states,
+                choose_store_device(self.settings.device, states.device),
+                flush_length,
+                sinks,
+                chunk_lengths,
             )
             for side, states in like.items()
         }
@@ -185,26 +199,56 @@ class KVQLayer(CarryingLayer):
         keys, values = self._sides["key"], self._sides["value"]
         before = keys.contents, values.contents
         views = keys.view(key_states), values.view(value_states)
+        hidden = self.hidden_length
         try:
-            deferred = DEFERRED_LENGTH if self.record_past else 0
-            flush_count = self._flush_count(keys.length + key_states.shape[2] - deferred)
-            keys.append(key_states, flush_count)
-            values.append(value_states, flush_count)
+            self._append(key_states, value_states)
         except BaseException:
             keys.contents, values.contents = before
             if not was_initialized:
                 self._sides, self.is_initialized = {}, False
             raise
         self.kernel_cache.note_growth()
+        self._forget_unseen(key_states.shape[2])
         if packed:
-            return PackedPair(*views, self.kernel_cache, outlives=self.record_past).handles()
-        return views[0].materialize(), views[1].materialize()
+            return PackedPair(*views, self.kernel_cache, outlives=self.record_past, hidden=hidden).handles()
+        read = views[0].materialize(), views[1].materialize()
+        return (read[0][:, :, hidden:], read[1][:, :, hidden:]) if hidden else read
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Put states behind those held, and quantize what leaves the window."""
+        deferred = DEFERRED_LENGTH if self.record_past else 0
+        flush_count = self._flush_count(self.held_length + key_states.shape[2] - deferred)
+        self._sides["key"].append(key_states, flush_count)
+        self._sides["value"].append(value_states, flush_count)
+
+    def _forget_unseen(self, added: int) -> None:
+        """Forget what no later query sees: nothing here, where each sees all tokens."""
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens held."""
+        """Return the number of tokens that came, without evicted ones."""
         if not self.is_initialized:
             return 0
-        return self._sides["key"].length
+        return self._sides["key"].contents.seen
+
+    @property
+    def held_length(self) -> int:
+        """Tokens held."""
+        return self._sides["key"].length if self.is_initialized else 0
+
+    @property
+    def dropped_length(self) -> int:
+        """Tokens that came first and were forgotten, since no query sees them any more."""
+        return self._sides["key"].contents.dropped if self.is_initialized else 0
+
+    @property
+    def hidden_length(self) -> int:
+        """Tokens held that the next query does not see: none."""
+        return 0
+
+    @property
+    def horizon(self) -> int:
+        """Tokens after which everything that generating allocates has been seen once; only after the first update."""
+        return self.flush_length
 
     @property
     def seen_length(self) -> int:
@@ -244,7 +288,7 @@ class KVQLayer(CarryingLayer):
         if not self.is_initialized:
             return
         self.check_whole()
-        length = max(0, self.get_seq_length() + int(tokens_to_remove))  # a tensor where 5.17 decodes assisted
+        length = max(0, self.held_length + int(tokens_to_remove))  # a tensor where 5.17 decodes assisted
         flush_count = self._flush_count(length)
         if tokens_to_remove == 0 and not flush_count:
             return
@@ -284,13 +328,13 @@ class KVQLayer(CarryingLayer):
             StatesError: they do not fit, or would change the padding; the layer is then as it was.
         """
         self.check_states(key_states, value_states)
-        if hasattr(self.carried, "indexer_keys") and key_states.shape[2] != self.get_seq_length():
+        if hasattr(self.carried, "indexer_keys") and key_states.shape[2] != self.held_length:
             raise CacheStateError(
                 f"layer {self.layer_idx}: its indexer has a key for each token and chooses tokens by their place, so "
                 "none can be evicted"
             )
         states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
-        before, length, stored = self.get_seq_length(), key_states.shape[2], self._sides["key"].store.length
+        before, length, stored = self.held_length, key_states.shape[2], self._sides["key"].store.length
         equal = [count_equal_ends(held, states[name]) for name, held in self._materialize_sides()]
         common, common_end = (min(counts) for counts in zip(*equal, strict=True))
         padding = max(self._sides["key"].sinks.starts)
@@ -372,10 +416,19 @@ class KVQLayer(CarryingLayer):
                 other._sides[name] = side.moved_to(device, codec, store_device)
         return other
 
+    def emptied(self, settings: ResolvedLayer | None = None, carried: Any = None) -> KVQLayer:
+        """Return a layer of this kind that holds nothing.
+
+        Args:
+            settings: its configuration; default: this layer's.
+            carried: an empty layer for what it has beside keys and values, or None.
+        """
+        return KVQLayer(self.layer_idx, settings or self.settings, self.padding, carried)
+
     def fork(self) -> KVQLayer:
         """Return an independent layer that shares the present chunks."""
         carried = None if self.carried is None else fork_layer(self.carried)
-        other = KVQLayer(self.layer_idx, self.settings, self.padding, carried)
+        other = self.emptied(carried=carried)
         other.is_initialized, other.record_past = self.is_initialized, self.record_past
         other.evicted_length, other._assigned = self.evicted_length, dict(self._assigned)
         other.firm_length, other._rewritten = self.firm_length, self._rewritten
@@ -386,7 +439,12 @@ class KVQLayer(CarryingLayer):
         return other
 
     def _materialize_sides(self) -> Iterator[tuple[Side, torch.Tensor]]:
-        yield from ((name, side.view().materialize()) for name, side in self._sides.items())
+        yield from ((name, self._materialize(name)) for name in self._sides)
+
+    def _materialize(self, name: Side) -> torch.Tensor:
+        """Return the tokens of a side that the next query sees."""
+        states, hidden = self._sides[name].view().materialize(), self.hidden_length
+        return states[:, :, hidden:] if hidden else states
 
     def _assign(self, name: Side, states: torch.Tensor) -> None:
         """Take states for one side; they replace the present ones once the other side has as many tokens."""
@@ -396,7 +454,7 @@ class KVQLayer(CarryingLayer):
         check_continuity(f"layer {self.layer_idx}: {name} states", states, self._sides[name].window.view())
         self._assigned[name] = states.detach()
         given = {side: self._assigned.get(side) for side in self._sides}
-        held = {side: one if one is not None else self._sides[side].view().materialize() for side, one in given.items()}
+        held = {side: self._materialize(side) if one is None else one for side, one in given.items()}
         if held["key"].shape[2] == held["value"].shape[2]:
             self._assigned = {}
             self.replace(held["key"], held["value"])
@@ -418,7 +476,7 @@ class KVQLayer(CarryingLayer):
         (name, states), *_ = self._assigned.items()
         raise CacheStateError(
             f"{self._name(name)} were assigned with {states.shape[2]} tokens, and the other side still has "
-            f"{self.get_seq_length()}; assign both sides, with as many tokens"
+            f"{self.held_length}; assign both sides, with as many tokens"
         )
 
     # Traced by torch.compile, decoding would become a part of the graph, and older releases know no subclass there.
@@ -427,7 +485,7 @@ class KVQLayer(CarryingLayer):
         if not self.is_initialized:
             return None
         assigned = self._assigned.get(name)
-        states = self._sides[name].view().materialize() if assigned is None else assigned.clone()
+        states = self._materialize(name) if assigned is None else assigned.clone()
         shown: ReadStates = ReadStates.of(states, self._name(name))
         return shown
 
@@ -460,7 +518,7 @@ class KVQLayer(CarryingLayer):
 
     def will_flush(self, count: int) -> bool:
         """Return whether `count` more tokens let some leave the window."""
-        return self._flush_count(self.get_seq_length() + count) > 0
+        return self._flush_count(self.held_length + count) > 0
 
     def _flush_count(self, total: int) -> int:
         """Return how many tokens leave the window when the layer holds `total` tokens that will stay."""

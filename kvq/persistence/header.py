@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kvq.files.model_fingerprint import ModelFingerprint
 
@@ -20,7 +20,9 @@ OTHERS_VERSION = 3
 """Format of a file with a piece of a side that the other formats have no word for."""
 CARRIED_VERSION = 4
 """Format of a file with states of linear attention, keys of indexers, layers without states or a cross-attention."""
-READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION, OTHERS_VERSION, CARRIED_VERSION)
+SLIDING_VERSION = 5
+"""Format of a file with quantized layers that forget what is behind their window."""
+READABLE_VERSIONS = (FORMAT_VERSION, EXTENDED_VERSION, OTHERS_VERSION, CARRIED_VERSION, SLIDING_VERSION)
 MAX_CARRIED = 64
 """Most states of one layer of linear attention that are believed: models have up to three."""
 MAX_HEAD_DIM = 1 << 11
@@ -114,8 +116,16 @@ class QuantizedStates(StatesDtypes):
 
     starts: list[Tokens] = Field(min_length=1, description="position of the first real token of each row")
     window: Tokens
+    dropped: Tokens | None = Field(
+        default=None, description="first tokens that are forgotten; left out where the layer forgets none"
+    )
     key: SideHeader
     value: SideHeader
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_the_same(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        return {name: one for name, one in content.items() if name not in ("value_dtype", "dropped") or one is not None}
 
 
 class PlainStates(StatesDtypes):
@@ -164,7 +174,21 @@ class QuantizedHeader(_Carrying):
     """A `KVQLayer`; `states` is null where it holds nothing."""
 
     kind: Literal["quantized"] = "quantized"
+    sliding_window: Count | None = Field(
+        default=None, description="tokens that a query sees, if what is behind is forgotten; left out where it is not"
+    )
     states: QuantizedStates | None
+
+    @model_validator(mode="after")
+    def _check_that_dropped_is_said(self) -> QuantizedHeader:
+        if self.sliding_window is not None and self.states is not None and self.states.dropped is None:
+            raise ValueError("it does not say how many tokens of a layer that slides are forgotten")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_nothing(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        return {name: one for name, one in content.items() if name not in ("carried", "sliding_window") or one}
 
 
 class DynamicHeader(_Carrying):
@@ -234,6 +258,8 @@ class CacheHeader(_Strict):
     @property
     def format_version(self) -> int:
         """The version of the format that can say all this; readers of older ones take what they know."""
+        if any(isinstance(layer, QuantizedHeader) and layer.sliding_window for layer in self.layers):
+            return SLIDING_VERSION
         if (self.cross_layers, self.position_offsets) != (None, None) or any(
             layer.carried is not None or isinstance(layer, EmptyHeader) for layer in self.layers
         ):

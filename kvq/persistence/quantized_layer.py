@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from kvq.errors import CacheFileError
 from kvq.files.container import SavedTensor, TensorSpec
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.sliding_layer import SlidingKVQLayer
 from kvq.persistence.header import QuantizedHeader, QuantizedStates, RunHeader, SideHeader, TensorHeader, name_dtypes
 from kvq.plugin_api.quantizer import Side
 from kvq.store.cropped_groups import CroppedGroups
@@ -25,18 +27,20 @@ class QuantizedLayerFormat:
 
     def describe(self, layer: KVQLayer) -> QuantizedHeader:
         """Return the header of a layer; one that holds no tokens is as good as new."""
+        window = layer.window_length if isinstance(layer, SlidingKVQLayer) else None
         if not layer.get_seq_length():
-            return QuantizedHeader(states=None)
+            return QuantizedHeader(sliding_window=window, states=None)
         sides = dict(layer.sides())
         key = sides["key"]
         states = QuantizedStates(
             **name_dtypes(key.dtype, sides["value"].dtype),
-            starts=list(key.sinks.starts),
+            starts=[start + layer.dropped_length for start in key.sinks.starts],
             window=key.window.length,
+            dropped=None if window is None else layer.dropped_length,
             key=_describe_side(key),
             value=_describe_side(sides["value"]),
         )
-        return QuantizedHeader(states=states)
+        return QuantizedHeader(sliding_window=window, states=states)
 
     def collect(self, layer: KVQLayer, prefix: str) -> Iterator[tuple[str, SavedTensor]]:
         """Yield the tensors of a layer that holds tokens, by name."""
@@ -45,7 +49,7 @@ class QuantizedLayerFormat:
 
     def prepare(self, layer: KVQLayer, states: QuantizedStates, device: torch.device) -> None:
         """Build the quantizers of a layer for states like those in the file; nothing is read yet."""
-        padding = layer.padding
+        padding, dropped = layer.padding, states.dropped or 0
         empty = [
             torch.empty((len(states.starts), side.heads, 0, side.head_dim), dtype=dtype, device=device)
             for side, dtype in zip((states.key, states.value), states.dtypes, strict=True)
@@ -58,30 +62,34 @@ class QuantizedLayerFormat:
             starts = (start for start, _ in _header_of(states, name).survivors)
             side.contents = replace(
                 side.contents,
-                sinks=SinkTokens(side.sinks.length, tuple(states.starts)),
+                sinks=SinkTokens(side.sinks.length, tuple(states.starts)).without_first(dropped),
+                dropped=dropped,
                 cropped=CroppedGroups.at(starts, side.window.view()),
             )
 
     def count_tokens(self, layer: KVQLayer, states: QuantizedStates) -> int:
-        """Return the tokens that a prepared layer will hold."""
-        return states.window + sum(run.blocks for run in states.key.runs) * layer.side("key").store.block_length
+        """Return the tokens that a prepared layer will have been given."""
+        return (states.dropped or 0) + _count_held(layer, states)
 
     def plan(self, layer: KVQLayer, states: QuantizedStates, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
         """Yield the tensors that the file must have for a prepared layer, by name.
 
         Raises:
-            CacheFileError: keys and values do not fit together.
+            CacheFileError: keys and values do not fit together, or the layer never forgets so many tokens.
         """
+        held, dropped = _count_held(layer, states), states.dropped or 0
+        if dropped % layer.flush_length or (dropped and held < _count_needed(layer)):
+            raise CacheFileError(f"{prefix}: {dropped} tokens are forgotten, which the layer does not do")
         for name, side in layer.sides():
             header = _header_of(states, name)
             stored = sum(run.blocks for run in header.runs) * side.store.block_length
-            if stored % side.flush_length or stored + states.window != self.count_tokens(layer, states):
+            if stored % side.flush_length or stored + states.window != held:
                 raise CacheFileError(
                     f"{prefix}: {stored} tokens are stored of the {name}s, which is not a number of flushes"
                 )
             if not _are_sinks_whole(side, header, stored):
                 raise CacheFileError(f"{prefix}: sinks of the {name}s are there or missing against the configuration")
-            _check_cropped(side, header, self.count_tokens(layer, states))
+            _check_cropped(side, header, held)
             planned = {**_plan_store(side, header, len(states.starts)), **_plan_exact(side, states, name)}
             yield from ((f"{prefix}.{name}.{part}", spec) for part, spec in planned.items())
 
@@ -103,6 +111,16 @@ class QuantizedLayerFormat:
             side.contents = side.contents.restored(exact)
             if dict(side.contents.saved()).keys() != exact.keys():
                 raise CacheFileError(f"{place}: it holds {sorted(header.others)}, which this release does not know")
+
+
+def _count_held(layer: KVQLayer, states: QuantizedStates) -> int:
+    """Return the tokens that a prepared layer will hold."""
+    return states.window + sum(run.blocks for run in states.key.runs) * layer.side("key").store.block_length
+
+
+def _count_needed(layer: KVQLayer) -> float:
+    """Return the fewest tokens that a layer holds which has forgotten some."""
+    return layer.window_length - 1 if isinstance(layer, SlidingKVQLayer) else math.inf
 
 
 def _describe_side(side: LayerSide) -> SideHeader:

@@ -25,6 +25,7 @@ from kvq.files.atomic import find_other_kind
 from kvq.files.container import ContainerReader, TensorSpec, parse_json
 from kvq.layers.devices import usable_device
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.layers.sliding_layer import SlidingKVQLayer
 from kvq.persistence.carried import count_states, fill_carried, find_carried_form, plan_carried
 from kvq.persistence.fingerprint import fingerprint_model
 from kvq.persistence.header import (
@@ -255,8 +256,10 @@ class CacheFile:
         settings, padding = self.config.for_layer(index), self.header.padding
         if settings.full_precision:
             raise CacheFileError(f"layer {index} is quantized in it, and by its configuration in full precision")
-        beside = None if carried is None else new_beside(carried, states)
-        return KVQLayer(index, settings, None if padding is None else tuple(padding), beside)
+        given = None if padding is None else tuple(padding)
+        if header.sliding_window is not None:
+            return SlidingKVQLayer(index, settings, header.sliding_window, given)
+        return KVQLayer(index, settings, given, None if carried is None else new_beside(carried, states))
 
     def _check_tensors(self, planned: Mapping[str, TensorSpec]) -> None:
         found, wanted = self._container.tensors, dict(planned)
@@ -281,11 +284,8 @@ def _check_kinds(headers: Sequence[LayerHeader], layers: Sequence[Any]) -> None:
         raise CacheFileError(f"it has {len(headers)} layers, and the cache of the model has {len(layers)}")
     for index, (layer, header) in enumerate(zip(layers, headers, strict=True)):
         carried = None if header.carried is None else header.carried.kind
-        if (find_form(layer), _window_of(layer), find_carried_form(layer)) != (
-            header.kind,
-            _window_of(header),
-            carried,
-        ):
+        wanted = find_form(layer), _window_of(layer), find_carried_form(layer)
+        if wanted != (header.kind, _window_of(header) or _unsaid_window(layer), carried):
             raise CacheFileError(
                 f"layer {index} is {header.kind} in it, and a {type(layer).__name__} in the cache of the model"
             )
@@ -293,5 +293,12 @@ def _check_kinds(headers: Sequence[LayerHeader], layers: Sequence[Any]) -> None:
 
 def _window_of(layer: object) -> int | None:
     """Return the sliding window of a layer or of its header, in tokens."""
+    if isinstance(layer, SlidingKVQLayer):
+        return layer.window_length
     window: int | None = getattr(layer, "sliding_window", None)
     return window
+
+
+def _unsaid_window(layer: object) -> int | None:
+    """Return the window of a quantized layer, of which older files hold all tokens and do not say it."""
+    return layer.window_length if isinstance(layer, SlidingKVQLayer) else None

@@ -82,7 +82,7 @@ class Rehearsal:
     @property
     def horizon(self) -> int:
         """Tokens after which everything that generating allocates has been seen once, `MAX_HORIZON` at most."""
-        return min(self.quantized.flush_length, MAX_HORIZON) if self.quantized is not None else 1
+        return min(self.quantized.horizon, MAX_HORIZON) if self.quantized is not None else 1
 
     @property
     def signature(self) -> Hashable:
@@ -169,7 +169,7 @@ class Rehearsal:
         built = self.quantized
         if built is None or self.states is None:
             raise ModelError(f"a layer of type {type(self.outline).__name__} gets no states")
-        layer = KVQLayer(built.layer_idx, built.settings, carried=self._find_carried())
+        layer = built.emptied(carried=self._find_carried())
         codecs: dict[Side, Quantizer] = {name: LayoutOnly(side.codec) for name, side in built.sides()}
         layer.begin(codecs, {"key": self.states[0], "value": self.states[1]})
         layer.flush_delay = built.flush_delay  # what stands in for its quantizers has none of its own
@@ -178,7 +178,8 @@ class Rehearsal:
 
 def _build_quantized(layer: KVQLayer, keys: torch.Tensor, values: torch.Tensor) -> KVQLayer:
     """Return a layer with the real quantizers for states like these, built on the CPU."""
-    own = KVQLayer(layer.layer_idx, _anywhere(layer.settings))
+    own = layer.emptied(_anywhere(layer.settings))
+    own.padding = None
     empty = [torch.empty_like(one[:, :, :0], device="cpu") for one in (keys, values)]
     own.check_states(*empty)
     own.lazy_initialization(*empty)

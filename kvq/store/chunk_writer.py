@@ -28,13 +28,23 @@ class ChunkWriter:
         num_heads: key-value heads (H).
         device: where the chunks live.
         pinned: whether they are in memory that a GPU copies from on its own.
+        chunk_lengths: tokens of the smallest and of the largest chunk; None: as `chunk_capacity` has it.
     """
 
-    def __init__(self, codec: Quantizer, num_heads: int, device: torch.device, *, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        codec: Quantizer,
+        num_heads: int,
+        device: torch.device,
+        *,
+        pinned: bool = False,
+        chunk_lengths: tuple[int, int] | None = None,
+    ) -> None:
         self.codec = codec
         self.num_heads = num_heads
         self.device = device
         self.pinned = pinned
+        self.chunk_lengths = chunk_lengths
         self.block_length = codec.block_length
         self.layout = dict(codec.layout())
 

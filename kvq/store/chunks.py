@@ -22,17 +22,20 @@ GROWTH_DIVISOR = 4
 """A chunk opened for future tokens holds at most this fraction of the stored blocks, which bounds the slack."""
 
 
-def chunk_capacity(stored: int, wanted: int, block_length: int) -> int:
-    """Return the capacity, in blocks, of the next chunk: a power of two.
+def chunk_capacity(stored: int, wanted: int, block_length: int, lengths: tuple[int, int] | None = None) -> int:
+    """Return the capacity, in blocks, of the next chunk: a power of two, or as many times the smallest chunk.
 
     Args:
         stored: blocks already stored.
         wanted: blocks about to be appended; a chunk that they fill at once has no slack.
         block_length: tokens of a block.
+        lengths: tokens of the smallest and of the largest chunk, the former whole blocks; None: a block and 2,048.
     """
-    largest = max(1, MAX_CHUNK_LENGTH // block_length)
-    size = min(largest, max(1, stored // GROWTH_DIVISOR, wanted))
-    return 1 << (size.bit_length() - 1)
+    smallest, longest = lengths or (block_length, MAX_CHUNK_LENGTH)
+    unit = smallest // block_length
+    largest = max(1, longest // smallest)
+    size = min(largest, max(1, stored // (GROWTH_DIVISOR * unit), wanted // unit))
+    return unit << (size.bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,12 @@ class ChunkedStore:
         added: list[Segment] = []
         done = 0
         while done < total:
-            segment = self.writer.allocate(chunk_capacity(0, total - done, self.block_length), held)
+            segment = self.writer.allocate(self._next_capacity(0, total - done), held)
+            count = min(segment.capacity, total - done)
             for name, part in segment.parts.items():
-                part.copy_(parts[name][:, :, done : done + segment.capacity])
-            added.append(replace(segment, used=segment.capacity, rows=order))
-            done += segment.capacity
+                part[:, :, :count].copy_(parts[name][:, :, done : done + count])
+            added.append(replace(segment, used=count, rows=order))
+            done += count
         return replace(self, segments=(*self.segments, *added), owns_last=True)
 
     def truncate(self, length: int) -> ChunkedStore:
@@ -177,6 +181,25 @@ class ChunkedStore:
             keep -= kept[-1].used
         # Views may still read what is cut off: the chunk is copied before it is written to again.
         return replace(self, segments=tuple(kept), owns_last=self.owns_last and tuple(kept) == self.segments)
+
+    def count_leading(self, limit: int) -> int:
+        """Return the tokens of the leading chunks that lie whole before position `limit`."""
+        count = 0
+        for segment in self.segments:
+            length = segment.used * self.block_length
+            if count + length > limit or segment.used < segment.capacity:
+                break
+            count += length
+        return count
+
+    def without_first(self, length: int) -> ChunkedStore:
+        """Return the store without its first `length` tokens, as `count_leading` counts them."""
+        left, gone = self.segments, length // self.block_length
+        while gone > 0:
+            gone -= left[0].used
+            left = left[1:]
+        prefetched = {segment: self.prefetched[segment] for segment in left if segment in self.prefetched}
+        return replace(self, segments=left, prefetched=prefetched)
 
     def select_rows(self, rows: torch.Tensor) -> ChunkedStore:
         """Reorder the rows: row `i` becomes the former row `rows[i]`, int64 `[B']`.
@@ -196,14 +219,14 @@ class ChunkedStore:
 
     def with_codec(self, codec: Quantizer) -> ChunkedStore:
         """Return a store whose blocks another, equal quantizer decodes and adds to."""
-        return replace(self, writer=ChunkWriter(codec, self.num_heads, self.device, pinned=self.writer.pinned))
+        return replace(self, writer=self._new_writer(codec, self.device, pinned=self.writer.pinned))
 
     def moved_to(self, device: torch.device, codec: Quantizer, *, pinned: bool) -> ChunkedStore:
         """Return the store on another device; on the same one it shares the present chunks."""
         if device == self.device:
             return self.shared().release_prefetched().with_codec(codec)
         segments = copy_segments(self.segments, device, pinned=pinned)
-        return ChunkedStore(ChunkWriter(codec, self.num_heads, device, pinned=pinned), self.batch_size, segments)
+        return ChunkedStore(self._new_writer(codec, device, pinned=pinned), self.batch_size, segments)
 
     def prefetch(self, device: torch.device) -> ChunkedStore:
         """Keep copies of the chunks on a device, for views to read; writes go to the chunks."""
@@ -233,8 +256,14 @@ class ChunkedStore:
         """Return a store whose last chunk has room to write, opening or copying one where need be."""
         if self.segments and self.segments[-1].used < self.segments[-1].capacity:
             return self if self.owns_last else self._ending_in(self.writer.copy(self.segments[-1], self.batch_size))
-        segment = self.writer.allocate(chunk_capacity(self.blocks, wanted, self.block_length), self.batch_size)
+        segment = self.writer.allocate(self._next_capacity(self.blocks, wanted), self.batch_size)
         return replace(self, segments=(*self.segments, segment), owns_last=True)
+
+    def _next_capacity(self, stored: int, wanted: int) -> int:
+        return chunk_capacity(stored, wanted, self.block_length, self.writer.chunk_lengths)
+
+    def _new_writer(self, codec: Quantizer, device: torch.device, *, pinned: bool) -> ChunkWriter:
+        return ChunkWriter(codec, self.num_heads, device, pinned=pinned, chunk_lengths=self.writer.chunk_lengths)
 
     def _ending_in(self, segment: Segment) -> ChunkedStore:
         return replace(self, segments=(*self.segments[:-1], segment), owns_last=True)

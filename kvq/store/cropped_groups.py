@@ -69,6 +69,11 @@ class CroppedGroups:
             return CroppedGroups((*self.groups[:-1], CroppedGroup(start, states)))
         return CroppedGroups((*self.groups, CroppedGroup(start, states)))
 
+    def without_first(self, count: int) -> CroppedGroups:
+        """Return the groups that are left when the first `count` tokens, whole groups, are forgotten."""
+        left = (group for group in self.groups if group.start >= count)
+        return CroppedGroups(tuple(replace(group, start=group.start - count) for group in left))
+
     def held(self) -> Iterator[Held]:
         """Yield the states of each group."""
         yield from (Held("cropped", group.states) for group in self.groups)

@@ -127,7 +127,13 @@ class LayerSide:
 
     @classmethod
     def empty(
-        cls, codec: Quantizer, like: torch.Tensor, device: torch.device, flush_length: int, sinks: SinkTokens
+        cls,
+        codec: Quantizer,
+        like: torch.Tensor,
+        device: torch.device,
+        flush_length: int,
+        sinks: SinkTokens,
+        chunk_lengths: tuple[int, int] | None = None,
     ) -> LayerSide:
         """Return a side that holds nothing yet.
 
@@ -137,8 +143,10 @@ class LayerSide:
             device: where the store lives.
             flush_length: tokens that are flushed together.
             sinks: which tokens are never quantized.
+            chunk_lengths: tokens of the smallest and of the largest chunk of the store; None: as for any store.
         """
-        writer = ChunkWriter(codec, like.shape[1], device, pinned=_pins(device, like.device))
+        pinned = _pins(device, like.device)
+        writer = ChunkWriter(codec, like.shape[1], device, pinned=pinned, chunk_lengths=chunk_lengths)
         window = TokenBuffer.of(flush_length, like[:, :, :0].detach())
         return cls(flush_length, SideContents(ChunkedStore(writer, like.shape[0]), window, sinks))
 
@@ -215,6 +223,14 @@ class LayerSide:
         if kept < length < self.store.length:
             left = self.view().decode_stored(kept, kept + self.flush_length)[:, :, : length - kept]
         self.contents = self.contents.truncated(length, left)
+
+    def forget_first(self, count: int) -> None:
+        """Forget the first `count` tokens, whole chunks of the store."""
+        self.contents = self.contents.without_first(count)
+
+    def leap(self, count: int) -> None:
+        """Forget all tokens held, and go on `count` tokens behind the first of them; a multiple of the flush length."""
+        self.contents = self.contents.leapt(count)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Reorder the rows: row `i` becomes the former row `rows[i]`."""

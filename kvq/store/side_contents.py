@@ -14,30 +14,37 @@ from kvq.store.held import ExactPiece, Held
 from kvq.store.sinks import SinkTokens
 from kvq.store.window import TokenBuffer
 
+_NO_PIECES = ("store", "dropped")
+
 
 @dataclass(frozen=True, eq=False)
 class SideContents:
     """All that a side holds at one moment: a value, so a checkpoint of a side is a reference to it.
 
-    Every field that is given, but the store, is an `ExactPiece`. One that is added here is counted, saved, moved,
-    reordered, forked and undone with the others.
+    Every field that is given, but the store and `dropped`, is an `ExactPiece`. One that is added here is counted,
+    saved, moved, reordered, forked and undone with the others.
 
     Attributes:
         store: the quantized tokens.
         window: the newest tokens, exact.
         sinks: the first tokens, exact.
         cropped: the groups that crops cut.
+        dropped: tokens that came before the first one held and are forgotten; positions count from the first one held.
         length: tokens held. One number, since torch.compile compiles a model again for each whose changes it sees.
+        seen: tokens held and dropped; one number for the same reason.
     """
 
     store: ChunkedStore
     window: TokenBuffer
     sinks: SinkTokens
     cropped: CroppedGroups = field(default_factory=CroppedGroups)
+    dropped: int = 0
     length: int = field(init=False)
+    seen: int = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "length", self.store.length + self.window.length)
+        object.__setattr__(self, "seen", self.dropped + self.length)
 
     def held(self) -> Iterator[Held]:
         """Yield every tensor that is held."""
@@ -67,7 +74,7 @@ class SideContents:
             flush_length: tokens that are flushed together.
         """
         if not flush_count:  # nearly every step of decoding
-            return SideContents(self.store, self.window.extended(new), self.sinks, self.cropped)
+            return SideContents(self.store, self.window.extended(new), self.sinks, self.cropped, self.dropped)
         store, sinks = self.store, self.sinks
         kept = self.window.length + new.shape[2] - flush_count
         for piece in self._flushed_pieces(new, flush_count, flush_length):
@@ -96,6 +103,27 @@ class SideContents:
         window = TokenBuffer.of(self.window.step, exact)
         return replace(self, store=self.store.truncate(length), window=window, cropped=cropped)
 
+    def without_first(self, count: int) -> SideContents:
+        """Return the contents without their first `count` tokens, whole chunks of the store."""
+        return replace(
+            self,
+            store=self.store.without_first(count),
+            sinks=self.sinks.without_first(count),
+            cropped=self.cropped.without_first(count),
+            dropped=self.dropped + count,
+        )
+
+    def leapt(self, count: int) -> SideContents:
+        """Return the contents without any token, to go on `count` tokens behind the first one held."""
+        return replace(
+            self,
+            store=self.store.truncate(0),
+            window=TokenBuffer.of(self.window.step, self.window.view()[:, :, :0]),
+            sinks=self.sinks.without_first(count),
+            cropped=CroppedGroups(),
+            dropped=self.dropped + count,
+        )
+
     def select_rows(self, rows: torch.Tensor) -> SideContents:
         """Return the contents of a batch whose row `i` was row `rows[i]`, int64 `[B']`."""
         return replace(self._with_each(lambda piece: piece.select_rows(rows)), store=self.store.select_rows(rows))
@@ -113,7 +141,7 @@ class SideContents:
             yield from piece.held()
 
     def _exact_pieces(self) -> dict[str, ExactPiece]:
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "store"}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name not in _NO_PIECES}
 
     def _with_each(self, change: Callable[[ExactPiece], ExactPiece]) -> SideContents:
         # A tensor made under inference_mode could not be used by autograd outside of it.

@@ -21,7 +21,7 @@ class SinkTokens:
 
     Attributes:
         length: sink tokens of each row.
-        starts: position of the first real token of each row.
+        starts: position of the first real token of each row; below 0 where it is forgotten.
         states: `[B, H, S, D]`, never written to: as many as any row has among the stored tokens, up to `length`; None
             before the first.
     """
@@ -70,6 +70,16 @@ class SinkTokens:
             first, last = max(start, position), min(start + self.length, stored, position + out.shape[2])
             if first < last:
                 out[row, :, first - position : last - position] = self.states[row, :, first - start : last - start]
+
+    def without_first(self, count: int) -> SinkTokens:
+        """Return the sinks of tokens of which the first `count` are forgotten: positions before those left are below 0.
+
+        Where no sink is left in any row, there are none from then on.
+        """
+        starts = tuple(start - count for start in self.starts)
+        if max(starts) + self.length > 0:
+            return replace(self, starts=starts)
+        return SinkTokens(0, starts)
 
     def held(self) -> Iterator[Held]:
         """Yield the states, if there are any."""

@@ -86,6 +86,7 @@ SEAMS = (
             "layers/carrying_layer.py",
             "layers/transformers_layers.py",
             "layers/quantized_layer.py",
+            "layers/sliding_layer.py",
         ),
     ),
     Seam(

@@ -18,7 +18,7 @@ from kvq.evaluation.quality.forcing import read_on
 from kvq.evaluation.quality.prefix import Prefix
 from kvq.evaluation.quality.text import TokenText
 from kvq.layers.quantized_layer import KVQLayer
-from kvq.transformers_seams.layer_kinds import new_layer
+from kvq.transformers_seams.layer_kinds import kind_of, new_layer
 from kvq.tuning.judging import Head, Judge
 from kvq.tuning.layer_skipping import Recorder, find_layer_modules, skipping
 from kvq.tuning.row_layers import OneSide, RowRuns
@@ -164,9 +164,12 @@ class Probes:
         ]
 
     def _empty_layers(self) -> list[object]:
-        """Return layers in full precision; one that could be quantized keeps all tokens, as its quantized form does."""
+        """Return layers in full precision; one that could be quantized has nothing but tokens."""
         plain = DynamicCache(config=self._model.config).layers
-        return [new_layer() if index in self._quantizable else layer for index, layer in enumerate(plain)]
+        return [
+            new_layer() if index in self._quantizable and not kind_of(layer).slides else layer
+            for index, layer in enumerate(plain)
+        ]
 
 
 def _read_as_told(layer: object, plain: object, pair: Pair) -> object:

@@ -65,6 +65,7 @@ def make_request(testing_backend):
         offset=2.0,
         magnitude=1.0,
         octaves=0.0,
+        forgotten=0,
         change=None,
         **config,
     ):
@@ -91,6 +92,9 @@ def make_request(testing_backend):
                 layer.update(keys[:, :, start : min(stop, tokens)], values[:, :, start : min(stop, tokens)])
         if rows is not None:
             layer.reorder_cache(torch.tensor(rows))
+        for _, side in layer.sides():  # the first chunks, as a layer that slides does
+            side.forget_first(forgotten)
+            assert side.length == tokens - forgotten
         handle, _ = layer.update(*draw(queries), packed=True)
         query = torch.randn(batch, queries, heads * sharing, head_dim, generator=generator)
         query = query.to(query_dtype).transpose(1, 2)

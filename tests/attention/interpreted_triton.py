@@ -62,6 +62,7 @@ CASES = {
         "residual_length": 64,
         "tokens": 110,
     },
+    "some of the sinks forgotten": {"batch": 2, "padding": (62, 3), "sink_length": 5, "pieces": 11, "forgotten": 64},
     "long window": {"residual_length": 256, "tokens": 403},
     "several queries": {"queries": 3},
     "padding": {"batch": 2, "padding": (0, 37)},
@@ -80,7 +81,8 @@ CASES = {
 
 def build_request(
     batch=1, heads=2, groups=4, head_dim=64, value_dim=None, tokens=275, pieces=1, queries=1, padding=None,
-    softcap=None, logits=False, rows=None, dtype=torch.float32, dtypes=None, factor=1.0, device=CPU, **fields,
+    softcap=None, logits=False, rows=None, dtype=torch.float32, dtypes=None, factor=1.0, forgotten=0,
+    device=CPU, **fields,
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(7)
     query_dtype, key_dtype, value_dtype = dtypes or (dtype, dtype, dtype)
@@ -99,12 +101,15 @@ def build_request(
         cache.update(*new_states(len(piece)), 0)
     if rows is not None:
         cache.layers[0].reorder_cache(torch.tensor(rows))
+    for _, side in cache.layers[0].sides():  # the first chunks, as a layer that slides does
+        side.forget_first(forgotten)
+        assert side.length == tokens - forgotten
     pair = cache.layers[0].update(*new_states(queries), packed=True)[0].pair
     query = (draw(batch, heads * groups, queries, head_dim) / factor).to(query_dtype)
     return AttentionRequest(
         query,
         pair,
-        None if padding is None else make_mask(padding, queries, tokens + queries).to(device),
+        None if padding is None or forgotten else make_mask(padding, queries, tokens + queries).to(device),
         scaling=head_dim**-0.5,
         softcap=softcap,
         sink_logits=draw(heads * groups) if logits else None,

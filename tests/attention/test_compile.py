@@ -42,9 +42,9 @@ def draw_ids(count):
     return torch.randint(97, (1, count), generator=torch.Generator().manual_seed(1))
 
 
-def compare_steps(compiled, model, steps, prompt=90, tolerance=1e-4):
+def compare_steps(compiled, model, steps, prompt=90, tolerance=1e-4, **more):
     """Feed the same tokens to both; return the likeliest next tokens, and the cache of the compiled one."""
-    ours, plain = KVQ(model=model, **OPTIONS), KVQ(model=model, **OPTIONS)
+    ours, plain = KVQ(model=model, **OPTIONS, **more), KVQ(model=model, **OPTIONS, **more)
     ids, found, expected = draw_ids(prompt + steps), [], []
     with torch.no_grad():
         for start, stop in ((0, prompt), *((place, place + 1) for place in range(prompt, prompt + steps))):
@@ -124,12 +124,13 @@ def test_generate_with_padding(llama):
 
 
 @pytest.mark.costly
-def test_layers_that_slide():
+@pytest.mark.parametrize("sliding", ["keep", "quantize"])
+def test_layers_that_slide(sliding):
     model = make(
         "gemma3_text", sliding_window=32, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     )
     counter = CompileCounter()
-    compare_steps(torch.compile(model, backend=counter), model, 60)
+    compare_steps(torch.compile(model, backend=counter), model, 60, sliding=sliding)
     assert not counters["graph_break"]
     assert counter.frame_count <= 4
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference_quantizers import STATIC_FLOAT8
+from transformers import MistralConfig
 
 import kvq.layers.quantized_layer
 import kvq.store.segments
@@ -78,6 +79,22 @@ def test_an_offloaded_store_gives_the_same_states(copied, monkeypatch):
         for left, right in zip(one, other, strict=True):
             assert all(map(torch.equal, left, right))
     assert sum(copied) > 0
+
+
+def test_an_offloaded_window_gives_the_same_states(copied, monkeypatch):
+    model = MistralConfig(sliding_window=150, num_hidden_layers=LAYERS, hidden_size=128, num_attention_heads=2)
+    plain, offloaded = KVQ(model=model), KVQ(model=model)
+    lengths = (100, 100, 100, 1, 60, 1, 60, 500, 1, 90)
+    expected = [forward(plain, length, seed) for seed, length in enumerate(lengths)]
+    monkeypatch.setattr(kvq.layers.quantized_layer, "choose_store_device", lambda wanted, states: ELSEWHERE)
+    for seed, length in enumerate(lengths):
+        found = forward(offloaded, length, seed)
+        for left, right in zip(expected[seed], found, strict=True):
+            assert all(map(torch.equal, left, right))
+        for _, side in offloaded.layers[0].sides():
+            brought = side.store.prefetched.keys()
+            assert brought == (set(side.store.segments) if seed else set()), "of the layer that is read next"
+    assert all(layer.is_offloaded and layer.dropped_length for layer in offloaded.layers)
 
 
 def test_each_layer_is_brought_while_the_one_before_it_computes(elsewhere, copied, events):

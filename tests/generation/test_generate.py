@@ -39,7 +39,8 @@ def test_quantized_logits_follow_and_memory_shrinks(model, prompts, assert_telli
     difference, agreement = compare(forced(model, text, cache), reference)
     assert difference <= BOUND
     assert agreement >= 0.95
-    assert cache.memory().compression > 1.5
+    slides = cache.layers[0].is_sliding  # a window of 250 tokens, and up to 63 tokens behind it
+    assert cache.memory().compression > (1.3 if slides else 1.5)
     stored = [layer.side("key").store.length for layer in cache.layers if isinstance(layer, KVQLayer)]
     assert min(stored) >= 3 * 64, "at least three flushes"
     coarser = KVQ(**{**QUANTIZED, "nbits_k": 2, "nbits_v": 2}, model=model)
@@ -101,7 +102,8 @@ def test_left_padding_quantized(model, padded, forced, compare):
     cache = KVQ(**QUANTIZED, model=model, padding=[41, 0])
     difference, _ = compare(forced(model, text, cache, mask=mask), reference)
     assert difference <= BOUND
-    assert cache.layers[0].side("key").sinks.starts == (41, 0)
+    first = cache.layers[0]
+    assert [start + first.dropped_length for start in first.side("key").sinks.starts] == [41, 0]
     coarser = KVQ(**{**QUANTIZED, "nbits_k": 2, "nbits_v": 2}, model=model, padding=[41, 0])
     assert compare(forced(model, text, coarser, mask=mask), reference)[0] > BOUND
 

@@ -158,7 +158,7 @@ class Examination:
         assert difference <= BOUND
         assert coarse >= LEAST_RATIO * difference
         self.coarse = coarse
-        flushes = [layer.side("key").store.length // layer.flush_length for layer in _quantized_layers(cache)]
+        flushes = [_count_flushes(layer) for layer in _quantized_layers(cache)]
         assert min(flushes) >= LEAST_FLUSHES
         return min(flushes)
 
@@ -184,18 +184,29 @@ class Examination:
                 cache.crop(-CROPPED)
             assert cache.get_seq_length() == held
             return "refused: linear attention cannot go back"
+        slides = all(layer.is_sliding for layer in _quantized_layers(cache))
+        if slides:
+            self._check_deep_crop()
         reference = self._cropped_logits(self.plain_cache())
         stored = PROMPT_LENGTH - CROPPED
         found = self._cropped_logits(cache)
         quantized = next(_quantized_layers(cache))
-        assert quantized.side("key").cropped.groups, "the crop went past the store"
+        assert slides or quantized.side("key").cropped.groups, "the crop went past the store"
         assert self.coarse >= LEAST_RATIO * _difference(found, reference)
-        return f"at token {stored}, into the store"
+        return f"at token {stored}, {'while the past is recorded' if slides else 'into the store'}"
+
+    def _check_deep_crop(self) -> None:
+        """Where every layer has forgotten what is behind its window, a crop is refused that nothing prepared."""
+        cache = self.cache(QUANTIZED)
+        self._prefill(cache, self.text[False], None)
+        with pytest.raises(CacheStateError, match="has forgotten what came before"):
+            cache.crop(-CROPPED)
+        assert cache.get_seq_length() == PROMPT_LENGTH
 
     def _cropped_logits(self, cache: Any) -> torch.Tensor:
         text = self.text[False]
         for layer in getattr(cache, "layers", []):
-            if not isinstance(layer, KVQLayer) and hasattr(layer, "activate_past_recording"):
+            if getattr(layer, "is_sliding", False) and hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
         encoded = self._prefill(cache, text, None)[1]
         cache.crop(-CROPPED)
@@ -271,6 +282,10 @@ class Examination:
 
 def _quantized_layers(cache: Any) -> Iterator[KVQLayer]:
     yield from (layer for layer in cache.layers if isinstance(layer, KVQLayer))
+
+
+def _count_flushes(layer: KVQLayer) -> int:
+    return (layer.dropped_length + layer.side("key").store.length) // layer.flush_length
 
 
 def _difference(logits: torch.Tensor, reference: torch.Tensor) -> float:

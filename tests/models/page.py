@@ -26,7 +26,8 @@ Every row was checked beside `DynamicCache` with the same model:
   {QUANTIZED["nbits_k"]} bits, with and without padding, and differ at least {LEAST_RATIO} times as much at 2 bits.
 - **Flushes**: how often the quantized layer that has the fewest moved tokens from its window
   ({QUANTIZED["residual_length"]} tokens here) to the store.
-- **Crop**: {CROPPED} tokens are taken back, through the window into the store, and other ones follow.
+- **Crop**: {CROPPED} tokens are taken back, through the window into the store, and other ones follow. Where all layers
+  slide, that is refused unless the past was recorded.
 - **Without `model=`**: whether a cache that does not know the model gives the same tokens, or asks for it.
 - **Attached**: how layers are read at each step of decoding: packed by a kernel, or dequantized, and why.
 - Encoder-decoder models: the same of the decoder, and once more with `cross_attention="quantize"`.

@@ -61,6 +61,12 @@ def mixed_cache():
     return fill(cache, 50, seed=20)
 
 
+def window_cache():
+    """Two layers, the second sliding and quantized; of one row it has forgotten all sinks, of the other two of four."""
+    config = {"nbits_v": 4, "backend": "native", "sliding": "quantize", **SMALL}
+    return fill(KVQ(config, model=sliding_config(sliding_window=40), padding=[30, 0]), 75)
+
+
 def hybrid_cache():
     """One layer with linear and full attention in it."""
     config = FalconH1Config(num_hidden_layers=1, num_attention_heads=HEADS, num_key_value_heads=HEADS)

@@ -94,6 +94,13 @@ def no_checksum(data):
 
 
 FIRST = ("layers", 0, "states")
+
+
+def dropped(image):
+    states = image.cache["layers"][0]["states"]
+    states.update(dropped=states["window"], window=0)
+
+
 BYTES = {
     "7 bytes, fewer": lambda data: data[:7],
     "a header of 0 bytes": lambda data: header(0),
@@ -103,8 +110,8 @@ BYTES = {
     "not a table of tensors": lambda data: header(2, b"[]"),
     "has no metadata": lambda data: header(2),
     "of something else than a cache": lambda data: signed(data, lambda image: image.facts.update(format="pt")),
-    "format version '5', and this release": lambda data: signed(
-        data, lambda image: image.facts.update(format_version="5")
+    "format version '6', and this release": lambda data: signed(
+        data, lambda image: image.facts.update(format_version="6")
     ),
     "checksum is missing": no_checksum,
     "damaged or changed": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
@@ -128,6 +135,10 @@ BYTES = {
     ),
     "which is not a number of flushes": lambda data: signed(
         data, cache_of(*FIRST, "value", "runs", to=[{"blocks": 1, "rows": None}])
+    ),
+    "tokens are forgotten, which the layer does not do": lambda data: signed(data, dropped),
+    "does not say how many tokens of a layer that slides": lambda data: signed(
+        data, cache_of("layers", 0, "sliding_window", to=4)
     ),
     "1 are missing": lambda data: signed(data, lambda image: image.table.update(x=image.table.pop("token_ids"))),
     "and by its configuration torch.bfloat16": lambda data: signed(

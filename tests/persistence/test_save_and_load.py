@@ -221,14 +221,18 @@ KNOWN_STATE = {
     "LayerSide": {"flush_length", "contents"},
     "SideContents": {
         "store", "window", "sinks", "cropped",
-        "length",  # found from store and window
+        "dropped",
+        "length", "seen",  # found from store and window
     },
     "ChunkedStore": {
         "writer", "batch_size", "segments",
         "blocks", "length", "seen",  # found from the segments
         "owns_last", "prefetched",  # what is loaded is owned, and read from where it is
     },
-    "ChunkWriter": {"codec", "num_heads", "device", "pinned", "block_length", "layout"},
+    "ChunkWriter": {
+        "codec", "num_heads", "device", "pinned", "block_length", "layout",
+        "chunk_lengths",  # of the window, which a file tells
+    },
     "TokenBuffer": {
         "buffer", "length", "step",
         "is_refilled",  # by steps at fixed addresses, which are of this process

@@ -54,6 +54,8 @@ def test_capacity_is_bounded_by_what_is_stored_or_wanted():
     assert chunk_capacity(0, 100, 64) == 32
     assert chunk_capacity(0, 13, 64) == 8, "what is wanted fills it at once"
     assert chunk_capacity(0, 1, 4096) == 1
+    small = [chunk_capacity(stored, 2, 32, (64, 512)) for stored in (0, 8, 16, 32, 1000)]
+    assert small == [2, 2, 4, 8, 16], "64 tokens, as many times a power of two, and 512 at the most"
 
 
 @pytest.mark.parametrize("split", [[64] * 40, [2560], [640, 1280, 64 * 10]])
@@ -127,6 +129,30 @@ def test_rows_are_reordered_by_index_and_dropped_for_good():
     store = store.select_rows(torch.tensor([1]))
     assert torch.equal(read(store.view(), batch=1)[:, :, :160], states(8 * 20)[:1])
     assert sum(tensor.nbytes for tensor, _ in store.tensors()) == pytest.approx(held / 2, rel=0.01)
+
+
+def test_the_first_chunks_are_forgotten_whole_with_their_copies():
+    store = make_store().append(states(64)).append(states(192, start=64)).append(states(64, start=256))
+    assert [segment.used for segment in store.segments] == [1, 2, 1, 1]
+    assert [store.count_leading(limit) for limit in (63, 64, 191, 192, 255, 256, 320)] == [
+        0,
+        64,
+        64,
+        192,
+        192,
+        256,
+        320,
+    ]
+    left = store.prefetch(torch.device("cpu")).without_first(192)
+    assert torch.equal(read(left.view()), states(128, start=192))
+    assert len(left.prefetched) == 2
+    assert sum(tensor.numel() for tensor, _ in left.tensors()) == 2 * states(128).numel()
+
+
+def test_a_chunk_with_room_is_not_forgotten():
+    store = make_store().append(states(512)).truncate(448)
+    assert store.segments[-1].used < store.segments[-1].capacity
+    assert store.count_leading(448) == 448 - 64 * store.segments[-1].used
 
 
 def test_a_store_stays_what_it_was_when_another_is_made_of_it():

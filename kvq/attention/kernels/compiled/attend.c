@@ -1173,6 +1173,23 @@ static void attend_exact(work_t *w, const states_t *keys, const states_t *values
   }
 }
 
+static states_t behind(const states_t *states, int64_t type, int64_t count) {
+  states_t left = *states;
+  left.data = (const uint8_t *)states->data + size_of(type) * count * states->token_stride;
+  left.length = states->length - count;
+  return left;
+}
+
+/* Those of a row that lie in the store: its first ones may be forgotten, and its last ones not quantized yet. */
+static void attend_sinks(work_t *w) {
+  const request_t *q = w->q;
+  int64_t start = q->sink_starts[w->row], forgotten = least(q->keys[0].length, most(0, -start));
+  states_t keys = behind(&q->keys[0], q->key_type, forgotten);
+  states_t values = behind(&q->values[0], q->value_type, forgotten);
+  start += forgotten;
+  attend_exact(w, &keys, &values, start, least(keys.length, most(0, q->stored - start)));
+}
+
 static void start_head(work_t *w, int is_first) {
   const request_t *q = w->q;
   const side_t *side = &q->key;
@@ -1262,10 +1279,7 @@ static void attend_split(work_t *w, int64_t split) {
     for (int64_t tile = first; tile < last; tile++) attend_tile(w, &keys, &values, tile * q->tile_length);
   }
   if (split == q->splits - 1) {
-    if (q->keys[0].data) {
-      int64_t start = q->sink_starts[w->row];
-      attend_exact(w, &q->keys[0], &q->values[0], start, least(q->keys[0].length, most(0, q->stored - start)));
-    }
+    if (q->keys[0].data) attend_sinks(w);
     attend_exact(w, &q->keys[1], &q->values[1], q->stored, q->keys[1].length);
     attend_exact(w, &q->keys[2], &q->values[2], q->stored + q->keys[1].length, q->keys[2].length);
   }

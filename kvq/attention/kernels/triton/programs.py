@@ -522,8 +522,8 @@ def attend_parts(
         else:
             key_at = sink_key + (pair.to(tl.int64) * SINKS + token[:, None]) * KEY_DIM + channel[None, :]
             value_at = sink_value + (pair.to(tl.int64) * SINKS + token[None, :]) * VALUE_DIM
-            exists = (token < SINKS) & (first_sink + token < stored)
             position = first_sink + token
+            exists = (token < SINKS) & (position >= 0) & (position < stored)
         exact = tl.load(exact_query + query_place, mask=query_mask, other=0.0)
         keys = tl.load(key_at, mask=exists[:, None] & (channel < KEY_DIM)[None, :], other=0.0)
         products = tl.dot(keys.to(DOT), exact.to(DOT), input_precision=PRECISION)

@@ -1,0 +1,199 @@
+"""A quantized layer of sliding or chunked attention, which forgets the tokens that no later query can see.
+
+Whole chunks of the store are forgotten, so up to a chunk more is held than the window asks for. Attention does not see
+these tokens: keys, values and masks have the sizes that transformers' own sliding layer gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+
+from kvq.config import ResolvedLayer
+from kvq.errors import CacheStateError
+from kvq.layers.quantized_layer import DEFERRED_LENGTH, KVQLayer
+from kvq.plugin_api.quantizer import Quantizer, Side
+from kvq.store.flush_length import common_flush_length
+
+CHUNKS_OF_WINDOW = 8
+"""Chunks of the largest size that a window spans, at least, where it has room for as many flushes."""
+
+
+def choose_chunk_length(window_length: int, flush_length: int) -> int:
+    """Return the tokens of the largest chunk: a flush length times a power of two, an eighth of the window or less.
+
+    Keys and values have chunks of the same tokens, since both count in flush lengths.
+
+    Args:
+        window_length: tokens that a query sees, itself too.
+        flush_length: tokens that are quantized at once; never fewer.
+    """
+    flushes = max(1, window_length // (CHUNKS_OF_WINDOW * flush_length))
+    return int(flush_length) << (flushes.bit_length() - 1)
+
+
+class SlidingKVQLayer(KVQLayer):
+    """Keys and values of the newest tokens that a window reaches back to, quantized.
+
+    Args:
+        layer_idx: index of the layer in the model.
+        settings: the configuration of this layer; no more tokens are kept exact than the window reaches back.
+        window_length: tokens that a query sees, itself too.
+        padding: tokens of left padding in each row, or None where there is none.
+
+    Attributes:
+        window_length: as given.
+    """
+
+    is_sliding = True
+
+    def __init__(
+        self, layer_idx: int, settings: ResolvedLayer, window_length: int, padding: tuple[int, ...] | None = None
+    ) -> None:
+        exact = min(settings.residual_length, max(0, window_length - 1))
+        super().__init__(layer_idx, replace(settings, residual_length=exact), padding)
+        self.window_length = window_length
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens of the largest chunk, which are forgotten together; only after the first update."""
+        return choose_chunk_length(self.window_length, self.flush_length)
+
+    @property
+    def horizon(self) -> int:
+        """Tokens after which everything that generating allocates has been seen once; only after the first update."""
+        return self.chunk_length
+
+    @property
+    def hidden_length(self) -> int:
+        """Tokens held that the next query does not see; transformers' own layer holds all others."""
+        return max(0, self.held_length - max(0, self.window_length - 1))
+
+    @property
+    def _sliding_window_tensor(self) -> torch.Tensor:
+        """The window as `DynamicCache` asks its layers for it, to be built from another cache."""
+        return torch.tensor(self.window_length, dtype=torch.long, device="cpu")
+
+    def get_max_length(self) -> int:
+        """Return the tokens that a query sees, as transformers' own layer does."""
+        return self.window_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys that the next forward of `query_length` tokens sees."""
+        seen = self.get_seq_length()
+        offset = max(seen - self.window_length + 1, 0)
+        return seen - offset + query_length, offset
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Check that the tokens are held which the queries after a crop see.
+
+        Args:
+            tokens_to_remove: zero or negative.
+
+        Raises:
+            CacheStateError: some of them are forgotten.
+        """
+        if not self.is_initialized or not self.dropped_length:
+            return
+        most = self.get_seq_length() - self.window_length + 1 - self.dropped_length
+        if -int(tokens_to_remove) > most:
+            raise CacheStateError(
+                f"crop({int(tokens_to_remove)}): layer {self.layer_idx} slides over {self.window_length} tokens and "
+                f"has forgotten what came before them; the newest {max(0, most)} can be removed. Before the tokens "
+                "that may have to go, take cache.snapshot(), which cache.restore goes back to from anywhere, or call "
+                f"cache.activate_past_recording() for {DEFERRED_LENGTH} tokens and those of the last forward"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, as `KVQLayer.crop` does.
+
+        Raises:
+            CacheStateError: tokens are forgotten that the next query would see; the layer is then as it was.
+            StatesError: the number is positive.
+        """
+        self.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def evict(self, keep: torch.Tensor) -> NoReturn:
+        """Refuse: the layer forgets tokens by itself, and masks count on those in its window.
+
+        Raises:
+            CacheStateError: always.
+        """
+        del keep
+        self._refuse("evicted")
+
+    def replace(self, key_states: torch.Tensor, value_states: torch.Tensor) -> NoReturn:
+        """Refuse, for the same reason.
+
+        Raises:
+            CacheStateError: always.
+        """
+        del key_states, value_states
+        self._refuse("replaced")
+
+    def begin(self, codecs: Mapping[Side, Quantizer], like: Mapping[Side, torch.Tensor]) -> None:
+        """Hold nothing yet, but be ready for states; see `KVQLayer.begin`."""
+        flush_length = common_flush_length(codecs["key"], codecs["value"])
+        largest = choose_chunk_length(self.window_length, flush_length)
+        self._begin(codecs, like, chunk_lengths=(flush_length, largest))
+
+    def emptied(self, settings: ResolvedLayer | None = None, carried: Any = None) -> SlidingKVQLayer:
+        """Return an empty layer of this kind; see `KVQLayer.emptied`."""
+        del carried
+        return SlidingKVQLayer(self.layer_idx, settings or self.settings, self.window_length, self.padding)
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        start = self._leap({"key": key_states, "value": value_states})
+        super()._append(key_states[:, :, start:], value_states[:, :, start:])
+
+    def _leap(self, states: Mapping[Side, torch.Tensor]) -> int:
+        """Forget all tokens held if no query after this forward sees them; return how many of the new ones none sees.
+
+        They are never quantized, but the first ones of all, from which a quantizer may learn its constants.
+        """
+        seen, held = self.get_seq_length() + states["key"].shape[2], self.held_length
+        first = (seen - self.window_length + 1) // self.flush_length * self.flush_length - self.dropped_length
+        if first < max(held, 1) or self.record_past:
+            return 0
+        if held == self._sides["key"].window.length and not self.dropped_length:
+            for name, side in self._sides.items():
+                side.append(states[name][:, :, : max(0, self.flush_length - held)], self.flush_length)
+        for side in self._sides.values():
+            side.leap(first)
+        self.kernel_cache.note_rearrangement()
+        return first - held
+
+    def _assign(self, name: Side, states: torch.Tensor) -> NoReturn:
+        del states
+        self._refuse(f"assigned as {name}s")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CacheStateError(
+            f"layer {self.layer_idx} slides over {self.window_length} tokens, which cannot be {what}; it forgets what "
+            "came before them by itself. A KVQ that is made without `model=` holds all tokens"
+        )
+
+    def _forget_unseen(self, added: int) -> None:
+        """Forget the whole chunks that no later query sees, nor one after a crop while the past is recorded.
+
+        Args:
+            added: tokens of the last forward.
+        """
+        seen = self.get_seq_length() - (added + DEFERRED_LENGTH if self.record_past else 0)
+        count = self._count_whole(seen - self.window_length + 1 - self.dropped_length)
+        if not count:
+            return
+        for side in self._sides.values():
+            side.forget_first(count)
+        self.kernel_cache.note_rearrangement()
+
+    def _count_whole(self, limit: int) -> int:
+        """Return how many of the first `limit` tokens are whole chunks, of keys and of values."""
+        if limit < self.flush_length:
+            return 0
+        found = {side.store.count_leading(limit) for side in self._sides.values()}
+        return found.pop() if len(found) == 1 else self._count_whole(min(found))
