@@ -15,6 +15,8 @@ from kvq.layers.sliding_layer import SlidingKVQLayer, choose_chunk_length
 from kvq.store.cropped_groups import CroppedGroups
 from kvq.store.sinks import SinkTokens
 
+pytestmark = pytest.mark.filterwarnings("error:attention kernel")
+"""A kernel that differs from the reference fails the test; with the warning the reference would take its place."""
 WINDOW, LENGTH, PADDING, NEW = 96, 700, 126, 150
 SHAPE = dict(
     vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
