@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvq.attaching.attention_switch import AttentionSwitch
 from kvq.attaching.decode_graph import DecodeGraph, is_plain_step
@@ -86,6 +85,7 @@ class Attachment:
         self.config = config
         self.cache: KVQ | EncoderDecoderKVQ | None = None
         self.decode_graph: DecodeGraph | None = None
+        self._is_unrecordable = False
         # A cache is built now, to raise here and not at the first generate.
         _warn_of_biased_keys(model, self._build_cache(None))
         self._hooks: dict[str, Callable[..., Any]] = {
@@ -154,8 +154,8 @@ class Attachment:
         """Run the model's own `generate` and find out whether it reads the cache."""
         watch = GenerationWatch(self.model, self._tell, lambda one: self._calls.stack[-1] is one)
         self._calls.stack.append(watch)
-        self.cache = None if self.is_outermost else self.cache
-        self.decode_graph = None
+        if self.is_outermost:
+            self.cache = self.decode_graph = None
         failed = True
         try:
             watch.begin()
@@ -177,17 +177,22 @@ class Attachment:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Replay a step of decoding of the attached cache where that is possible; else run the model's own forward."""
-        cache = None if args else find_cache(kwargs)
-        if not isinstance(cache, KVQ) or cache is not self.cache or not is_plain_step(kwargs):
-            return self._own["forward"](*args, **kwargs)
-        if self.decode_graph is None or self.decode_graph.cache is not cache:
-            self.decode_graph = DecodeGraph(self.model, cache, forward=self._own["forward"])
-        graph, tokens, positions = self.decode_graph, kwargs["input_ids"], kwargs["position_ids"]
-        logits = graph.replay(tokens, positions)
-        if logits is not None:
-            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-        output = self._own["forward"](*args, **kwargs)
-        graph.prepare(tokens, positions)
+        own = self._own["forward"]
+        cache: Any = None if args else find_cache(kwargs)
+        is_ours = (
+            isinstance(cache, KVQ) and cache is self.cache and bool(self._calls.stack) and not self._is_unrecordable
+        )
+        if not is_ours or torch.compiler.is_compiling() or not is_plain_step(kwargs):
+            return own(*args, **kwargs)
+        graph = self.decode_graph  # another thread may put its own there at any moment
+        if graph is None or graph.cache is not cache:
+            graph = self.decode_graph = DecodeGraph(self.model, cache, forward=own)
+        tokens, positions = kwargs["input_ids"], kwargs["position_ids"]
+        output = graph.replay(tokens, positions)
+        if output is None:
+            output = own(**kwargs)
+            graph.prepare(tokens, positions, output, kwargs.get("attention_mask"))
+            self._is_unrecordable = graph.is_hopeless
         return output
 
     def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

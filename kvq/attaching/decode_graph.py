@@ -15,48 +15,48 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvq.attention.entry import READ_OPTIONS
-from kvq.attention.full_precision import find_option_beyond
+from kvq.attaching.recorded_cache import RecordedCache
+from kvq.attaching.wait_finder import WaitFinder
 from kvq.attention.kernels.triton.kernel import TRITON
-from kvq.attention.step_states import StepStates
 from kvq.cache.kvq import KVQ
 from kvq.errors import CacheStateError
 from kvq.layers.fixed_step import FixedStep
 from kvq.layers.quantized_layer import KVQLayer
+from kvq.transformers_seams.position_offsets import OFFSETS
 from kvq.transformers_seams.private_names import CACHE_NAMES, name_cache
 
 _LOG = logging.getLogger("kvq")
 
 Replay = Callable[[], None]
-LEAST_ROOM = 1024
-"""Tokens that a store may grow by before its graph is recorded again, at least."""
-ROOM_SHARE = 8
-"""Or the store's length by this: programs for tokens that are not there yet are idle."""
+Record = Callable[[Callable[[], None], torch.device], Replay]
+DEVICE_TYPE = "cuda"
 READER = TRITON.name
 """The kernel of the steps that are recorded; where another one is chosen, none is."""
-UNRECORDABLE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
-"""What ends a recording: a model waits for the device in the middle of a step, or does with its keys and values what
-their stand-ins cannot."""
 WORTHWHILE, MOST_FAILURES = 8, 3
 """Replays that make a recording worth its time, and how many in a row may be worth less before no other is tried: rows
 change places at every step of a beam search."""
-
-
-def record_cuda_graph(run: Callable[[], None]) -> Replay:
-    """Record the work of `run` on the current CUDA device, without doing it; return what does it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    replay: Replay = graph.replay
-    return replay
-
-
-DEVICE_TYPE = "cuda"
 PLAIN_ARGUMENTS = {
     *("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep"),
     *CACHE_NAMES,
 }
 """Arguments of a forward that a step obeys, or that say nothing new of one token in a batch without padding."""
+STAYING_OUTPUTS = {"logits", OFFSETS, *CACHE_NAMES}
+"""What a step may return: the others would be those of the step that was recorded."""
+
+
+def record_cuda_graph(run: Callable[[], None], device: torch.device) -> Replay:
+    """Record the work of `run` on a CUDA device, without doing it; return what does it."""
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    try:
+        # A stream of its own: torch's belongs to the device of its first capture.
+        options: dict[str, Any] = {"stream": torch.cuda.Stream(device), "capture_error_mode": "thread_local"}
+        with torch.cuda.device(device), torch.cuda.graph(graph, **options):
+            run()
+    except BaseException:
+        torch.cuda.set_stream(before)  # which a capture that fails does not put back
+        raise
+    replay: Replay = graph.replay
+    return replay
 
 
 def is_plain_step(arguments: Mapping[str, Any]) -> bool:
@@ -74,6 +74,9 @@ def is_plain_step(arguments: Mapping[str, Any]) -> bool:
 class DecodeGraph:
     """The steps of one model with one cache, one token a row and no padding.
 
+    A recording reads the weights where they were: after other weights or adapters have taken their place, make another
+    object. Hooks of modules do not run in a replay.
+
     Args:
         model: a model of transformers whose attention is "kvq".
         cache: holds the prompt.
@@ -85,6 +88,7 @@ class DecodeGraph:
         obstacle: why the next step is not replayed, or None.
         replays: steps that were replayed.
         recordings: graphs that were recorded.
+        is_hopeless: whether a recording has failed in a way in which another one would too.
     """
 
     def __init__(
@@ -93,9 +97,9 @@ class DecodeGraph:
         cache: KVQ,
         *,
         forward: Callable[..., Any] | None = None,
-        record: Callable[[Callable[[], None]], Replay] | None = None,
+        record: Record | None = None,
     ) -> None:
-        self.cache, self.replays, self.recordings = cache, 0, 0
+        self.cache, self.replays, self.recordings, self.is_hopeless = cache, 0, 0, False
         self.obstacle: str | None = "nothing is recorded yet"
         self._model, self._forward, self._record = model, forward or model.forward, record or record_cuda_graph
         self._takes_positions = "position_ids" in inspect.signature(self._forward).parameters
@@ -111,148 +115,161 @@ class DecodeGraph:
         Args:
             input_ids: int64 `[B, 1]`.
             position_ids: int64 `[B, 1]`, or of the shape that the model wants; by default the length of the cache.
+
+        Raises:
+            CacheStateError: the batch is padded, so the model needs a mask.
         """
+        if self.cache.has_padding:
+            raise CacheStateError("the rows are padded, and DecodeGraph.step takes no mask; call the model itself")
         if position_ids is None:
             position_ids = torch.full_like(input_ids, self.cache.get_seq_length())
-        logits = self.replay(input_ids, position_ids)
-        if logits is None:
-            logits = self._call(input_ids, position_ids, self.cache)[:, -1:]
-            self.prepare(input_ids, position_ids)
+        output = self.replay(input_ids, position_ids)
+        if output is None:
+            output = self._call(input_ids, position_ids, self.cache)
+            self.prepare(input_ids, position_ids, output)
+        logits: torch.Tensor = output.logits[:, -1:]
         return logits
 
-    def replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | None:
-        """Do as `step` where the step can be replayed; else do nothing and return None."""
+    def replay(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """Return the output of the next step where it can be replayed; else do nothing and return None."""
         if self._replay is None or not self._fits(input_ids, position_ids) or not self._may_run():
             return None
         self._tokens.copy_(input_ids)
         self._positions.copy_(position_ids)
-        self._replay()
+        replay, self._replay = self._replay, None  # if the host is interrupted before all layers note the token
+        replay()
         for step in self._steps.values():
             step.note_run()
+        self._replay = replay
         self.replays += 1
-        return self._logits.clone()
+        return self._make_output(logits=self._logits.clone())
 
     @torch.no_grad()
-    def prepare(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
+    def prepare(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, output: Any, mask: torch.Tensor | None = None
+    ) -> None:
         """Take over what the cache holds after a step that was not replayed; record the next one where it must be.
 
         Args:
-            input_ids: the tokens of a step like those to come.
+            input_ids: the tokens of that step.
             position_ids: their positions.
+            output: what the model returned.
+            mask: `[B, T]`, the padding mask that it was given; False: hidden.
         """
-        if self._replay is not None and self._fits(input_ids, position_ids) and self._refresh():
+        self.obstacle = self._find_obstacle(input_ids, output, mask)
+        if self.obstacle is None and self._fits(input_ids, position_ids) and self._refresh():
             return
         if self.replays - self._replays_before >= WORTHWHILE:
             self._failures = 0
         self._replay, self._steps = None, {}
         if self._failures >= MOST_FAILURES:
-            return
-        self.obstacle = self._why_not_recorded()
+            self.obstacle = self.obstacle or "the recordings so far were of little use: rows change places"
         if self.obstacle is None:
             self._failures, self._replays_before = self._failures + 1, self.replays
+            self._make_output = _Outputs(output)
             self._record_step(input_ids, position_ids)
 
     def _fits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> bool:
-        return input_ids.shape == self._tokens.shape and position_ids.shape == self._positions.shape
+        """Return whether there is a recording, of tokens and positions like these."""
+        return bool(self._steps) and (input_ids.shape, position_ids.shape) == (
+            self._tokens.shape,
+            self._positions.shape,
+        )
 
     def _may_run(self) -> bool:
-        return all(step.may_run() for step in self._steps.values())
+        return self._holds_the_layers() and all(step.may_run() for step in self._steps.values())
 
-    def _call(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def _holds_the_layers(self) -> bool:
+        """Return whether the cache still has the layers that were recorded; `restore` brings others."""
+        return [step.layer for step in self._steps.values()] == list(self.cache.layers)
+
+    def _call(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> Any:
         given = {"position_ids": position_ids} if self._takes_positions else {}
-        output = self._forward(input_ids=input_ids, use_cache=True, **given, **{self._cache_name: cache})
-        logits: torch.Tensor = output.logits
-        return logits
+        options = {"use_cache": True, "return_dict": True, self._cache_name: cache}
+        return self._forward(input_ids=input_ids, **given, **options)
 
     def _refresh(self) -> bool:
-        """Return whether the recording holds for what the cache holds now."""
+        """Return whether the recording holds for what the cache holds now; if it does not, nothing else is told."""
         try:
             for step in self._steps.values():
                 step.refresh()
-        except CacheStateError as error:
-            self.obstacle = str(error)
+        except CacheStateError:
             return False
-        return True
+        return self._replay is not None and self._holds_the_layers()
 
-    def _why_not_recorded(self) -> str | None:
-        if not self._takes_positions:
-            return f"{type(self._model).__name__} takes no position_ids"
-        if self.cache.padding is not None:
-            return "the batch is padded"
-        if torch.is_autocast_enabled(self._model.device.type):
-            return "autocast"
-        if len(set(getattr(self._model, "hf_device_map", {}).values())) > 1:
-            return "the model lies on several devices"
-        others = [type(layer).__name__ for layer in self.cache.layers if type(layer) is not KVQLayer]
-        if others or not self.cache.layers:
-            return f"the cache has layers that no graph holds: {', '.join(sorted(set(others)))}"
-        readers = {layer.kernel_cache.last_reader for layer in self.cache.layers}
-        return None if readers == {READER} else f"attention was computed by {', '.join(sorted(readers))}"
+    def _find_obstacle(self, input_ids: torch.Tensor, output: Any, mask: torch.Tensor | None) -> str | None:
+        """Return why the next step is not replayed, or None; waits for the device where there is a mask."""
+        model = self._model
+        readers = {getattr(getattr(one, "kernel_cache", None), "last_reader", "") for one in self.cache.layers}
+        others = {type(layer).__name__ for layer in self.cache.layers if type(layer) is not KVQLayer}
+        returned = sorted(name for name, value in output.items() if value is not None and name not in STAYING_OUTPUTS)
+        reasons = {
+            self.obstacle: self.is_hopeless,
+            f"{type(model).__name__} takes no position_ids": not self._takes_positions,
+            "the batch is padded": self.cache.has_padding,
+            "the mask hides tokens": mask is not None and not bool(mask.all()),
+            "the model is compiled": _is_compiled(model, self._forward),
+            "the model is in training mode": model.training,
+            "autocast": torch.is_autocast_enabled(model.device.type),
+            f"the cache has other layers: {', '.join(sorted(others))}": bool(others) or not self.cache.layers,
+            f"attention was computed by {', '.join(sorted(readers))}": readers != {READER},
+            f"the model returns {', '.join(returned)} too": bool(returned),
+            "the model lies on several devices": len({input_ids.device, *(p.device for p in model.parameters())}) > 1,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _record_step(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
-        with torch.inference_mode(False):  # else they could not be written to outside of it
+        stand_in = RecordedCache(self.cache)
+        with torch.inference_mode(False), torch.no_grad():  # tensors that can be written to in any mode
             self._tokens, self._positions = input_ids.clone(), position_ids.clone()
-        stand_in = _StandIn(self.cache, self._steps)
-        try:
-            self._call(self._tokens, self._positions, stand_in)  # compiles; no layer notes the token
-            for step in self._steps.values():
-                step.refresh()
-            self._replay = self._record(lambda: self._keep(self._call(self._tokens, self._positions, stand_in)))
-        except UNRECORDABLE as error:
-            _LOG.info("a step of %s is not recorded", type(self._model).__name__, exc_info=True)
-            self.obstacle, self._steps, self._replay = str(error).partition("\n")[0], {}, None
-            return
-        for step in self._steps.values():
+            try:
+                with WaitFinder(DEVICE_TYPE):
+                    self._call(self._tokens, self._positions, stand_in)  # compiles; no layer notes the token
+                stand_in.check_complete()
+                self._refresh_all(stand_in)
+                run = self._keep_logits(stand_in)
+                self._replay = self._record(run, input_ids.device)
+                self._refresh_all(stand_in)
+            except _unrecordable() as error:
+                _LOG.info("a step of %s is not recorded", type(self._model).__name__, exc_info=True)
+                self.obstacle, self._replay = str(error).partition("\n")[0], None
+                self.is_hopeless = not isinstance(error, CacheStateError)
+                return
+        self._steps, self.recordings = stand_in.steps, self.recordings + 1
+
+    def _keep_logits(self, stand_in: RecordedCache) -> Callable[[], None]:
+        def run() -> None:
+            self._logits = self._call(self._tokens, self._positions, stand_in).logits[:, -1:]
+
+        return run
+
+    @staticmethod
+    def _refresh_all(stand_in: RecordedCache) -> None:
+        for step in stand_in.steps.values():
             step.refresh()
-        self.obstacle, self.recordings = None, self.recordings + 1
-
-    def _keep(self, logits: torch.Tensor) -> None:
-        self._logits = logits[:, -1:]
 
 
-class _StandIn(Cache):
-    """Stands for the cache in a step that is recorded: states go to the steps of the layers.
+class _Outputs:
+    """Makes outputs like one that the model returned."""
 
-    Args:
-        cache: the cache.
-        steps: by layer; a step that is missing is made.
+    def __init__(self, output: Any) -> None:
+        self._kind = type(output)
+        self._fields = {name: value for name, value in output.items() if name != "logits"}
+
+    def __call__(self, *, logits: torch.Tensor) -> Any:
+        return self._kind(logits=logits, **self._fields)
+
+
+def _is_compiled(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
+    return getattr(model, "_compiled_call_impl", None) is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def _unrecordable() -> tuple[type[Exception], ...]:
+    """Return the errors that end a recording.
+
+    A model waits for the device in the middle of a step, or does with its keys and values what their stand-ins cannot;
+    Triton cannot compile a program; or the device has too little memory.
     """
+    from triton.errors import TritonError
 
-    def __init__(self, cache: KVQ, steps: dict[int, FixedStep]) -> None:
-        super().__init__(layers=list(cache.layers))
-        self._steps = steps
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        """Return what takes the query of the layer to its step."""
-        del args, kwargs
-
-        def take_query(query: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]) -> torch.Tensor:
-            if layer_idx not in self._steps:
-                self._steps[layer_idx] = _make_step(self.layers[layer_idx], query, mask, options)
-            return self._steps[layer_idx].run(query, key_states, value_states)
-
-        states = StepStates(take_query)
-        return states, states
-
-
-def _make_step(layer: Any, query: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]) -> FixedStep:
-    beyond = "mask" if mask is not None else find_option_beyond(READ_OPTIONS, options)
-    if beyond is not None or options.get("dropout"):
-        raise CacheStateError(f"layer {layer.layer_idx}: attention is given {beyond or 'dropout'}")
-    scaling, stored = options.get("scaling"), layer.side("key").store.length
-    return FixedStep(
-        layer,
-        query,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        _room(stored, layer.flush_length),
-        softcap=options.get("softcap"),
-        sink_logits=options.get("s_aux"),
-    )
-
-
-def _room(stored: int, flush_length: int) -> int:
-    """Return how many tokens a store of this length gets room for."""
-    room = stored + max(LEAST_ROOM, stored // ROOM_SHARE)
-    return -(-room // flush_length) * flush_length
+    return RuntimeError, AttributeError, TypeError, ValueError, LookupError, AssertionError, ImportError, TritonError

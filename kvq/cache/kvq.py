@@ -186,11 +186,6 @@ class KVQ(CarriedStates, Evictable, KnownTokens, Restorable):
         return states
 
     @property
-    def padding(self) -> tuple[int, ...] | None:
-        """The tokens of left padding in each row, as far as they are known; None: there are none."""
-        return self._padding.counts
-
-    @property
     def max_cache_len(self) -> int:
         """The longest length, which PEFT asks for before it puts a cache of its own in the place of ours: -1, none.
 

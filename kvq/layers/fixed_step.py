@@ -33,6 +33,7 @@ class FixedStep:
         sink_logits: one more logit for each head, `[Hq]`, or None.
 
     Attributes:
+        layer: the layer.
         plan: tables and sizes; another one after `refresh` would be a capture that no longer holds.
 
     Raises:
@@ -49,7 +50,7 @@ class FixedStep:
         softcap: float | None = None,
         sink_logits: torch.Tensor | None = None,
     ) -> None:
-        self._layer, self._scaling, self._softcap, self._sink_logits = layer, scaling, softcap, sink_logits
+        self.layer, self._scaling, self._softcap, self._sink_logits = layer, scaling, softcap, sink_logits
         self._capacity = layer.settings.residual_length + layer.flush_delay + layer.flush_length
         sides = [side for _, side in layer.sides()]
         self._buffers = [_allocate(side, self._capacity) for side in sides]
@@ -66,7 +67,7 @@ class FixedStep:
 
     def may_run(self) -> bool:
         """Return whether the next token flushes nothing, and nobody else has changed the layer since."""
-        layer = self._layer
+        layer = self.layer
         if not layer.is_initialized:
             return False
         stays = layer.kernel_cache.version == self._version
@@ -92,12 +93,12 @@ class FixedStep:
 
     def note_run(self) -> None:
         """Note on the host that `run`, or the replay of its capture, has added a token; nothing on the device."""
-        for side, buffer in zip((side for _, side in self._layer.sides()), self._buffers, strict=True):
+        for side, buffer in zip((side for _, side in self.layer.sides()), self._buffers, strict=True):
             window = side.window
             longer = TokenBuffer(window.step, buffer, window.length + 1, is_refilled=True)
             side.contents = replace(side.contents, window=longer)
-        self._layer.kernel_cache.note_growth()
-        self._version = self._layer.kernel_cache.version
+        self.layer.kernel_cache.note_growth()
+        self._version = self.layer.kernel_cache.version
 
     def refresh(self) -> None:
         """Take over what the layer holds now, after a step of its own: window and tables, in place.
@@ -105,7 +106,7 @@ class FixedStep:
         Raises:
             CacheStateError: the store has outgrown the room, or other tensors are in the place of those of then.
         """
-        layer = self._layer
+        layer = self.layer
         reason = self._why_outdated()
         if reason is not None:
             raise CacheStateError(f"layer {layer.layer_idx}: {reason}; make another FixedStep, and capture it")
@@ -121,8 +122,8 @@ class FixedStep:
 
     def _why_too_early(self, room: int) -> str | None:
         """Return why addresses could not stay, or None."""
-        keys = self._layer.side("key")
-        if self._layer.is_sliding:
+        keys = self.layer.side("key")
+        if self.layer.is_sliding:
             return "the layer slides, and a step sees no mask"
         if keys.store.length > room:
             return f"the store has {keys.store.length} tokens, more than the room of {room}"
@@ -130,7 +131,7 @@ class FixedStep:
 
     def _why_outdated(self) -> str | None:
         """Return why a capture does not hold any more, or None."""
-        sides = [side for _, side in self._layer.sides()]
+        sides = [side for _, side in self.layer.sides()]
         if not sides or sides[0].store.length > self.plan.room:
             return f"the store has outgrown {self.plan.room} tokens, or was emptied"
         if sides[0].window.length > self._capacity:
@@ -150,8 +151,8 @@ class FixedStep:
         )
 
     def _pair(self, key: torch.Tensor | None, value: torch.Tensor | None) -> PackedPair:
-        keys, values = self._layer.side("key").contents, self._layer.side("value").contents
-        return PackedPair(SideView(keys, key), SideView(values, value), self._layer.kernel_cache)
+        keys, values = self.layer.side("key").contents, self.layer.side("value").contents
+        return PackedPair(SideView(keys, key), SideView(values, value), self.layer.kernel_cache)
 
 
 def _allocate(side: LayerSide, capacity: int) -> torch.Tensor:

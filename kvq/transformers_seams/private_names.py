@@ -163,7 +163,8 @@ def pass_cache(model: Any, states: Any) -> dict[str, Any]:
 
 def name_cache(forward: Callable[..., Any]) -> str:
     """Return the name of the argument that hands a cache to a model's forward."""
-    return _name_in(getattr(forward, "__func__", forward))
+    function = inspect.unwrap(forward)
+    return _name_in(getattr(function, "__func__", function))
 
 
 def rename_cache(arguments: Mapping[str, Any]) -> dict[str, Any]:

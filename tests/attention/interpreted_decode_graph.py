@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQ, attach
-from kvq.attaching import decode_graph
+from kvq.attaching import decode_graph, recorded_cache
 from kvq.attaching.decode_graph import DecodeGraph
 from kvq.transformers_seams.private_names import pass_cache
 
@@ -46,13 +46,26 @@ def run_beside_plain_steps(model):
     caches[0].reorder_cache(torch.tensor([1, 0]))
     graph.step(tokens[:, :1])
     counts["recordings after the rows changed places"] = graph.recordings
+    counts["error after a step back"] = step_back(model, graph, tokens)
     return {"error": max(errors), "same": all(same), "obstacles": sorted(map(str, obstacles)), **counts}
 
 
-def generate(model, *, cuda_graphs, padding=0, **options):
+def step_back(model, graph, tokens):
+    """The cache gets other layers then."""
+    cache, token = graph.cache, tokens[:, :1]
+    snapshot = cache.snapshot()
+    expected = [graph.step(token) for _ in range(3)]
+    cache.restore(snapshot)
+    again = [graph.step(token) for _ in range(3)]
+    assert cache.get_seq_length() == PROMPT + STEPS + 4
+    return max((one - other).abs().max().item() for one, other in zip(again, expected, strict=True))
+
+
+def generate(model, *, cuda_graphs, padding=0, hidden=0, **options):
     tokens = torch.randint(1, 300, (2, PROMPT), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[0, :padding] = 0
+    mask[0, 60 : 60 + hidden] = 0
     options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, **options}
     with attach(model, backend="native", residual_length=32, cuda_graphs=cuda_graphs) as attached:
         texts = model.generate(tokens, **options)[:, PROMPT:].tolist()
@@ -61,16 +74,19 @@ def generate(model, *, cuda_graphs, padding=0, **options):
 
 
 def main():
-    decode_graph.LEAST_ROOM = 64  # outgrown by the second flush
+    recorded_cache.LEAST_ROOM = 64  # outgrown by the second flush
     # The kernel that computes the other steps, and the device, on the processor.
-    decode_graph.READER, decode_graph.DEVICE_TYPE, decode_graph.record_cuda_graph = "eager", "cpu", lambda run: run
+    decode_graph.READER, decode_graph.DEVICE_TYPE = "eager", "cpu"
+    decode_graph.record_cuda_graph = lambda run, device: run
     model = make_model()
     seen = {"steps": run_beside_plain_steps(model)}
-    for name, options in {
+    cases = {
         "plain": {},
         "padded": {"padding": 9},
+        "hidden": {"hidden": 30},
         "beams": {"num_beams": 2, "max_new_tokens": 12},
-    }.items():
+    }
+    for name, options in cases.items():
         texts, graph = generate(model, cuda_graphs=True, **options)
         seen[name] = {"same": texts == generate(model, cuda_graphs=False, **options)[0], "graph": graph}
     print(json.dumps(seen))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import json
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvq import KVQ, attach
 from kvq.attaching import decode_graph
 from kvq.attaching.decode_graph import DecodeGraph
+from kvq.attaching.wait_finder import WaitFinder
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, _find_missing_triton
+from kvq.errors import CacheStateError
 from kvq.transformers_seams.private_names import pass_cache
 
 SCRIPT = Path(__file__).with_name("interpreted_decode_graph.py")
@@ -38,9 +43,11 @@ def test_replayed_steps_are_those_of_the_model_by_itself():
     assert (steps["replays"], steps["recordings"]) == (77, 2), "all but the first and two flushes, the second of which"
     assert steps["recordings after the rows changed places"] == 3
     assert steps["obstacles"] == ["None"]
-    assert all(seen[name]["same"] for name in ("plain", "padded", "beams"))
+    assert steps["error after a step back"] <= 1e-3
+    assert all(seen[name]["same"] for name in ("plain", "padded", "hidden", "beams"))
     assert seen["plain"]["graph"] == [37, 1, None]
     assert seen["padded"]["graph"] == [0, 0, "the batch is padded"]
+    assert seen["hidden"]["graph"] == [0, 0, "the mask hides tokens"]
     assert seen["beams"]["graph"][:2] == [0, 3], "no other is tried once three were of no use"
 
 
@@ -93,7 +100,7 @@ def test_a_layer_that_no_graph_holds_is_named(model):
     model(tokens, use_cache=True, **pass_cache(model, cache))
     graph = DecodeGraph(model, cache, record=pytest.fail)
     graph.step(tokens[:, :1])
-    assert "layers that no graph holds" in graph.obstacle
+    assert graph.obstacle == "the cache has other layers: DynamicLayer"
 
 
 @pytest.mark.parametrize(
@@ -121,5 +128,52 @@ def test_a_step_that_cannot_be_recorded_is_run_as_ever(model, error, monkeypatch
         logits.append([graph.step(tokens[:, place : place + 1]) for place in range(5)])
         if given:
             assert graph.obstacle == str(error)
-    assert len(recordings) == decode_graph.MOST_FAILURES
+    assert len(recordings) == 1
     assert all(map(torch.equal, *logits))
+
+
+@pytest.mark.parametrize(
+    ("waits", "run"),
+    [
+        (True, lambda x: x.sum().item()),
+        (True, lambda x: bool((x > 0).all())),
+        (True, lambda x: x.nonzero()),
+        (True, lambda x: x[x > 0]),
+        (True, lambda x: x.index_put((x > 0,), torch.zeros(()))),
+        (True, lambda x: torch.unique(x)),
+        (False, lambda x: torch.where(x > 0, x, 0).softmax(-1) @ x.T),
+        (False, lambda x: x[torch.tensor([0, 1])].to(torch.float64)),
+    ],
+)
+def test_what_waits_for_the_device_is_found_before_it_is_recorded(waits, run):
+    states = torch.randn(3, 4)
+    found = pytest.raises(CacheStateError, match="waits for the device: aten::") if waits else nullcontext()
+    with found, WaitFinder("cpu"):
+        run(states)
+
+
+def test_a_copy_to_another_device_is_found():
+    with pytest.raises(CacheStateError, match="copies from one device to another"), WaitFinder("meta"):
+        torch.ones(2).to("meta")
+
+
+@torch.no_grad()
+def test_a_padded_cache_wants_the_model_itself(model):
+    model.set_attn_implementation("kvq")
+    tokens, mask = torch.arange(200).view(2, 100) % 300, torch.ones(2, 100, dtype=torch.long)
+    mask[1, :7] = 0
+    cache = KVQ(backend="native", residual_length=32)
+    model(tokens, attention_mask=mask, use_cache=True, **pass_cache(model, cache))
+    with pytest.raises(CacheStateError, match="takes no mask"):
+        DecodeGraph(model, cache).step(tokens[:, :1])
+
+
+def test_a_model_goes_with_its_attachment(model):
+    """Nothing keeps the forward that stands in for the model's own."""
+    attached = attach(model, backend="native", cuda_graphs=True)
+    pass_cache(model, None)
+    kept = weakref.ref(attached)
+    attached.detach()
+    del attached
+    gc.collect()
+    assert kept() is None

@@ -33,6 +33,14 @@ class Launch:
         self.parts = plan.splits + exact
 
     def run(self) -> torch.Tensor:
+        """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query; run on the query's device."""
+        device = self.request.query.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current one
+                return self._run()
+        return self._run()
+
+    def _run(self) -> torch.Tensor:
         """Return the output `[B, Tq, Hq, D_v]`, contiguous, in the dtype of the query."""
         from kvq.attention.kernels.triton.programs import attend_parts, combine
 
