@@ -37,6 +37,7 @@ WORTHWHILE, MOST_FAILURES = 8, 3
 change places at every step of a beam search."""
 PLAIN_ARGUMENTS = {
     *("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep"),
+    *("tokenizer", "assistant_tokenizer"),
     *CACHE_NAMES,
 }
 """Arguments of a forward that a step obeys, or that say nothing new of one token in a batch without padding."""

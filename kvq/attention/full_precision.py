@@ -28,6 +28,7 @@ WITHOUT_EFFECT = frozenset(
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
         *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch"),
         *("token_type_ids", "mm_token_type_ids"),
+        *("tokenizer", "assistant_tokenizer"),  # `generate` hands these on, which it takes for `stop_strings`
     }
 )
 """Arguments that tell attention nothing beyond query, keys and mask."""

@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQ, attach
 from kvq.attaching import decode_graph
-from kvq.attaching.decode_graph import DecodeGraph
+from kvq.attaching.decode_graph import DecodeGraph, is_plain_step
 from kvq.attaching.wait_finder import WaitFinder
 from kvq.attention.kernels.triton.kernel import LEAST_TRITON, _find_missing_triton
 from kvq.errors import CacheStateError
-from kvq.transformers_seams.private_names import pass_cache
+from kvq.transformers_seams.private_names import find_cache, pass_cache
 
 SCRIPT = Path(__file__).with_name("interpreted_decode_graph.py")
 needs_triton = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
@@ -59,6 +59,14 @@ def model():
         head_dim=32, vocab_size=300, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("argument", "plain"), [("tokenizer", True), ("output_attentions", False)])
+def test_what_a_step_may_be_given(monkeypatch, argument, plain):
+    monkeypatch.setattr("kvq.attaching.decode_graph.DEVICE_TYPE", "cpu")
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    assert is_plain_step({"input_ids": tokens, "position_ids": tokens, argument: object()}) is plain
 
 
 def test_without_a_gpu_generate_is_as_ever(model):
@@ -114,7 +122,7 @@ def test_a_step_that_cannot_be_recorded_is_run_as_ever(model, error, monkeypatch
     tokens, recordings = torch.arange(100)[None] % 300, []
 
     def forward(**given):
-        if not isinstance(given.get("past_key_values"), KVQ):
+        if not isinstance(find_cache(given), KVQ):
             recordings.append(given)
             raise error
         return own(**given)

@@ -60,7 +60,9 @@ def read(request, **options):
 
 
 def test_harmless_arguments_are_read_packed(request_, scaling, reference, error_of):
-    options = dict(dropout=0.0, sliding_window=None, position_ids=torch.arange(1), use_cache=True, softcap=None)
+    options = dict(
+        dropout=0.0, sliding_window=None, position_ids=torch.arange(1), use_cache=True, softcap=None, tokenizer=object()
+    )
     output, weights, reader = read(request_, **scaling, **options)
     assert reader in ("compiled", "eager")
     assert weights is None

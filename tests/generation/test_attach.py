@@ -61,6 +61,15 @@ def test_a_users_own_cache_wins(llama, prompts):
     assert own.get_seq_length() == plain.get_seq_length() == 311
 
 
+def test_a_tokenizer_for_stop_strings_changes_no_reader(llama, prompts):
+    readers = []
+    with attach(llama) as attachment:
+        for given in ({}, {"tokenizer": object()}):
+            llama.generate(prompts, **given, **GREEDY)
+            readers.append([layer.kernel_cache.last_reader for layer in attachment.cache.layers])
+    assert readers[0] == readers[1]
+
+
 def test_it_is_undone_when_generation_fails(llama, prompts):
     before = trace(llama)
     with pytest.raises(IndexError), attach(llama):
