@@ -6,8 +6,10 @@ import io
 import json
 import re
 import runpy
+import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,10 +18,12 @@ import pytest
 import torch
 import yaml
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.cli.serve import Serve
+from transformers.cli.serving.model_manager import ModelManager
 
 from kvq import KVQ, KVQCacheConfig, available_backends
-from kvq.evaluation.model_loading import load_model
+from kvq.evaluation.model_loading import find_model_path, load_model
 from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 from kvq.registry import BackendRegistry
 
@@ -62,6 +66,7 @@ def test_every_example_is_tested_and_described():
         "long_document_qa.py",
         "quickstart.py",
         "serve.py",
+        "transformers_serve.py",
         "tuned.py",
     ]
     described = (ROOT / "examples" / "README.md").read_text()
@@ -198,6 +203,9 @@ def test_help_names_the_common_options(path, run_here, capsys):
         run_here(path.name, "--help")
     assert left.value.code == 0
     printed = capsys.readouterr().out
+    if path.name == "transformers_serve.py":
+        assert "transformers serve" in printed, "it has the options of that command"
+        return
     assert "--model" in printed
     assert "--max-new-tokens" in printed
 
@@ -299,3 +307,78 @@ class TestServe:
             urllib.request.urlopen(address, data=body)
         assert caught.value.code == status
         assert told in json.load(caught.value)["error"]["message"]
+
+
+class TestTransformersServe:
+    @pytest.fixture(autouse=True)
+    def own_loading(self, monkeypatch):
+        """Give transformers its own way to load a model back after the test."""
+        monkeypatch.setattr(ModelManager, "load_model_and_processor", ModelManager.load_model_and_processor)
+
+    def test_the_second_question_spares_the_document(self, run_here):
+        printed = run_here("transformers_serve.py")
+        assert said("answer", printed) == said("right", printed)
+        (first, none), (second, cached) = re.findall(r"(\d+) tokens, (\d+) of them cached", printed)
+        assert (int(none), int(cached)) == (0, int(second) - 1)
+        assert first == second
+
+    @pytest.mark.parametrize("option", ["--continuous-batching", "--compile"])
+    def test_what_keeps_full_precision_is_refused(self, run_here, capsys, option):
+        with pytest.raises(SystemExit):
+            run_here("transformers_serve.py", "model", option)
+        assert f"{option} keeps" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"pixel_values": torch.zeros(1)},
+            {"generation_config": GenerationConfig(num_beams=2)},
+            {"generation_config": GenerationConfig(cache_implementation="static")},
+        ],
+    )
+    def test_what_tokens_do_not_tell_is_not_reused(self, given):
+        is_plain = runpy.run_path(str(ROOT / "examples" / "transformers_serve.py"))["is_plain"]
+        plain = {name: torch.ones(1, 9) for name in ("input_ids", "attention_mask")}
+        assert is_plain({"generation_config": GenerationConfig(), "tokenizer": object(), **plain})
+        assert not is_plain({"generation_config": GenerationConfig(), **plain, **given})
+
+    @pytest.mark.slow
+    def test_requests_to_transformers_own_server(self, capsys):
+        for package in ("fastapi", "uvicorn", "openai"):
+            pytest.importorskip(package, reason="pip install 'transformers[serving]'")
+        runpy.run_path(str(ROOT / "examples" / "transformers_serve.py"))["quantize_all_models"](None, 2)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        path = find_model_path("embedded")
+        server = Serve(path, device="cpu", host="127.0.0.1", port=port, non_blocking=True)
+        try:
+            batch = sample_recall_batch(1, 60, 1, generator=torch.Generator().manual_seed(5))
+            texts = [decode_tokens(batch.context[0].tolist()), decode_tokens(batch.questions[0][0][:2].tolist())]
+            found = [ask_transformers(port, {"prompt": " ".join(texts), "max_tokens": 4}) for _ in range(2)]
+            (loaded,) = server._model_manager.loaded_models.values()
+            readers = [layer.kernel_cache.last_reader for layer in loaded.model.generate.attachment.cache.layers]
+        finally:
+            server.kill_server()
+        right = decode_tokens(batch.answers[0][0].tolist())
+        assert [one["choices"][0]["text"] for one in found] == [right, right]
+        total = found[0]["usage"]["prompt_tokens"]
+        assert re.findall(r"tokens, (\d+) of them", capsys.readouterr().out) == ["0", str(total - 1)]
+        assert [one for one in readers if not one or one.startswith("materialized")] == []
+
+
+def ask_transformers(port, body):
+    """Post to `/v1/completions` of transformers' server, as soon as it listens, and return the answer."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    for _ in range(200):
+        try:
+            with urllib.request.urlopen(request) as reply:  # noqa: S310  # an address of this machine
+                return json.load(reply)
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError):
+                raise
+            time.sleep(0.1)
+    raise TimeoutError("the server does not listen")
