@@ -11,8 +11,9 @@ The endpoints are like OpenAI's, `/v1/completions` and `/v1/chat/completions`, a
 
 The caches of the last requests are kept. A prompt that begins like one of them takes a fork, which shares the quantized
 tokens, cuts it to what both have in common, and computes the rest only; `cached_tokens` in the answer says how many
-tokens that spared. One request is computed at a time. Without `--port` the program asks its own server some questions
-about a list of records, on the small recall model that ships with kvq, and ends.
+tokens that spared. One request is computed at a time, greedily: `temperature` and the like have no effect. Without
+`--port` the program asks its own server some questions about a list of records, on the small recall model that ships
+with kvq, and ends.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvq import KVQ
-from kvq.errors import CacheStateError, StatesError
+from kvq.errors import CacheStateError
 from kvq.evaluation.model_loading import EMBEDDED_NAME, load_model
 from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 LEAST_COMMON = 16
 """Tokens in common that are worth a fork."""
 QUESTIONS = 3
@@ -63,6 +67,7 @@ class Service:
         length: int = 30,
     ) -> None:
         model.set_attn_implementation("kvq")  # what `attach` does: attention reads the caches packed
+        KVQ(config, model=model)  # to raise here, and not at the first request
         self._model = model
         self._tokenizer = tokenizer
         self._config = config
@@ -77,9 +82,13 @@ class Service:
             prompt: the text.
             max_tokens: most tokens of the answer.
             is_formatted: whether the prompt has all special tokens in it, as a chat template leaves it.
+
+        Raises:
+            ValueError: the prompt has no tokens, or more than the model has positions.
         """
         encoded = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=not is_formatted)
         token_ids = encoded["input_ids"].to(self._model.device)
+        self._check_length(token_ids.shape[1], max_tokens)
         with self._turn:
             cache, cached = self._find_cache(token_ids)
             output = self._model.generate(
@@ -100,11 +109,20 @@ class Service:
             "cached_tokens": cached,
         }
 
-    def format_chat(self, messages: list[dict[str, str]]) -> str:
-        """Return the prompt of a conversation."""
+    def format_chat(self, messages: Any) -> str:
+        """Return the prompt of a conversation.
+
+        Raises:
+            ValueError: there is no chat template, it refuses the messages, or these are no texts with a role.
+        """
         if not self._tokenizer.chat_template:
             raise ValueError("this model has no chat template; use /v1/completions")
-        prompt: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+            raise ValueError("'messages' must be a list of objects with the texts 'role' and 'content'")
+        try:
+            prompt: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from error
         return prompt
 
     def describe_kept(self) -> str:
@@ -112,6 +130,14 @@ class Service:
         memory = self._kept[-1].memory()
         sizes = [f"{count / 1024:.0f} KiB" for count in (memory.total_bytes, memory.full_precision_bytes)]
         return f"{len(self._kept)} caches are kept; the newest holds {sizes[0]}, {sizes[1]} in full precision"
+
+    def _check_length(self, prompt: int, answer: int) -> None:
+        """Refuse what the model has no positions for; the lengths are tokens."""
+        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if not prompt:
+            raise ValueError("the prompt has no tokens")
+        if most is not None and prompt + answer > most:
+            raise ValueError(f"{prompt} tokens and an answer of {answer} are more than the {most} of this model")
 
     def _find_cache(self, token_ids: torch.Tensor) -> tuple[KVQ, int]:
         """Return a cache to go on with, and how many tokens of the prompt it holds."""
@@ -132,12 +158,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer one request; http.server calls this."""
+        if self.path not in (COMPLETIONS, CHAT):
+            self._refuse(HTTPStatus.NOT_FOUND, f"there is no {self.path}; post to {COMPLETIONS} or {CHAT}")
+            return
         try:
-            answer = self._answer(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0)))))
-        except LookupError as error:
-            self._send(HTTPStatus.NOT_FOUND, {"error": {"message": str(error)}})
-        except (ValueError, TypeError, StatesError) as error:
-            self._send(HTTPStatus.BAD_REQUEST, {"error": {"message": str(error)}})
+            answer = self._answer(json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length", 0))))))
+        except (ValueError, TypeError) as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+        except Exception as error:  # the server goes on
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}: {error}")
+            raise
         else:
             self._send(HTTPStatus.OK, answer)
 
@@ -149,17 +179,19 @@ class Handler(BaseHTTPRequestHandler):
             raise TypeError("the body is no JSON object")
         if request.get("stream"):
             raise ValueError("streaming is not supported here; leave out 'stream'")
-        is_chat = self.path == "/v1/chat/completions"
-        if not is_chat and self.path != "/v1/completions":
-            raise LookupError(f"there is no {self.path}; post to /v1/completions or /v1/chat/completions")
+        is_chat = self.path == CHAT
         service = self.server.service
-        prompt = service.format_chat(request.get("messages", [])) if is_chat else request.get("prompt")
-        length = request.get("max_tokens", service.length)
+        prompt = service.format_chat(request.get("messages")) if is_chat else request.get("prompt")
+        lengths = (request.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        length = next((one for one in lengths if one is not None), service.length)
         if not isinstance(prompt, str) or not prompt:
             raise ValueError("'prompt' must be a text that is not empty")
         if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= 4096:
             raise ValueError("'max_tokens' must be a whole number from 1 to 4096")
         return describe(service.complete(prompt, length, is_formatted=is_chat), is_chat=is_chat)
+
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        self._send(status, {"error": {"message": reason}})
 
     def _send(self, status: HTTPStatus, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -185,6 +217,11 @@ class Server(ThreadingHTTPServer):
         self.service = service
 
 
+def is_message(message: Any) -> bool:
+    """Return whether one entry of `messages` is a text with a role."""
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
 def describe(done: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
     """Return a completion in the words of OpenAI's interface."""
     text = {"message": {"role": "assistant", "content": done["text"]}} if is_chat else {"text": done["text"]}
@@ -194,6 +231,7 @@ def describe(done: dict[str, Any], *, is_chat: bool) -> dict[str, Any]:
         "usage": {
             "prompt_tokens": done["prompt_tokens"],
             "completion_tokens": done["completion_tokens"],
+            "total_tokens": done["prompt_tokens"] + done["completion_tokens"],
             "prompt_tokens_details": {"cached_tokens": done["cached_tokens"]},
         },
     }
@@ -257,7 +295,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens", type=int, default=30, metavar="N", help="where a request names no max_tokens; default: 30"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.keep < 1:
+        parser.error("--keep must be at least 1")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving.model_manager import ModelManager
 
 from kvq import KVQ, KVQCacheConfig, available_backends
+from kvq.errors import ConfigError
 from kvq.evaluation.model_loading import find_model_path, load_model
 from kvq.evaluation.recall import decode_tokens, sample_recall_batch
 from kvq.registry import BackendRegistry
@@ -290,6 +292,47 @@ class TestServe:
         assert service.complete(prompt, 1, is_formatted=True)["prompt_tokens"] == 2
 
     @pytest.mark.parametrize(
+        ("messages", "told"),
+        [
+            (None, "must be a list of objects"),
+            ("hello", "must be a list of objects"),
+            ([{"role": "user"}], "must be a list of objects"),
+            ([{"role": "user", "content": "hello"}], "refuses these messages: no users here"),
+        ],
+    )
+    def test_wrong_messages_are_refused(self, serving, messages, told):
+        model, tokenizer = load_model("embedded")
+        tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+        with pytest.raises(ValueError, match=told):
+            serving[0]["Service"](model, tokenizer).format_chat(messages)
+
+    def test_a_failure_is_answered_and_the_server_goes_on(self, serving, monkeypatch):
+        names, server = serving
+        monkeypatch.setattr(server, "handle_error", lambda *_arguments: None)  # prints the traceback
+        monkeypatch.setattr(server.service, "complete", lambda *_arguments, **_options: {}["gone"])
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            names["ask"](server.server_port, prompt="a")
+        assert caught.value.code == 500
+        assert json.load(caught.value)["error"]["message"] == "KeyError: 'gone'"
+        monkeypatch.undo()
+        assert names["ask"](server.server_port, prompt="a", max_tokens=2)["usage"]["total_tokens"] == 3
+
+    def test_requests_at_once_get_their_own_answers(self, serving):
+        names, server = serving
+        batch = sample_recall_batch(1, 60, 2, generator=torch.Generator().manual_seed(5))
+        texts = [[*batch.context[0].tolist(), *question[:2].tolist()] for question in batch.questions[0]]
+        prompts = [decode_tokens(one) for one in texts]
+        right = [decode_tokens(one.tolist()) for one in batch.answers[0]]
+        assert right[0] != right[1]
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(names["ask"], server.server_port, prompt=one, max_tokens=4) for one in prompts * 2]
+        assert [one.result()["choices"][0]["text"] for one in asked] == right * 2
+
+    def test_a_wrong_configuration_ends_the_start(self, serving):
+        with pytest.raises(ConfigError, match=r"missing\.yaml"):
+            serving[0]["Service"](*load_model("embedded"), Path("missing.yaml"))
+
+    @pytest.mark.parametrize(
         ("path", "body", "status", "told"),
         [
             ("/v1/completions", b"{", 400, "Expecting property name"),
@@ -298,6 +341,9 @@ class TestServe:
             ("/v1/completions", b'{"prompt": "a", "max_tokens": 0}', 400, "from 1 to 4096"),
             ("/v1/completions", b'{"prompt": "a", "stream": true}', 400, "streaming is not supported"),
             ("/v1/chat/completions", b'{"messages": []}', 400, "no chat template"),
+            ("/v1/completions", b'{"prompt": " "}', 400, "the prompt has no tokens"),
+            ("/v1/completions", b'{"prompt": "a", "max_completion_tokens": 5000}', 400, "from 1 to 4096"),
+            ("/v1/completions", b'{"prompt": "a", "max_tokens": 2048}', 400, "more than the 2048 of this model"),
             ("/v2/else", b"{}", 404, "there is no /v2/else"),
         ],
     )
