@@ -10,7 +10,7 @@ from typing import Any
 from gpu_tables import load_gpu_runs, render_gpu_runs
 from markdown_table import table
 from target_table import COLUMNS as TARGET_COLUMNS
-from target_table import target_rows
+from target_table import avx2_target_rows, has_model, target_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUFFER = "buffer, packed queries"
@@ -37,9 +37,15 @@ def render_speed() -> str:
         runs = load_runs(device)
         parts.append(f"**Measured here, on {place}.**")
         parts += render_gpu_runs() if device == "cuda" else ()
-        parts += [text for run in runs if not is_short(run) for text in render_speed_run(run)]
-        parts += [text for run in runs if is_short(run) for text in render_short_run(run)]
-    parts += ["Targets, all on the CPU above:", table(TARGET_COLUMNS, target_rows(load_runs("cpu"), load_gpu_runs()))]
+        plain = [run for run in runs if not has_model(run)]
+        parts += [text for run in plain if not is_short(run) for text in render_speed_run(run)]
+        parts += [text for run in plain if is_short(run) for text in render_short_run(run)]
+        parts += [text for run in runs if has_model(run) for text in render_model_run(run)]
+    first = [run for run in load_runs("cpu") if "instructions" not in run["machine"]]
+    later = [run for run in load_runs("cpu") if "instructions" in run["machine"]]
+    parts += ["Targets, on the first of these CPUs:", table(TARGET_COLUMNS, target_rows(first, load_gpu_runs()))]
+    parts += ["Targets on AVX2, as shares of the time of full precision:"]
+    parts.append(table(TARGET_COLUMNS, avx2_target_rows(later)))
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
     return "\n\n".join(parts)
@@ -68,6 +74,16 @@ def render_short_run(run: dict[str, Any]) -> Iterable[str]:
         yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
     for facts in run.get("first_token", ()):
         yield f"A prompt of {facts['length']:,} tokens, batch 1, {facts['dtype']}: time to its first tokens."
+        yield table(PROMPT_COLUMNS, prompt_rows(facts), right=range(1, len(PROMPT_COLUMNS)))
+
+
+def render_model_run(run: dict[str, Any]) -> Iterable[str]:
+    """Yield the tables of a run of one model against `DynamicCache`, and of its prompts."""
+    settings = list_settings(run, "model", batch=1)
+    yield f"{run['options']['model']} as a whole, {settings[0]['dtype']}; {describe_machine(run)}"
+    yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
+    for facts in run.get("first_token", ()):
+        yield f"A prompt of {facts['length']:,} tokens there: time to its first tokens."
         yield table(PROMPT_COLUMNS, prompt_rows(facts), right=range(1, len(PROMPT_COLUMNS)))
 
 

@@ -17,6 +17,9 @@ DEFAULTS = (FUSED, "kvq quanto 4, fused")
 LENGTHS = (8192, 32768)
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
+HQQ = "kvq hqq 4, fused"
+MODEL_LENGTHS = (256, 4096, 7680)
+"""The longest that leaves room for the steps in a model of 8,192 tokens."""
 COLUMNS = ("on 2 threads", "required", "goal", "measured")
 LEFT_OUT = "not measured"
 
@@ -38,6 +41,44 @@ def target_rows(runs: Sequence[Facts], gpu_runs: Sequence[Facts] = ()) -> list[t
         ("5 tokens of a draft behind 32,768", "at most 1.3x", "", _join(_forwards(runs, is_draft=True))),
         ("Triton on Hopper against bf16 SDPA", "1.3x", "2x", _join(_gpu_speedups(gpu_runs))),
     ]
+
+
+def avx2_target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
+    """Return a row for each target of processors without AVX-512: times as shares of full precision's."""
+    layers, models = [run for run in runs if not has_model(run)], [run for run in runs if has_model(run)]
+    return [
+        ("one layer at 8,192 tokens, of the buffer's time: bf16, fp32", "0.40, 0.28", "0.28, 0.18",
+         _join(_shares(_settings(layers, "layer", LENGTHS[:1]), "to_buffer"))),
+        ("SmolLM2 in fp32 at 256, 4,096 and 7,680 tokens, of DynamicCache's time", "1.05, 0.65, 0.5",
+         "1.0, 0.55, 0.4", _join(_shares(_settings(models, "model", MODEL_LENGTHS), "to_dynamic"))),
+        ("512 steps in a row, hqq: 99th percentile over median", "2", "1.5",
+         _join(f"{one['p99_to_median']:.2f}" for facts in _all_steps(layers) if (one := _find(facts, HQQ)))),
+        ("a step with a flush over one without, native, one layer at 8,192", "2", "1.5",
+         _join(_flushes(_settings(layers, "layer", LENGTHS[:1])))),
+    ]  # fmt: skip
+
+
+def has_model(run: Facts) -> bool:
+    """Return whether a run is of a model of the user's."""
+    return bool(run["options"].get("model"))
+
+
+def _shares(settings: Iterable[Facts], name: str) -> Iterable[str]:
+    for facts in settings:
+        one = _find(facts, FUSED)
+        if one and one[name]:
+            yield f"{one[name]['median']:.2f} ({DTYPES[facts['dtype']]} at {facts['length']:,})"
+
+
+def _flushes(settings: Iterable[Facts]) -> Iterable[str]:
+    for facts in settings:
+        one = _find(facts, FUSED)
+        if one and one["flush_ms"]:
+            yield f"{one['flush_ms']['median'] / one['step_ms']['median']:.2f} ({DTYPES[facts['dtype']]})"
+
+
+def _all_steps(runs: Sequence[Facts]) -> Iterable[Facts]:
+    return _settings(runs, "steps", {facts["length"] for run in runs for facts in run.get("steps", ())})
 
 
 def _gpu_speedups(runs: Sequence[Facts]) -> Iterable[str]:
@@ -99,7 +140,7 @@ def _ratios(facts: Facts, name: str) -> Iterable[str]:
 
 
 def _steps(runs: Sequence[Facts]) -> Iterable[str]:
-    settings = list(_settings(runs, "steps", {facts["length"] for run in runs for facts in run.get("steps", ())}))
+    settings = list(_all_steps(runs))
     for label in DEFAULTS:
         spreads = [one["p99_to_median"] for facts in settings if (one := _find(facts, label))]
         if spreads:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 import torch
+from summed_channels import Residual, spec_of
 from torch.nn import functional
 
 from kvq import KVQ, KVQCacheConfig
@@ -20,6 +21,7 @@ CPU = torch.device("cpu")
 PLAIN = {"axis_value": "per_token", **WITHOUT_STEPS, "residual_length": 128}
 """What a case has that says nothing else: codes of the states themselves."""
 DEFAULTS = {name: KVQCacheConfig.model_fields[name].default for name in PLAIN}
+SUMS = {"backend": spec_of(Residual), "axis_value": "per_channel", "nbits_k": 2, "nbits_v": 2}
 CASES = {
     "plain": {},
     "defaults": DEFAULTS,
@@ -76,6 +78,8 @@ CASES = {
     "half-width keys": {"dtypes": (torch.float32, torch.float16, torch.float32), "sink_length": 3},
     "half-width query, float16": {"dtypes": (torch.float16, torch.float32, torch.float32)},
     "large numbers": {"factor": 1e6},
+    "sums of channels": SUMS,
+    "sums of channels, several rows": {**SUMS, "batch": 2, "queries": 3, "groups": 6, "sink_length": 3},
 }
 
 

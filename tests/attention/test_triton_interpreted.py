@@ -20,6 +20,7 @@ from kvq.errors import CacheStateError
 from kvq.layers.fixed_step import FixedStep
 
 SCRIPT = Path(__file__).with_name("interpreted_triton.py")
+SUPPORT = Path(__file__).parents[1] / "support"
 CPU = torch.device("cpu")
 
 needs_triton = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
@@ -28,7 +29,8 @@ needs_triton = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"n
 @pytest.fixture(scope="module")
 def errors():
     """Return the largest error of each case, relative to its largest output."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    paths = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-W", "ignore", str(SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
     assert done.returncode == 0, done.stderr

@@ -104,15 +104,13 @@ def _why_unsupported_store(request: AttentionRequest) -> str | None:
     formats = [packed for store in stores if (packed := find_packed_format(store.codec)) is not None]
     if len(formats) < len(stores):
         return "codes that are not affine"
-    if any(packed.states_dim for packed in formats):
-        return "elements that are sums of stored channels"
     if not all(store.segments for store in stores):
         return "nothing is quantized yet"
     lengths = [packed.block_length for packed in formats]
     tile = max(lengths)
     if any(length & (length - 1) or not SHORTEST_BLOCK <= length <= LONGEST_BLOCK for length in lengths):
         return f"blocks of {' and '.join(map(str, lengths))} tokens; powers of two from 32 to 128 are read"
-    head_dim = max(request.query.shape[3], request.pair.value.like.shape[3])
+    head_dim = max(formats[0].head_dim, request.pair.value.like.shape[3])
     if tile * padded(head_dim) > LARGEST_TILE:
         return f"blocks of {tile} tokens at head dim {head_dim}: more than the registers of a program"
     if any(packed.per_channel and packed.block_length < tile for packed in formats):

@@ -55,7 +55,7 @@ class Launch:
         """Return the arguments of `attend_parts` that are not compiled into it."""
         request, pair, plan, table = self.request, self.pair, self.plan, self.table
         exact_query = request.query.reshape(self.batch * self.heads, plan.rows, self.key_dim).contiguous()
-        query = exact_query if plan.key_rotation is None else exact_query.float() @ plan.key_rotation
+        query = self._prepare(exact_query)
         sources = [_source(side.window, side.window) for side in (pair.key, pair.value)]
         sources += [_source(side.new, side.window) for side in (pair.key, pair.value)]
         states, strides = [source[0] for source in sources], [stride for source in sources for stride in source[1:]]
@@ -67,6 +67,14 @@ class Launch:
             request.scaling, softcap, self.heads, plan.rows, plan.splits, self.parts, plan.tiles_per_split,
             self.window_argument, self.new_length, mask_batch_stride, mask_query_stride, *strides,
         )  # fmt: skip
+
+    def _prepare(self, query: torch.Tensor) -> torch.Tensor:
+        """Return queries `[B * H, rows, D]` as keys are stored: rotated, or with an element for each channel."""
+        plan = self.plan
+        if plan.key_sources is not None:
+            places = plan.key_sources.repeat(self.batch, 1)[:, None].expand(-1, plan.rows, -1)
+            return query.gather(-1, places)
+        return query if plan.key_rotation is None else query.float() @ plan.key_rotation
 
     def _new_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return room for peaks, sums and outputs of every part."""

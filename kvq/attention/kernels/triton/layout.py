@@ -25,7 +25,7 @@ class SideLayout:
     """The facts of a side that are compiled into a program.
 
     Attributes:
-        head_dim: D.
+        head_dim: D, of keys that are sums of channels the channels.
         packed: the side's format.
         split: ranges of channels of equal length that are added up by themselves, since each has scales of its own.
     """
@@ -35,9 +35,10 @@ class SideLayout:
     split: int = 1
 
     @classmethod
-    def of_keys(cls, view: StoreView, head_dim: int) -> SideLayout:
+    def of_keys(cls, view: StoreView) -> SideLayout:
         """Return the layout of keys whose quantizer has a packed format."""
-        return cls(head_dim, get_packed_format(view.codec))
+        packed = get_packed_format(view.codec)
+        return cls(packed.head_dim, packed)
 
     @classmethod
     def of_values(cls, view: StoreView, head_dim: int) -> SideLayout:

@@ -15,7 +15,7 @@ from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import ChunkTable
 from kvq.attention.kernels.triton.layout import SideLayout, padded, power_of_two, triton_dtype
 from kvq.attention.kernels.triton.way import Way, find_forced_way
-from kvq.plugin_api.packed_format import ROTATION_SIGNS, get_packed_format
+from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, get_packed_format
 from kvq.store.chunks import StoreView
 from kvq.store.rotation import HadamardRotation
 
@@ -59,6 +59,7 @@ class Plan:
         splits: runs of tokens that the store is split into.
         tiles_per_split: tiles of each run.
         options: the compile-time arguments of `attend_parts`, and what Triton is told about its launch.
+        key_sources: int64 `[H, channels]`, the element of a query that meets each stored channel; None: its own.
         key_rotation, value_rotation: orthogonal fp32 `[D, D]`: rotated states are `states @ rotation`; None without.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     splits: int
     tiles_per_split: int
     options: dict[str, Any]
+    key_sources: torch.Tensor | None
     key_rotation: torch.Tensor | None
     value_rotation: torch.Tensor | None
 
@@ -91,7 +93,7 @@ def make_plan(request: AttentionRequest, room: int = 0) -> Plan:
         room: tokens of the store that the plan is good for; at least those that are there.
     """
     pair, batch = request.pair, request.query.shape[0]
-    key = SideLayout.of_keys(pair.key.store, request.query.shape[3])
+    key = SideLayout.of_keys(pair.key.store)
     value = SideLayout.of_values(pair.value.store, pair.value.like.shape[3])
     tile = max(key.packed.block_length, value.packed.block_length)
     tiles = max(request.stored_length, room) // tile
@@ -120,6 +122,7 @@ def make_plan(request: AttentionRequest, room: int = 0) -> Plan:
             **way.options(),
             **FUSION,
         },
+        key_sources=_find_sources(pair.key.store, request.query.device),
         key_rotation=_find_rotation(pair.key.store),
         value_rotation=_find_rotation(pair.value.store),
     )
@@ -130,6 +133,8 @@ def _options(request: AttentionRequest, key: SideLayout, value: SideLayout) -> d
     return {
         **key.options("KEY", "K", dtype),
         **value.options("VALUE", "V", dtype),
+        "EXACT_DIM": request.query.shape[3],
+        "EXACT_PADDED": padded(request.query.shape[3]),
         "VALUE_SPLIT": value.split,
         "QUERIES": queries,
         "HAS_MASK": request.mask is not None,
@@ -154,6 +159,12 @@ def choose_way(request: AttentionRequest, key: SideLayout, value: SideLayout, ti
     if request.row_count > LEAST_ROWS:
         return WIDE_WAY
     return PLANES_WAY if max(len(side.packed.plane_widths) for side in (key, value)) > 1 else LIGHT_WAY
+
+
+def _find_sources(view: StoreView, device: torch.device) -> torch.Tensor | None:
+    if not get_packed_format(view.codec).states_dim:
+        return None
+    return view.codec.constants()[CHANNEL_SOURCES].to(device, torch.int64)
 
 
 def _find_rotation(view: StoreView) -> torch.Tensor | None:

@@ -354,6 +354,15 @@ def _with_values(
 
 
 @triton.jit
+def _queries(query, place, exists, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Return query vectors, [PADDED, ROWS], in their dtype."""
+    channel = tl.arange(0, PADDED)
+    return tl.load(
+        query + place[None, :] * DIM + channel[:, None], mask=exists[None, :] & (channel < DIM)[:, None], other=0.0
+    )
+
+
+@triton.jit
 def _with_exact_values(
     output, weights, value_at, exists, group, WIDTH: tl.constexpr, DIM: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -378,8 +387,8 @@ def attend_parts(
     sink_value, starts, mask, peaks, totals, outputs, scaling, softcap, heads, rows, splits, parts, tiles_per_split,
     window_length, new_length, mask_batch_stride, mask_query_stride,
     wk_batch, wk_head, wk_token, wv_batch, wv_head, wv_token, nk_batch, nk_head, nk_token, nv_batch, nv_head, nv_token,
-    KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr,
-    ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, KEY_LENGTH: tl.constexpr,
+    KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr, EXACT_DIM: tl.constexpr, EXACT_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, KEY_LENGTH: tl.constexpr,
     VALUE_LENGTH: tl.constexpr, KEY_MODE: tl.constexpr, VALUE_MODE: tl.constexpr, KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr, VALUE_SPLIT: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, KS0: tl.constexpr, KS1: tl.constexpr, KS2: tl.constexpr,
@@ -395,17 +404,14 @@ def attend_parts(
     Parts are splits of the store, then exact tokens.
 
     `window_length` is a number, or, where WINDOW_TILES are the parts of the window, a pointer to it: the launch is then
-    the same for every length.
+    the same for every length. `query` has KEY_DIM elements, as many as the store has channels, and `exact_query` EXACT_DIM.
 
     Writes peak and sum of the weights and the weighted sum of the values, `[B * H, parts, rows]` and `[..., VALUE_DIM]`.
     """
     pair, part = tl.program_id(0), tl.program_id(1)
     batch_row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     line = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, KEY_PADDED)
     WIDTH: tl.constexpr = VALUE_PADDED // VALUE_SPLIT
-    query_place = (pair * rows + line)[None, :] * KEY_DIM + channel[:, None]
-    query_mask = (line < rows)[None, :] & (channel < KEY_DIM)[:, None]
     stored = tl.load(stored_length)
     mask_row = batch_row * mask_batch_stride
     first_sink = tl.load(starts + batch_row) if SINKS > 0 else stored
@@ -424,7 +430,7 @@ def attend_parts(
         if VALUE_SPLIT > 2:
             shift2 = tl.zeros((TILE, ROWS), tl.float32)
             shift3 = tl.zeros((TILE, ROWS), tl.float32)
-        prepared = tl.load(query + query_place, mask=query_mask, other=0.0).to(tl.float32)
+        prepared = _queries(query, pair * rows + line, line < rows, KEY_DIM, KEY_PADDED).to(tl.float32)
         first = part * tiles_per_split
         last = tl.minimum(first + tiles_per_split, stored // TILE)
         for tile in range(first, last):
@@ -507,6 +513,7 @@ def attend_parts(
         new_tiles = tl.cdiv(new_length, EXACT_TILE)
         number = part - splits
         token = tl.arange(0, EXACT_TILE)
+        channel = tl.arange(0, EXACT_PADDED)
         if number < window_tiles:
             token += number * EXACT_TILE
             key_at = window_key + batch_row * wk_batch + head * wk_head + token[:, None] * wk_token + channel[None, :]
@@ -520,12 +527,12 @@ def attend_parts(
             exists = token < new_length
             position = stored + held + token
         else:
-            key_at = sink_key + (pair.to(tl.int64) * SINKS + token[:, None]) * KEY_DIM + channel[None, :]
+            key_at = sink_key + (pair.to(tl.int64) * SINKS + token[:, None]) * EXACT_DIM + channel[None, :]
             value_at = sink_value + (pair.to(tl.int64) * SINKS + token[None, :]) * VALUE_DIM
             position = first_sink + token
             exists = (token < SINKS) & (position >= 0) & (position < stored)
-        exact = tl.load(exact_query + query_place, mask=query_mask, other=0.0)
-        keys = tl.load(key_at, mask=exists[:, None] & (channel < KEY_DIM)[None, :], other=0.0)
+        exact = _queries(exact_query, pair * rows + line, line < rows, EXACT_DIM, EXACT_PADDED)
+        keys = tl.load(key_at, mask=exists[:, None] & (channel < EXACT_DIM)[None, :], other=0.0)
         products = tl.dot(keys.to(DOT), exact.to(DOT), input_precision=PRECISION)
         logits = _logits(products, scaling, softcap, SOFTCAP)
         logits = tl.where(exists[:, None], logits, float("-inf"))
