@@ -166,6 +166,20 @@ def test_a_copy_to_another_device_is_found():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("hidden", [0, 1])
+def test_a_mask_that_hides_tokens_is_no_plain_step(model, hidden):
+    model.set_attn_implementation("kvq")
+    tokens, mask = torch.arange(100)[None] % 300, torch.ones(1, 101, dtype=torch.long)
+    mask[0, 40 : 40 + hidden] = 0
+    cache = KVQ(backend="native", residual_length=32)
+    model(tokens, use_cache=True, **pass_cache(model, cache))
+    graph = DecodeGraph(model, cache, record=pytest.fail)
+    output = model(tokens[:, :1], use_cache=True, **pass_cache(model, cache))
+    graph.prepare(tokens[:, :1], torch.full((1, 1), 100), output, mask)
+    assert (graph.obstacle == "the mask hides tokens") == bool(hidden)
+
+
+@torch.no_grad()
 def test_a_padded_cache_wants_the_model_itself(model):
     model.set_attn_implementation("kvq")
     tokens, mask = torch.arange(200).view(2, 100) % 300, torch.ones(2, 100, dtype=torch.long)
