@@ -127,4 +127,4 @@ def test_a_loaded_cache_reads_by_the_channels_that_it_was_written_with(tmp_path)
 
 def test_kernels_read_the_codes():
     (row,) = list_readers(kvq_backend())
-    assert row["kernels"] == {"compiled": "codes", "triton": None, "blockwise": "decoded", "eager": "codes"}
+    assert row["kernels"] == {"compiled": "codes", "triton": "codes", "blockwise": "decoded", "eager": "codes"}
