@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kvq.attention.dispatch.kernel import Kernel
 from kvq.attention.dispatch.request import AttentionRequest
+from kvq.attention.kernels.triton.plan import WARP_GROUP, has_warp_groups
 from kvq.attention.kernels.triton.way import Way, forced_way
 from kvq.config import PRESETS, KVQCacheConfig
 from kvq.layers.quantized_layer import KVQLayer
@@ -49,9 +50,12 @@ def time_sizes(
 ) -> tuple[Way | None, list[dict[str, Any]]]:
     """Return the best way, and plain values for every way and size that was timed.
 
-    All ways are tried at the sizes `tuned`; the one with the least sum of its times, each as a share of the best there,
-    is taken at all others. A size for which the device has no memory has a "skipped" in place of times.
+    All ways that may be launched on the device are tried at the sizes `tuned`; the one with the least sum of its times,
+    each as a share of the best there, is taken at all others. A size for which the device has no memory has a "skipped"
+    in place of times.
     """
+    is_limited = device.type == "cuda" and has_warp_groups(device)
+    ways = [way for way in ways if way.warps < WARP_GROUP or not is_limited]
     watcher.begin("tuning", len(tuned) + len(sizes), "sizes")
     found = [one for size in tuned for one in _time_size(kernel, device, bench, size, ways, watcher)]
     best = find_best_way(found, ways)

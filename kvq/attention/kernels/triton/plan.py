@@ -22,11 +22,13 @@ from kvq.store.rotation import HadamardRotation
 LEAST_ROWS = 8
 """Least outer dimension of a product."""
 MOST_ROWS = 16
-"""Query vectors of a program of two warps."""
+"""Query vectors of a program whose tile is small."""
 WARP_GROUP = 4
-"""From this many warps on, Triton multiplies 16 rows and more by the products of a whole warp group on a Hopper GPU.
-Since release 3.6, some of these read outside of their memory (github.com/triton-lang/triton/issues/11366), so a program
-of so many warps takes 8 rows, which it multiplies by the products of single warps."""
+"""From this many warps on, Triton multiplies by the products of a whole warp group where a GPU has them: in release 3.6
+from 16 rows on, in 3.9 from 8 on. Some of these read outside of their memory (issues 11366 and 10629 of
+github.com/triton-lang/triton), so programs have fewer warps there."""
+WITH_WARP_GROUPS = (9, 10, 11)
+"""Major compute capabilities of GPUs that have them: Hopper, and Blackwell but for 12.0."""
 EXACT_TILE = 64
 """As in `programs.py`."""
 PROGRAMS_WITHOUT_DEVICE = 8
@@ -38,9 +40,9 @@ LIGHT_WAY = Way(2, 1, 128, 8)
 PLANES_WAY = Way(2, 1, 168, 6)
 """For codes in several planes, which with fewer registers would lie in memory."""
 WIDE_WAY = Way(2, 1, None, 4)
-"""For such a tile and more query vectors."""
-FEWER_WARPS, MORE_WARPS = Way(4, 1, None, 6), Way(8, 1, None, 6)
-"""For products in float32, and for longer tiles."""
+"""For such a tile and more query vectors, for larger ones, and for products in float32."""
+FLOAT_WAYS = Way(4, 1, None, 6), Way(8, 1, None, 6)
+"""For products in float32, of such a tile and of a larger one, where a GPU has no warp groups."""
 
 FUSION = {"enable_fp_fusion": True}
 """Products and sums in one rounding, as all figures were measured. Triton 3.9 warns of a launch that does not say,
@@ -98,7 +100,8 @@ def make_plan(request: AttentionRequest, room: int = 0) -> Plan:
     tile = max(key.packed.block_length, value.packed.block_length)
     tiles = max(request.stored_length, room) // tile
     way = find_forced_way() or choose_way(request, key, value, tile)
-    rows = min(MOST_ROWS if way.warps < WARP_GROUP else LEAST_ROWS, max(LEAST_ROWS, power_of_two(request.row_count)))
+    most = MOST_ROWS if way.warps < WARP_GROUP and _is_light(request, key, value, tile) else LEAST_ROWS
+    rows = min(most, max(LEAST_ROWS, power_of_two(request.row_count)))
     row_ranges = -(-request.row_count // rows)
     programs = _program_count(request.query.device, way.programs_per_processor)
     splits = min(tiles, max(1, programs // (batch * pair.key.like.shape[1] * row_ranges)))
@@ -151,14 +154,27 @@ def choose_way(request: AttentionRequest, key: SideLayout, value: SideLayout, ti
     Few warps share the query, which each of them scales by itself; a pipeline of loads would take the room of programs
     that hide the waiting as well.
     """
-    is_small = tile * max(padded(key.head_dim), padded(value.head_dim)) <= SMALL_TILE
-    if not is_small:
-        return MORE_WARPS
-    if request.common_dtype == torch.float32:
-        return FEWER_WARPS
+    if not _is_light(request, key, value, tile):
+        if request.common_dtype != torch.float32 or has_warp_groups(request.query.device):
+            return WIDE_WAY
+        return FLOAT_WAYS[0 if _is_small(key, value, tile) else 1]
     if request.row_count > LEAST_ROWS:
         return WIDE_WAY
     return PLANES_WAY if max(len(side.packed.plane_widths) for side in (key, value)) > 1 else LIGHT_WAY
+
+
+def has_warp_groups(device: torch.device) -> bool:
+    """Return whether a GPU has products of warp groups; where there is no GPU to ask, as if it had."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in WITH_WARP_GROUPS
+
+
+def _is_light(request: AttentionRequest, key: SideLayout, value: SideLayout, tile: int) -> bool:
+    """Return whether two warps keep a tile in few registers."""
+    return request.common_dtype != torch.float32 and _is_small(key, value, tile)
+
+
+def _is_small(key: SideLayout, value: SideLayout, tile: int) -> bool:
+    return tile * max(padded(key.head_dim), padded(value.head_dim)) <= SMALL_TILE
 
 
 def _find_sources(view: StoreView, device: torch.device) -> torch.Tensor | None:
