@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 import gpu_tables
-from target_table import LEFT_OUT, target_rows
+from target_table import LEFT_OUT, avx2_target_rows, target_rows
 
 from kvq.attention.kernels.triton.plan import LIGHT_WAY
 
@@ -53,6 +53,26 @@ def test_targets_are_filled_from_the_runs():
         "0.75x to 2.00x (Some GPU)",
     ]
     assert {row[-1] for row in target_rows([])} == {LEFT_OUT}
+
+
+def test_targets_without_avx512_are_shares_of_full_precision():
+    fused = measured("kvq native 4, fused", 2.0, flush_ms={"median": 3.0}, to_buffer={"median": 0.45})
+    whole = measured("kvq native 4, fused", 5.0, to_dynamic={"median": 0.8})
+    runs = [
+        {
+            "options": {"model": None},
+            "layer": [setting_facts(8192, fused), setting_facts(2048, fused)],
+            "steps": [setting_facts(2048, measured("kvq hqq 4, fused", p99_to_median=2.17), dtype="float32")],
+        },
+        {"options": {"model": "smollm2"}, "layer": [setting_facts(4096, fused)], "model": [setting_facts(4096, whole)]},
+    ]
+    assert [row[-1] for row in avx2_target_rows(runs)] == [
+        "0.45 (bf16 at 8,192)",
+        "0.80 (bf16 at 4,096)",
+        "2.17",
+        "1.50 (bf16)",
+    ]
+    assert {row[-1] for row in avx2_target_rows([])} == {LEFT_OUT}
 
 
 def test_every_run_on_a_gpu_links_its_own_file(tmp_path, monkeypatch):
