@@ -84,9 +84,14 @@ def _peer_row(record: Facts) -> tuple[str, ...]:
     return record["label"], f"{nbits} / {nbits}", f"{record['compression']:.2f}x", f"{_kl(record):.4f}", *["-"] * 5
 
 
+def ratios_by_text(record: Facts, other: Facts) -> list[float]:
+    """Return the KL of one cache as a share of another's, text by text."""
+    return [one / whole for one, whole in zip(record["kl_by_sequence"], other["kl_by_sequence"], strict=True)]
+
+
 def _row(record: Facts, best: Facts, bits: Bits) -> tuple[str, ...]:
     target, ratio = TARGETS[bits], _kl(record) / _kl(best)
-    by_text = [one / other for one, other in zip(record["kl_by_sequence"], best["kl_by_sequence"], strict=True)]
+    by_text = ratios_by_text(record, best)
     return (
         f"`{record['label']}`",
         f"{bits[0]:g} / {bits[1]:g}",

@@ -8,6 +8,7 @@ from typing import Any
 
 from markdown_table import table
 from quality_tables import RESULTS
+from quality_targets import ratios_by_text
 
 from kvq.config.rounding_choice import ERROR_FEEDBACK, NEAREST, ROUNDING_FIELD
 
@@ -42,7 +43,7 @@ def _row(bits: tuple[float, float], pair: Mapping[str, Facts]) -> tuple[str, ...
     if pair.keys() != {NEAREST, ERROR_FEEDBACK} or len({record["held_bytes"] for record in pair.values()}) > 1:
         raise ValueError(f"bits {bits}: one cache of each rounding is needed, of the same bytes")
     nearest, chosen = pair[NEAREST], pair[ERROR_FEEDBACK]
-    by_text = [one / other for one, other in zip(chosen["kl_by_sequence"], nearest["kl_by_sequence"], strict=True)]
+    by_text = ratios_by_text(chosen, nearest)
     return (
         f"{bits[0]:g} / {bits[1]:g}",
         f"{nearest['compression']:.2f}x",

@@ -190,13 +190,14 @@ class DecodeGraph:
         return self._forward(input_ids=input_ids, **given, **options)
 
     def _refresh(self) -> bool:
-        """Return whether the recording holds for what the cache holds now; if it does not, nothing else is told."""
+        """Return whether the recording holds for what the cache holds now, which it then takes over."""
+        if self._replay is None or not self._holds_the_layers():
+            return False
         try:
-            for step in self._steps.values():
-                step.refresh()
+            _refresh_all(self._steps)
         except CacheStateError:
             return False
-        return self._replay is not None and self._holds_the_layers()
+        return True
 
     def _find_obstacle(self, input_ids: torch.Tensor, output: Any, mask: torch.Tensor | None) -> str | None:
         """Return why the next step is not replayed, or None; waits for the device where there is a mask."""
@@ -227,10 +228,10 @@ class DecodeGraph:
                 with WaitFinder(DEVICE_TYPE):
                     self._call(self._tokens, self._positions, stand_in)  # compiles; no layer notes the token
                 stand_in.check_complete()
-                self._refresh_all(stand_in)
+                _refresh_all(stand_in.steps)
                 run = self._keep_logits(stand_in)
                 self._replay = self._record(run, input_ids.device)
-                self._refresh_all(stand_in)
+                _refresh_all(stand_in.steps)
             except _unrecordable() as error:
                 _LOG.info("a step of %s is not recorded", type(self._model).__name__, exc_info=True)
                 self.obstacle, self._replay = str(error).partition("\n")[0], None
@@ -244,11 +245,6 @@ class DecodeGraph:
 
         return run
 
-    @staticmethod
-    def _refresh_all(stand_in: RecordedCache) -> None:
-        for step in stand_in.steps.values():
-            step.refresh()
-
 
 class _Outputs:
     """Makes outputs like one that the model returned."""
@@ -259,6 +255,11 @@ class _Outputs:
 
     def __call__(self, *, logits: torch.Tensor) -> Any:
         return self._kind(logits=logits, **self._fields)
+
+
+def _refresh_all(steps: Mapping[int, FixedStep]) -> None:
+    for step in steps.values():
+        step.refresh()
 
 
 def _is_compiled(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:

@@ -87,6 +87,14 @@ def test_no_product_is_of_a_whole_warp_group(name):
 
 
 @pytest.mark.slow
+def test_float32_has_four_warps_where_there_are_no_warp_groups(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "has_warp_groups", lambda device: False)
+    launch = make_launch(torch.float32, 128)
+    assert launch.plan.options["num_warps"] == 4
+    assert assemble(compile_parts(launch, 80), 80, tmp_path).spilled_bytes == 0
+
+
+@pytest.mark.slow
 def test_more_warps_would_multiply_as_a_group():
     """What `WARP_GROUP` guards against."""
     request = MANY_ROWS["16 rows, long blocks"].build(torch.device("cpu"))
