@@ -15,18 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from optional_triton import needs_triton
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvq import KVQ, attach
 from kvq.attaching import decode_graph
 from kvq.attaching.decode_graph import DecodeGraph, is_plain_step
 from kvq.attaching.wait_finder import WaitFinder
-from kvq.attention.kernels.triton.kernel import LEAST_TRITON, _find_missing_triton
 from kvq.errors import CacheStateError
 from kvq.transformers_seams.private_names import find_cache, pass_cache
 
 SCRIPT = Path(__file__).with_name("interpreted_decode_graph.py")
-needs_triton = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
 
 
 @needs_triton

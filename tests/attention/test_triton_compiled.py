@@ -12,15 +12,16 @@ import pytest
 import torch
 from gpu_compilation import Loop, assemble, compile_for, compile_parts, find_loops, measure_loop, plan_launch
 from interpreted_triton import DEFAULTS, PLAIN
+from optional_triton import needs_triton
 
 from kvq import KVQ
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton import plan
 from kvq.attention.kernels.triton.fixed_launch import FixedLaunch, FixedPlan
-from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
+from kvq.attention.kernels.triton.kernel import TRITON
 from kvq.attention.proving.trial import CHECKS, TIMED
 
-pytestmark = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
+pytestmark = needs_triton
 
 
 def make_launch(dtype, head_dim, **fields):

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from optional_triton import needs_triton
 
 from kvq import KVQ
 from kvq.attention.dispatch.kernel_registry import get_kernel_registry
 from kvq.attention.dispatch.request import AttentionRequest
 from kvq.attention.kernels.triton.chunk_table import get_chunk_table
-from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
+from kvq.attention.kernels.triton.kernel import TRITON, _find_missing_triton
 from kvq.errors import CacheStateError
 from kvq.layers.fixed_step import FixedStep
 
 SCRIPT = Path(__file__).with_name("interpreted_triton.py")
 SUPPORT = Path(__file__).parents[1] / "support"
 CPU = torch.device("cpu")
-
-needs_triton = pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
 
 
 @pytest.fixture(scope="module")

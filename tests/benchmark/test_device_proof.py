@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from gpu_tables import COLUMNS, _row
+from optional_triton import needs_triton
 
 from kvq.attention.kernels.eager.kernel import REFERENCE
-from kvq.attention.kernels.triton.kernel import LEAST_TRITON, TRITON, _find_missing_triton
+from kvq.attention.kernels.triton.kernel import TRITON, _find_missing_triton
 from kvq.attention.kernels.triton.way import Way, find_forced_way
 from kvq.attention.proving.samples import Sample
 from kvq.benchmark.device_proof.correctness import SAMPLES, SHAPES, WIDTHS, compare_all
@@ -176,7 +177,7 @@ print(json.dumps(record))
 
 
 @pytest.mark.costly
-@pytest.mark.skipif(_find_missing_triton() is not None, reason=f"needs triton {LEAST_TRITON} or newer")
+@needs_triton
 def test_the_triton_kernel_is_proved_under_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-W", "ignore", "-c", INTERPRETED]
