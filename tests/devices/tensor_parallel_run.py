@@ -1,8 +1,9 @@
-"""Run by torchrun: generates with a model that is split over the processes, and prints what this rank got and holds."""
+"""Run by torchrun: generates with a model that is split over the processes, and writes what this rank got and holds."""
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,8 @@ output = model.generate(
     token_ids, attention_mask=torch.ones_like(token_ids), past_key_values=cache, max_new_tokens=40, do_sample=False
 )
 side = cache.layers[0].side("key")
-path = f"{sys.argv[2]}/{os.environ.get('RANK', 0)}.safetensors"
+folder, rank = Path(sys.argv[2]), os.environ.get("RANK", "0")
+path = folder / f"rank{rank}.safetensors"
 cache.save(path, model=model)
 result = {
     "tokens": output[:, token_ids.shape[1] :].tolist(),
@@ -30,4 +32,4 @@ result = {
     "stored": side.store.length,
     "loaded": KVQ.load(path, model=model).memory().packed_bytes,
 }
-print(f"rank {os.environ.get('RANK', 0)}: {json.dumps(result)}")
+(folder / f"rank{rank}.json").write_text(json.dumps(result), encoding="utf-8")
