@@ -6,7 +6,13 @@ from ctypes import Structure, c_float, c_int64, c_void_p
 
 import torch
 
-TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 4, torch.int8: 5}
+TYPE_NUMBERS: dict[torch.dtype | None, int] = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.uint8: 4,
+    torch.int8: 5,
+}
 """As `encode.c` numbers them."""
 WHOLE, PREPARE, STORE, DECODE = 0, 1, 2, 3
 """Stages: from states to parts; to the groups that a quantizer is given; from what it says to parts; and from parts to

@@ -23,6 +23,9 @@ ROTATION_SIGNS = "rotation_signs"
 CHANNEL_SOURCES = "channel_sources"
 """Name of the constant of a format with `states_dim`: int32 `[H, head_dim]`, the element that a channel adds to."""
 
+CODEBOOK = "codebook"
+"""Name of the constant of a format with `has_codebook`: float32 `[2 ** bits]`, what each code stands for."""
+
 FACTOR_STEPS = 32
 """Steps of the codes of factors, and of scales in bytes, from one power of two to the next."""
 ZERO_SCALE = 255
@@ -35,15 +38,16 @@ PER_TOKEN_BLOCK_LENGTH = 32
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """How codes on a line lie in the parts of a quantizer.
+    """How codes lie in the parts of a quantizer, and what they stand for.
 
-    A stored number is `scale * (code - 2 ** (bits - 1)) + mid`, with the scale and mid of its group. A block of one
-    head has these parts:
+    A stored number is `scale * (code - 2 ** (bits - 1)) + mid`, with the scale and mid of its group; with a codebook it
+    is `scale * codebook[code] + mid`. A block of one head has these parts:
 
     - `codes_W` for each W of `plane_widths`: uint8, the codes' next W bits, lowest first, `block_length * W / 8` bytes
       for each element of a head. With `n = 8 / W` codes a byte, byte `i` holds the codes of the tokens `i`,
       `i + block_length / n`, `i + 2 * block_length / n`, ..., from its lowest bits up.
-    - `scale` and `mid`: `[D]` per channel, `[block_length, groups_per_token]` per token.
+    - `scale` and `mid`: `[D]` per channel, `[block_length, groups_per_token]` per token. No `mid` where `mid_dtype` is
+      None: it is 0.
     - `exponent`, where `has_exponent`: int8 `[]`; scale, and where `shifts_mid` mid too, are to be multiplied by
       `2 ** exponent`.
     - `units`, where `has_units`: fp32 `[2]`, the largest scale and the step of mids. Scale is a uint8 then, and stands
@@ -66,7 +70,7 @@ class PackedFormat:
         granularity: direction of the groups. Per-channel groups are as long as a block.
         group_length: elements that share a scale and a mid; per token the last group may be shorter.
         scale_dtype: dtype of the part `scale`; uint8 where `has_units`.
-        mid_dtype: dtype of the part `mid`; int8 where `has_units`.
+        mid_dtype: dtype of the part `mid`; int8 where `has_units`; None where there is no such part.
         has_exponent: whether there is a part `exponent`.
         has_factor: whether there is a part `factor`.
         rotation_block: elements of one Hadamard transform that the states went through, after they were multiplied by
@@ -74,6 +78,7 @@ class PackedFormat:
         compute_dtype: dtype that `decode_into` computes in.
         states_dim: elements of one head of the states where these are sums of stored channels; keys alone have such. 0:
             as many as are stored.
+        has_codebook: whether codes stand for the numbers of the constant `codebook`.
     """
 
     bits: int
@@ -84,12 +89,13 @@ class PackedFormat:
     granularity: Granularity
     group_length: int
     scale_dtype: torch.dtype
-    mid_dtype: torch.dtype
+    mid_dtype: torch.dtype | None
     has_exponent: bool
     has_factor: bool = False
     rotation_block: int = 0
     compute_dtype: torch.dtype = torch.float32
     states_dim: int = 0
+    has_codebook: bool = False
 
     @classmethod
     def of(
@@ -97,14 +103,16 @@ class PackedFormat:
         spec: QuantSpec,
         *,
         scale_dtype: torch.dtype = torch.float16,
-        mid_dtype: torch.dtype = torch.float16,
+        mid_dtype: torch.dtype | None = torch.float16,
         has_exponent: bool = False,
         has_factor: bool = False,
+        has_codebook: bool = False,
+        rotation_block: int = 0,
         bits: int | None = None,
         stored_channels: int | None = None,
         block_length: int | None = None,
     ) -> PackedFormat:
-        """Return the format of a general quantizer that stores affine codes for one side of one layer.
+        """Return the format of a general quantizer that stores codes with scales for one side of one layer.
 
         Unless they are given another length, blocks are as long as a group per channel, and have 32 tokens per token,
         as the core's own.
@@ -112,9 +120,11 @@ class PackedFormat:
         Args:
             spec: the spec that the quantizer is built from.
             scale_dtype: float16 or float32; or uint8, with int8 for mid.
-            mid_dtype: float16 or float32; or int8, with uint8 for scale.
+            mid_dtype: float16 or float32; int8, with uint8 for scale; or None: there are no mids.
             has_exponent: whether there is a part `exponent`; only with a scale in float16.
             has_factor: whether there is a part `factor`; only with groups per channel.
+            has_codebook: whether codes stand for the numbers of the constant `codebook`.
+            rotation_block: elements of one transform, where the quantizer rotates by the constant `rotation_signs`.
             bits: bits per code; default: those of the spec, rounded up.
             stored_channels: channels that are stored for a head of the spec's, if they are more; keys only.
             block_length: tokens of a block, a multiple of 8; per channel of a group too.
@@ -134,6 +144,8 @@ class PackedFormat:
             mid_dtype=mid_dtype,
             has_exponent=has_exponent,
             has_factor=has_factor,
+            rotation_block=rotation_block,
+            has_codebook=has_codebook,
             states_dim=spec.head_dim if stored_channels else 0,
         )
 
@@ -183,7 +195,8 @@ class PackedFormat:
             parts[f"codes_{width}"] = Part(shape, torch.uint8)
         groups = (self.head_dim,) if self.per_channel else (self.block_length, self.groups_per_token)
         parts["scale"] = Part(groups, self.scale_dtype)
-        parts["mid"] = Part(groups, self.mid_dtype)
+        if self.mid_dtype is not None:
+            parts["mid"] = Part(groups, self.mid_dtype)
         if self.has_exponent:
             parts["exponent"] = Part((), torch.int8)
         if self.has_units:

@@ -198,7 +198,7 @@ class AffineCodec:
 
     def decode_by_torch(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Do as `decode_into`, without compiled code."""
-        decode_packed(self.packed_format, self.rotation, parts, out)
+        decode_packed(self.packed_format, self.rotation, parts, out, {})
 
     def _quantize(self, groups: torch.Tensor, lost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Clip groups, let the backend quantize them, and choose their codes for the queries if that is asked for.

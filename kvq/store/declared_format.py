@@ -12,7 +12,7 @@ import torch
 
 from kvq.errors import QuantizerContractError
 from kvq.plugin_api.hadamard import hadamard_block
-from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, PackedFormat
+from kvq.plugin_api.packed_format import CHANNEL_SOURCES, CODEBOOK, ROTATION_SIGNS, PackedFormat
 from kvq.plugin_api.packing import MULTIPLE, plane_widths
 from kvq.plugin_api.quantizer import Quantizer, QuantSpec
 from kvq.store.origin import Origin
@@ -60,7 +60,7 @@ def check_agreement(name: str, quantizer: Quantizer, packed: PackedFormat, parts
     quantizer.decode_into(parts, expected)
     constants = quantizer.constants()
     rotation = HadamardRotation.of_signs(constants[ROTATION_SIGNS]) if packed.rotation_block else None
-    decode_packed(packed, rotation, parts, found, constants[CHANNEL_SOURCES] if packed.states_dim else None)
+    decode_packed(packed, rotation, parts, found, constants)
     wrong, largest = (found - expected).abs(), expected.abs().max()
     if not wrong.max() <= TOLERANCE * largest:
         place = tuple(int(index) for index in torch.unravel_index(wrong.nan_to_num(torch.inf).argmax(), wrong.shape))
@@ -83,6 +83,7 @@ def _find_faults(declared: PackedFormat, spec: QuantSpec, quantizer: Quantizer) 
     yield from _find_metadata_faults(declared)
     yield from _find_rotation_faults(declared, quantizer)
     yield from _find_source_faults(declared, spec, quantizer)
+    yield from _find_codebook_faults(declared, quantizer)
     if dict(quantizer.layout()) != declared.layout():
         yield f"layout returns {dict(quantizer.layout())}, and the format is {declared.layout()}"
 
@@ -99,7 +100,7 @@ def _expectations(declared: PackedFormat, spec: QuantSpec, quantizer: Quantizer)
 
 def _find_metadata_faults(declared: PackedFormat) -> Iterator[str]:
     dtypes = declared.scale_dtype, declared.mid_dtype
-    if dtypes != (torch.uint8, torch.int8) and not all(dtype in _FLOATS for dtype in dtypes):
+    if dtypes != (torch.uint8, torch.int8) and not (dtypes[0] in _FLOATS and dtypes[1] in (*_FLOATS, None)):
         yield f"scale and mid are {dtypes[0]} and {dtypes[1]}; kernels read float16, float32, or uint8 and int8"
     if declared.has_exponent and declared.scale_dtype is not torch.float16:
         yield "has_exponent goes with a scale in float16 alone"
@@ -128,6 +129,31 @@ def _find_source_faults(declared: PackedFormat, spec: QuantSpec, quantizer: Quan
         yield f"states_dim asks for a constant {CHANNEL_SOURCES!r}, int32 {list(shape)}"
     elif not are_sources(sources, declared.states_dim):
         yield f"{CHANNEL_SOURCES!r} has numbers that are no elements of a head of {declared.states_dim}"
+
+
+def _find_codebook_faults(declared: PackedFormat, quantizer: Quantizer) -> Iterator[str]:
+    if not declared.has_codebook:
+        return
+    levels = quantizer.constants().get(CODEBOOK)
+    if levels is None or not is_codebook(levels, declared.bits) or not levels.isfinite().all():
+        yield f"has_codebook asks for a constant {CODEBOOK!r}, float32 [{2**declared.bits}], contiguous and finite"
+
+
+def is_codebook(levels: torch.Tensor, bits: int) -> bool:
+    """Return whether a constant has a number for every code; what a file has need not."""
+    return levels.dtype is torch.float32 and tuple(levels.shape) == (2**bits,) and levels.is_contiguous()
+
+
+def get_codebook(packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the constant that kernels look codes up in.
+
+    Raises:
+        QuantizerContractError: it lacks numbers, as one from a file may.
+    """
+    levels = constants[CODEBOOK]
+    if not is_codebook(levels, packed.bits):
+        raise QuantizerContractError(f"{CODEBOOK!r} is not float32 [{2**packed.bits}] and contiguous")
+    return levels
 
 
 def are_sources(sources: torch.Tensor, states_dim: int) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from kvq.plugin_api.packed_format import PackedFormat
-from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
+from kvq.plugin_api.packed_format import CHANNEL_SOURCES, PackedFormat
+from kvq.store.packed_parts import read_levels, read_metadata, read_token_factors
 from kvq.store.rotation import HadamardRotation
 
 DECODE_ELEMENTS = 1 << 20
@@ -20,9 +20,9 @@ def decode_packed(
     rotation: HadamardRotation | None,
     parts: Mapping[str, torch.Tensor],
     out: torch.Tensor,
-    sources: torch.Tensor | None = None,
+    constants: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write `scale * code + mid` into `out` `[B, H, T, D]`, rounding once to its dtype.
+    """Write `scale * level + mid` into `out` `[B, H, T, D]`, rounding once to its dtype.
 
     In float16 a value that the error of its group carries past the largest number becomes that number.
 
@@ -31,14 +31,14 @@ def decode_packed(
         rotation: what the states went through first, or None.
         parts: any run of blocks, `[B, H, blocks, *shape]`.
         out: every element is overwritten.
-        sources: int32 `[H, D]`, the elements that stored channels add to, or None: their own.
+        constants: those of the quantizer that the format speaks of.
     """
     blocks = out.unflatten(2, (-1, packed.block_length))
     count = max(1, DECODE_ELEMENTS // max(1, blocks[:, :, :1].numel()))
     for first in range(0, blocks.shape[2], count):
         piece = slice(first, first + count)
         own = {name: part[:, :, piece] for name, part in parts.items()}
-        _decode_blocks(packed, rotation, own, blocks[:, :, piece], sources)
+        _decode_blocks(packed, rotation, own, blocks[:, :, piece], constants)
 
 
 def _decode_blocks(
@@ -46,18 +46,18 @@ def _decode_blocks(
     rotation: HadamardRotation | None,
     parts: Mapping[str, torch.Tensor],
     out: torch.Tensor,
-    sources: torch.Tensor | None,
+    constants: Mapping[str, torch.Tensor],
 ) -> None:
     """Write blocks into `out` `[B, H, blocks, L, D]`."""
     is_channel_major, dtype = packed.packed_dim == -1, packed.compute_dtype
-    codes = read_centred_codes(packed, parts, dtype)
+    levels = read_levels(packed, parts, constants, dtype)
     scale, mid = (spread_metadata(packed, numbers.to(dtype)) for numbers in read_metadata(packed, parts))
-    states = codes.mul_(scale).add_(mid)
+    states = levels.mul_(scale).add_(mid)
     factors = read_token_factors(packed, parts)
     if factors is not None:
         states *= factors.unsqueeze(-2 if is_channel_major else -1).to(dtype)
-    if sources is not None:
-        states = _sum_channels(states, sources, packed.states_dim)
+    if packed.states_dim:
+        states = _sum_channels(states, constants[CHANNEL_SOURCES], packed.states_dim)
     if rotation is not None:
         states = rotation.undo(states.float(), -2 if is_channel_major else -1)
     if out.dtype is torch.float16:

@@ -21,6 +21,8 @@ from kvq.store.guard import GuardedQuantizer
 from kvq.store.origin import Origin
 from kvq.store.rotation import HadamardRotation
 
+OUTER_ROTATION_SIGNS = "outer_rotation_signs"
+"""Name of the constant with the signs, around a backend that has signs of its own."""
 DECODE_ELEMENTS = 1 << 20
 """Elements that are decoded at a time: the rotation needs a float32 copy of them."""
 
@@ -44,19 +46,22 @@ class RotatedQuantizer(GuardedQuantizer):
     def __init__(self, quantizer: Quantizer, origin: Origin, spec: QuantSpec, rotation: HadamardRotation) -> None:
         self.rotation = rotation
         super().__init__(quantizer, origin, spec)
-        if self.packed_format is not None and self.packed_format.states_dim:
-            self.packed_format = None  # no kernel rotates the query before it spreads it over stored channels
-        elif self.packed_format is not None:
-            self.packed_format = replace(self.packed_format, rotation_block=rotation.block_size)
+        packed = self.packed_format
+        is_rotated = packed is not None and packed.rotation_block > 0
+        self._signs_name = OUTER_ROTATION_SIGNS if is_rotated else ROTATION_SIGNS
+        if packed is not None and (packed.states_dim or is_rotated):
+            self.packed_format = None  # no kernel rotates twice, or before it spreads the query over stored channels
+        elif packed is not None:
+            self.packed_format = replace(packed, rotation_block=rotation.block_size)
         self._first_block_kind = "rotated", self._first_block_kind
-        if ROTATION_SIGNS in super().constants():
+        if self._signs_name in super().constants():
             raise QuantizerContractError(
-                f"{origin}: constants has {ROTATION_SIGNS!r}, which is the rotation's; choose another name"
+                f"{origin}: constants has {self._signs_name!r}, which is the rotation's; choose another name"
             )
 
     def constants(self) -> Mapping[str, torch.Tensor]:
         """Return those of the backend, and the signs of the rotation."""
-        return {**super().constants(), ROTATION_SIGNS: self.rotation.signs}
+        return {**super().constants(), self._signs_name: self.rotation.signs}
 
     def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Quantize whole blocks of `[B, H, T, D]`, rotated and rounded to the dtype of the states.

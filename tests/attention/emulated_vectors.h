@@ -81,6 +81,18 @@ static inline __m256i emulated_cvtepi32_epi16(emulated_m512i x) {
   for (int i = 0; i < 16; i++) result[i] = (int16_t)x[i];
   return _mm256_loadu_si256((const __m256i *)result);
 }
+static inline emulated_m512i emulated_cvtepu8_epi32(__m128i x) {
+  uint8_t bytes[16];
+  memcpy(bytes, &x, 16);
+  emulated_m512i result;
+  for (int i = 0; i < 16; i++) result[i] = bytes[i];
+  return result;
+}
+static inline emulated_m512 emulated_permutexvar_ps(emulated_m512i place, emulated_m512 x) {
+  emulated_m512 result;
+  for (int i = 0; i < 16; i++) result[i] = x[place[i] & 15];
+  return result;
+}
 static inline emulated_m512 emulated_cvtph_ps(__m256i x) {
   __m256 halves[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
   emulated_m512 result;
@@ -101,4 +113,6 @@ static inline emulated_m512 emulated_cvtph_ps(__m256i x) {
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm512_cvtph_ps emulated_cvtph_ps
+#define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
+#define _mm512_permutexvar_ps emulated_permutexvar_ps
 #endif

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 import torch
+from codebook_groups import spec_of as codebook_of
 from summed_channels import Residual, spec_of
 from torch.nn import functional
 
@@ -22,6 +23,7 @@ PLAIN = {"axis_value": "per_token", **WITHOUT_STEPS, "residual_length": 128}
 """What a case has that says nothing else: codes of the states themselves."""
 DEFAULTS = {name: KVQCacheConfig.model_fields[name].default for name in PLAIN}
 SUMS = {"backend": spec_of(Residual), "axis_value": "per_channel", "nbits_k": 2, "nbits_v": 2}
+LEVELS = {"backend": codebook_of(), "nbits_v": 4}
 CASES = {
     "plain": {},
     "defaults": DEFAULTS,
@@ -79,6 +81,18 @@ CASES = {
     "half-width query, float16": {"dtypes": (torch.float16, torch.float32, torch.float32)},
     "large numbers": {"factor": 1e6},
     "sums of channels": SUMS,
+    **{
+        f"codebook of {2**bits}, {axis}": {**LEVELS, "nbits_k": bits, "axis_key": axis, "axis_value": axis}
+        for bits, axis in ((1, "per_token"), (3, "per_channel"), (4, "per_token"), (8, "per_channel"))
+    },
+    "codebook, one scale per token": {**LEVELS, "axis_key": "per_token", "q_group_size": 64},
+    "codebook, head dim 80, rotated": {**LEVELS, "head_dim": 80, "rotation_k": "hadamard", "rotation_v": "hadamard"},
+    "codebook of the values, several rows": {
+        **LEVELS,
+        "backend": {"key": "native", "value": codebook_of()},
+        "groups": 6,
+        "queries": 3,
+    },
     "sums of channels, several rows": {**SUMS, "batch": 2, "queries": 3, "groups": 6, "sink_length": 3},
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codebook_groups import spec_of as codebook_of
 from written_requests import read_output, write_request
 
 from kvq.attention.kernels.compiled import library
@@ -48,6 +49,12 @@ REQUESTS = {
     "tiny": dict(magnitude=1e-20),
     "float32 metadata": dict(metadata_dtype="float32"),
     "metadata in bytes": dict(metadata_dtype="int8"),
+    **{
+        f"codebook of {2**bits}": dict(
+            backend=codebook_of(), nbits_k=bits, nbits_v=3, axis_key="per_token", head_dim=dim
+        )
+        for bits, dim in ((2, 64), (4, 67), (8, 40))
+    },
     "window only": dict(tokens=40),
 }
 BOUNDS = {F32: 1e-4, F16: 1e-3, BF16: 8e-3}

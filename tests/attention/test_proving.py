@@ -29,7 +29,7 @@ from kvq.attention.proving.samples import Sample
 from kvq.errors import ConfigError
 from kvq.layers.held_bytes import report_memory
 from kvq.plugin_api.packed_format import get_packed_format
-from kvq.store.packed_parts import read_centred_codes
+from kvq.store.packed_parts import read_levels
 
 CPU = torch.device("cpu")
 
@@ -648,7 +648,8 @@ def test_a_sample_depends_on_its_seed_alone_and_every_code_occurs():
     first, again, other = (Sample(bits=(3, 2)).build(CPU, seed) for seed in (1, 1, 2))
     assert first.pair.key.materialize().equal(again.pair.key.materialize())
     assert not first.pair.key.materialize().equal(other.pair.key.materialize())
-    codes = read_centred_codes(get_packed_format(first.pair.key.store.codec), first.pair.key.store.segments[0].parts)
+    store = first.pair.key.store
+    codes = read_levels(get_packed_format(store.codec), store.segments[0].parts, store.codec.constants())
     assert set(codes.flatten().tolist()) == set(range(-4, 4))
     assert first.pair.key.materialize().std() > 0.3
 

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from codebook_groups import spec_of as codebook_of
 from gpu_compilation import Loop, assemble, compile_for, compile_parts, find_loops, measure_loop, plan_launch
 from interpreted_triton import DEFAULTS, PLAIN
 from optional_triton import needs_triton
@@ -22,6 +23,7 @@ from kvq.attention.kernels.triton.kernel import TRITON
 from kvq.attention.proving.trial import CHECKS, TIMED
 
 pytestmark = needs_triton
+LEVELS = {"backend": codebook_of(), "nbits_v": 4, "q_group_size": {"key": 64, "value": 128}}
 
 
 def make_launch(dtype, head_dim, **fields):
@@ -44,6 +46,9 @@ def make_launch(dtype, head_dim, **fields):
         pytest.param(90, 128, torch.bfloat16, DEFAULTS, 512, marks=pytest.mark.slow),
         pytest.param(90, 128, torch.bfloat16, {**DEFAULTS, "metadata_dtype": "int8"}, 400, marks=pytest.mark.slow),
         pytest.param(80, 256, torch.bfloat16, DEFAULTS, 512, marks=pytest.mark.slow),
+        # By Triton 3.7: 0 and 768.
+        pytest.param(90, 128, torch.bfloat16, {**LEVELS, "axis_key": "per_token"}, 64, marks=pytest.mark.slow),
+        pytest.param(90, 128, torch.bfloat16, LEVELS, 900, marks=pytest.mark.costly),
         pytest.param(90, 128, torch.float16, {"nbits_k": 7, "nbits_v": 7}, 512, marks=pytest.mark.slow),
         # Two warps, which no warp group can be made of; with 4 nothing would spill.
         pytest.param(90, 128, torch.float32, {}, 1100, marks=pytest.mark.slow),

@@ -116,8 +116,8 @@ def list_tensors(request):
     found = [request.query, request.mask, request.sink_logits]
     for side in (pair.key, pair.value):
         found += [side.sinks.states, side.window, side.new]
-        rotation = side.store.codec.rotation
-        found += [None if rotation is None else rotation.signs, FACTORS.numbers]
         for segment in side.store.segments:
             found += [segment.rows, *segment.parts.values()]
+    constants = [constants for _, constants in pair.kernel_cache.kernel_data["compiled"].kept]
+    found += [FACTORS.numbers, *(tensor for own in constants for tensor in own.values())]
     return [tensor for tensor in found if tensor is not None]

@@ -56,8 +56,8 @@ def test_a_representation_of_its_own_is_read_by_its_own_methods_or_decoded(build
     (row,) = readers_of(build)
     assert row["kernels"] == {"compiled": None, "triton": None, "blockwise": "decoded", "eager": way}
     assert row["reasons"] == {
-        "compiled": f"serves affine quantizers, not {build.__name__}",
-        "triton": "codes that are not affine",
+        "compiled": f"serves quantizers with a packed format, not {build.__name__}",
+        "triton": "codes without a packed format",
     }
 
 

@@ -68,8 +68,8 @@ def test_the_story_holds_from_end_to_end(tmp_path):
                 assert program == "kvq"
                 run("-m", "kvq", *arguments)
     before, after = (text for text in printed if "how kernels of attention read it" in text)
-    assert "serves affine quantizers, not MineQuantizer" in before
-    assert "serves affine quantizers" not in after
+    assert "serves quantizers with a packed format, not MineQuantizer" in before
+    assert "serves quantizers with a packed format" not in after
     assert "mine keeps the contract" in "".join(printed)
     assert "statistics of the model  optional" in after
     tuned = (tmp_path / "tuned.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Caches that 0.1.0 saved: it packed codes in another order, into a part of the same shape."""
+"""Caches of earlier releases. 0.1.0 packed codes in another order; 0.2.0 knew no Hadamard transform."""
 
 import pytest
 import torch
@@ -40,10 +40,22 @@ def register(build):
     )
 
 
-@pytest.mark.parametrize("nbits", [2.5, 4])
-@pytest.mark.parametrize("inner_product", [False, True])
-def test_they_are_refused_in_words(tmp_path, nbits, inner_product):
-    register(lambda spec, options: OlderQuantizer(build(spec, options)))
+def build_0_2(spec, options):
+    return TurboQuantizer(
+        spec.head_dim, spec.nbits, spec.device, inner_product=options.inner_product, seed=options.seed
+    )
+
+
+def build_0_1(spec, options):
+    return OlderQuantizer(build_0_2(spec, options))
+
+
+@pytest.mark.parametrize(
+    ("older", "nbits", "inner_product"),
+    [(build_0_1, 2.5, False), (build_0_1, 4, False), (build_0_1, 4, True), (build_0_2, 4, False)],
+)
+def test_they_are_refused_in_words(tmp_path, older, nbits, inner_product):
+    register(older)
     options = {"turboquant-here": {"inner_product": inner_product}}
     cache = KVQ(backend="turboquant-here", nbits_k=nbits, nbits_v=nbits, backend_options=options)
     states = torch.randn(1, 2, 200, 64, generator=torch.Generator().manual_seed(0))
@@ -51,5 +63,5 @@ def test_they_are_refused_in_words(tmp_path, nbits, inner_product):
     cache.save(tmp_path / "older.kvq")
     KVQ.load(tmp_path / "older.kvq")
     register(build)
-    with pytest.raises(CacheFileError, match="codes"):
+    with pytest.raises(CacheFileError, match=r"codes|other tensors: 10 are missing"):
         KVQ.load(tmp_path / "older.kvq")

@@ -70,6 +70,7 @@ typedef struct {
 typedef struct {
   const segment_t *segments;
   const int8_t *signs; /* of the rotation; NULL: none */
+  const float *levels; /* [2 ** bits], what codes stand for; NULL: themselves, less the middle of their range */
   const int32_t *sources; /* [heads][head_dim], the element of the query that meets a stored channel; NULL: its own */
   const float *factors; /* [256], what the codes of tokens and of scales stand for */
   int64_t segment_count, rotation_block;
@@ -434,6 +435,7 @@ static cursor_t seek(const side_t *side, int64_t block) {
 typedef struct {
   int8_t *codes;
   uint32_t *pairs; /* see "Whole numbers" */
+  float *levels; /* [chunks][outer][CHUNK], what the codes stand for, where a codebook says so */
   float *scale, *mid; /* per channel [D], per token [groups][L] */
   const uint8_t *factor; /* [L], codes; NULL: none */
   const uint8_t *ahead; /* the widest plane of the block behind, which is fetched while this one is multiplied */
@@ -606,12 +608,6 @@ static inline int64_t count_pairs(const side_t *side, int is_key) {
   return outer / length * divide_up(length, 2) + divide_up(outer % length, 2);
 }
 
-static inline int64_t count_chunks(const side_t *side, int is_key) {
-  if (is_key) return divide_up(side->block_length, CHUNK);
-  int64_t columns = side->per_channel ? side->head_dim : side->group_length;
-  return divide_up(side->head_dim, columns) * divide_up(columns, CHUNK);
-}
-
 /* Pair codes [outer][inner]; what is read behind a row is multiplied by 0, or is a column that nobody wants. */
 static void pair_codes(const side_t *side, int is_key, const uint8_t *codes, uint32_t *to) {
   int64_t L = side->block_length, D = side->head_dim, outer = is_key ? D : L, inner = is_key ? L : D;
@@ -773,6 +769,17 @@ static inline __attribute__((always_inline)) float round_row(rounded_t *rounded,
 #define MAX_SUMMED INT32_MAX
 #endif
 
+/* Columns of a block that are multiplied one after another: all of them, or those of a group. */
+static inline int64_t count_columns(const side_t *side, int is_key) {
+  if (is_key) return side->block_length;
+  return side->per_channel ? side->head_dim : side->group_length;
+}
+
+static inline int64_t count_chunks(const side_t *side, int is_key) {
+  int64_t inner = is_key ? side->block_length : side->head_dim, columns = count_columns(side, is_key);
+  return divide_up(inner, columns) * divide_up(columns, CHUNK);
+}
+
 /* Widen scales or mids, which may be bytes. */
 static void widen_numbers(float *to, const uint8_t *from, int64_t type, int64_t count, const side_t *side) {
   const int8_t *mids = (const int8_t *)from;
@@ -805,6 +812,40 @@ static void read_numbers(float *to, const uint8_t *from, int64_t type, const sid
     for (int64_t t = 0; t < L; t++) to[g * L + t] = wide[t * groups + g] * factor;
 }
 
+/* Look up to CHUNK codes up in a codebook, of at least 16 numbers; up to 4 bits find them in registers. */
+static inline void look_up(float *to, const uint8_t *codes, int64_t count, const float *levels, int64_t bits) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  for (; bits <= 4 && i + VL <= count; i += VL) {
+    __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+    store(to + i, (vf)_mm512_permutexvar_ps(place, (__m512)load(levels)));
+  }
+#elif defined(__AVX2__)
+  for (; bits <= 4 && i + VL <= count; i += VL) {
+    __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + i)));
+    __m256 low = _mm256_permutevar8x32_ps((__m256)load(levels), place);
+    __m256 high = _mm256_permutevar8x32_ps((__m256)load(levels + 8), place);
+    __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(place, 28)); /* its sign */
+    store(to + i, (vf)_mm256_blendv_ps(low, high, is_high));
+  }
+#endif
+  (void)bits;
+  for (; i < count; i++) to[i] = levels[codes[i]];
+}
+
+/* Look the codes of a block up, chunk by chunk, as they are multiplied. */
+static void look_up_block(const side_t *side, int is_key, block_t *block) {
+  int64_t L = side->block_length, D = side->head_dim, outer = is_key ? D : L, inner = is_key ? L : D;
+  int64_t columns = count_columns(side, is_key);
+  float few[16] = {0}, *to = block->levels;
+  const float *levels = side->bits < 4 ? few : side->levels;
+  if (side->bits < 4) memcpy(few, side->levels, (size_t)4 << side->bits);
+  for (int64_t group = 0; group < inner; group += columns)
+    for (int64_t end = least(inner, group + columns), c = group; c < end; c += CHUNK)
+      for (int64_t row = 0; row < outer; row++, to += CHUNK)
+        look_up(to, (const uint8_t *)block->codes + row * inner + c, least(CHUNK, end - c), levels, side->bits);
+}
+
 /* Read the block under the cursor, for a row of the batch and a head, and move on. */
 static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t row, int64_t head, int64_t heads,
                        block_t *block) {
@@ -814,7 +855,7 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
   int64_t L = side->block_length, D = side->head_dim, numbers = side->per_channel ? D : L * side->groups;
   int shift = 0;
 #if defined(WHOLE_BYTES)
-  int is_direct = is_paired_directly(side, is_key);
+  int is_direct = !side->levels && is_paired_directly(side, is_key);
 #endif
   for (int64_t p = 0; p < side->plane_count; p++) {
     int64_t width = side->widths[p];
@@ -825,21 +866,25 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
     if (is_direct) pair_plane(side, is_key, width, shift, packed, block->pairs);
     else unpack_plane(side, is_key, width, shift, 0, packed, block->codes);
 #else
-    uint8_t half = p + 1 == side->plane_count ? (uint8_t)(1 << (side->bits - 1)) : 0;
+    int is_last = p + 1 == side->plane_count;
+    uint8_t half = is_last && !side->levels ? (uint8_t)(1 << (side->bits - 1)) : 0;
     unpack_plane(side, is_key, width, shift, half, packed, block->codes);
 #endif
     shift += (int)width;
   }
 #if defined(WHOLE_BYTES)
-  if (!is_direct) pair_codes(side, is_key, (const uint8_t *)block->codes, block->pairs);
+  if (!is_direct && !side->levels) pair_codes(side, is_key, (const uint8_t *)block->codes, block->pairs);
 #endif
+  if (side->levels) look_up_block(side, is_key, block);
   block->factor = segment->factor ? segment->factor + place * L : NULL;
   float scale_unit = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
   float mid_unit = side->shifts_mid ? scale_unit : 1.0f;
   if (segment->units) scale_unit = segment->units[2 * place], mid_unit = segment->units[2 * place + 1];
   read_numbers(block->scale, segment->scale + place * numbers * size_of(side->scale_type), side->scale_type, side,
                scale_unit);
-  read_numbers(block->mid, segment->mid + place * numbers * size_of(side->mid_type), side->mid_type, side, mid_unit);
+  if (!segment->mid) memset(block->mid, 0, 4 * numbers);
+  else
+    read_numbers(block->mid, segment->mid + place * numbers * size_of(side->mid_type), side->mid_type, side, mid_unit);
   if (++cursor->block == segment->used) cursor->segment++, cursor->block = 0;
 }
 
@@ -923,6 +968,7 @@ static void fold(work_t *w, int rows, const float *from, int64_t stride, const f
  * weights, whose error is measured against all of the block. */
 static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, int64_t count, float unit) {
 #if defined(WHOLE_BYTES)
+  if (side->levels) return;
   rounded_t *rounded = &w->rounded;
   int64_t half = 1 << (side->bits - 1);
   float accepted = accepted_error(w->q);
@@ -954,10 +1000,25 @@ static inline int64_t first_pair(const side_t *side, int is_key, int64_t start) 
 #endif
 }
 
+/* As `multiply`, with numbers of a codebook, in fp32. */
+static void multiply_levels(work_t *w, const side_t *side, int is_key, int rows, int64_t start, int64_t count,
+                            int64_t chunk, int64_t columns, int64_t part, int64_t parts) {
+  int64_t outer = is_key ? side->head_dim : side->block_length, pace = w->block.ahead_bytes / (parts * count);
+  const float *levels = w->block.levels + (chunk * outer + start) * CHUNK;
+  const uint8_t *ahead = w->block.ahead + part * (w->block.ahead_bytes / parts);
+  for (int64_t c = 0; c < columns; c += MAX_VECTORS * VL, pace = 0)
+    multiply_states(rows, (int)divide_up(least(MAX_VECTORS * VL, columns - c), VL), w->folded + start, w->fold_stride,
+                    count, levels + c, CHUNK, w->sums + c, CHUNK, ahead, pace);
+}
+
 /* The sums of one chunk over the rounded rows, [MAX_ROWS][CHUNK]. `place`: of the first pair; `part`: which call of how
  * many of this block it is. */
 static void multiply(work_t *w, const side_t *side, int is_key, int rows, int64_t start, int64_t count, int64_t chunk,
                      int64_t column, int64_t columns, int64_t place, int64_t part, int64_t parts) {
+  if (side->levels) {
+    multiply_levels(w, side, is_key, rows, start, count, chunk, columns, part, parts);
+    return;
+  }
 #if defined(WHOLE_BYTES)
   rounded_t *rounded = &w->rounded;
   int64_t pairs = divide_up(count, 2), pace = w->block.ahead_bytes / (parts * pairs * (PAIRS / MAX_VECTORS));
@@ -1310,8 +1371,10 @@ static void serve(void *argument) {
   int64_t L = most(q->key.block_length, q->value.block_length), groups = most(q->key.groups, q->value.groups);
   int64_t stride = most(q->tile_length, EXACT_TILE) + MAX_VECTORS * VL, numbers = most(most(D, Dv), 2 * L * groups);
   int64_t widest = divide_up(most(most(D, Dv), L), 16) * 16;
+  int64_t levels = CHUNK * most(q->key.levels ? count_chunks(&q->key, 1) * D : 0,
+                                q->value.levels ? count_chunks(&q->value, 0) * q->value.block_length : 0);
   int64_t floats[] = {R * D, R * D, R * groups, MAX_ROWS * widest, MAX_ROWS * most(CHUNK, MAX_VECTORS * VL), R * stride,
-                      R * Dv, R * Dv, R, R, EXACT_TILE * Dv, numbers, numbers};
+                      R * Dv, R * Dv, R, R, EXACT_TILE * Dv, numbers, numbers, levels};
   int64_t total = 0, count = sizeof floats / sizeof *floats;
   for (int64_t i = 0; i < count; i++) total += (floats[i] = (floats[i] + MAX_VECTORS * VL + 15) / 16 * 16);
   int64_t bytes = 4 * total + (L + 1) * most(D, Dv) + most(L, most(D, Dv)) + CHUNK + 64;
@@ -1324,7 +1387,7 @@ static void serve(void *argument) {
   if (posix_memalign(&memory, 64, bytes)) return;
   work_t w = {.q = q, .rows = R, .score_stride = stride, .fold_stride = widest};
   float **places[] = {&w.query, &w.rotated, &w.query_sums, &w.folded, &w.sums, &w.scores, &w.stored_sum, &w.exact_sum,
-                      &w.largest, &w.total, &w.states, &w.block.scale, &w.block.mid};
+                      &w.largest, &w.total, &w.states, &w.block.scale, &w.block.mid, &w.block.levels};
   float *next = memory;
   for (int64_t i = 0; i < count; i++) *places[i] = next, next += floats[i];
 #if defined(WHOLE_BYTES)

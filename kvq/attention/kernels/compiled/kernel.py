@@ -86,9 +86,9 @@ def _parts(*stores: StoreView) -> Iterator[torch.Tensor]:
 def _why_unsupported_side(quantizer: Quantizer) -> str | None:
     packed = find_packed_format(quantizer)
     if packed is None:
-        return f"serves affine quantizers, not {getattr(quantizer, 'kind', type(quantizer)).__name__}"
+        return f"serves quantizers with a packed format, not {getattr(quantizer, 'kind', type(quantizer)).__name__}"
     dtypes = {packed.scale_dtype, packed.mid_dtype}
-    if not packed.has_units and not dtypes <= {torch.float16, torch.float32}:
+    if not packed.has_units and not dtypes <= {torch.float16, torch.float32, None}:
         return f"does not read metadata of {' and '.join(map(str, dtypes))}"
     if packed.block_length % 8:
         return f"serves groups along tokens in multiples of 8, not {packed.block_length}"

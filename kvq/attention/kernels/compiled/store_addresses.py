@@ -6,6 +6,7 @@ Owns the addresses and keeps alive what they point to. They are good until the s
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
@@ -19,7 +20,7 @@ from kvq.errors import QuantizerContractError
 from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, PackedFormat, get_packed_format
 from kvq.store.balance import FACTORS
 from kvq.store.chunks import StoreView
-from kvq.store.declared_format import are_sources
+from kvq.store.declared_format import are_sources, get_codebook
 from kvq.store.segments import Segment
 
 
@@ -85,25 +86,33 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
     side.groups = 1 if packed.per_channel else packed.groups_per_token
     side.bits, side.plane_count = packed.bits, len(widths)
     side.widths[: len(widths)] = widths
-    side.scale_type, side.mid_type = TYPE_NUMBERS[packed.scale_dtype], TYPE_NUMBERS[packed.mid_dtype]
+    side.scale_type = TYPE_NUMBERS[packed.scale_dtype]
+    if packed.mid_dtype is not None:
+        side.mid_type = TYPE_NUMBERS[packed.mid_dtype]
     side.shifts_mid = packed.shifts_mid
-    if packed.rotation_block:
-        side.signs = store.codec.constants()[ROTATION_SIGNS].data_ptr()
-        side.rotation_block = packed.rotation_block
-    if packed.states_dim:
-        side.sources = _find_sources(store, packed).data_ptr()
-    side.factors = FACTORS.numbers.data_ptr()
+    constants = store.codec.constants()  # a quantizer may make them for each call
+    _fill_constants(side, packed, constants)
     side.segment_count = len(store.segments)
     array = (PackedSegment * max(1, len(store.segments)))()
     for described, segment in zip(array, store.segments, strict=False):
         _fill_segment(described, segment, widths)
     side.segments = array
-    return array
+    return array, constants
 
 
-def _find_sources(store: StoreView, packed: PackedFormat) -> torch.Tensor:
+def _fill_constants(side: PackedSide, packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> None:
+    side.factors = FACTORS.numbers.data_ptr()
+    if packed.rotation_block:
+        side.signs, side.rotation_block = constants[ROTATION_SIGNS].data_ptr(), packed.rotation_block
+    if packed.has_codebook:
+        side.levels = get_codebook(packed, constants).data_ptr()
+    if packed.states_dim:
+        side.sources = _get_sources(packed, constants).data_ptr()
+
+
+def _get_sources(packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the constant that compiled code reads memory by; it may come from a file."""
-    sources = store.codec.constants()[CHANNEL_SOURCES]
+    sources = constants[CHANNEL_SOURCES]
     if not sources.is_contiguous() or not are_sources(sources, packed.states_dim):
         raise QuantizerContractError(
             f"{CHANNEL_SOURCES!r} is not contiguous, or leads to elements that a head of {packed.states_dim} lacks"
@@ -114,7 +123,9 @@ def _find_sources(store: StoreView, packed: PackedFormat) -> torch.Tensor:
 def _fill_segment(packed: PackedSegment, segment: Segment, widths: tuple[int, ...]) -> None:
     for place, width in enumerate(widths):
         packed.planes[place] = segment.parts[f"codes_{width}"].data_ptr()
-    packed.scale, packed.mid = segment.parts["scale"].data_ptr(), segment.parts["mid"].data_ptr()
+    packed.scale = segment.parts["scale"].data_ptr()
+    if "mid" in segment.parts:
+        packed.mid = segment.parts["mid"].data_ptr()
     if "exponent" in segment.parts:
         packed.exponent = segment.parts["exponent"].data_ptr()
     if "units" in segment.parts:

@@ -44,6 +44,7 @@ class PackedSide(Structure):
     _fields_ = (
         ("segments", POINTER(PackedSegment)),
         ("signs", c_void_p),
+        ("levels", c_void_p),
         ("sources", c_void_p),
         ("factors", c_void_p),
         ("segment_count", c_int64),

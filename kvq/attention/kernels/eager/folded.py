@@ -16,7 +16,7 @@ import torch
 
 from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, PackedFormat, find_packed_format
 from kvq.plugin_api.quantizer import FusedScores, Quantizer
-from kvq.store.packed_parts import read_centred_codes, read_metadata, read_token_factors
+from kvq.store.packed_parts import read_levels, read_metadata, read_token_factors
 from kvq.store.rotation import HadamardRotation
 
 _FUSED_METHODS = ("prepare_query", "scores", "mix", "finish_output")
@@ -33,7 +33,9 @@ def find_fused(quantizer: Quantizer, head_dim: int) -> FusedScores:
 
 
 class FoldedAffine:
-    """`q . K = (q * scale) . code + q . mid` and `p . V = (p * scale) . code + p . mid`, with centred codes.
+    """`q . K = (q * scale) . level + q . mid` and `p . V = (p * scale) . level + p . mid`.
+
+    A level is what a code stands for: itself less the middle of its range, or a number of a codebook.
 
     Where tokens have factors, a key's product is multiplied by its own, and so is the probability of a value.
 
@@ -43,7 +45,7 @@ class FoldedAffine:
     """
 
     def __init__(self, packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> None:
-        self.packed = packed
+        self.packed, self.constants = packed, constants
         self.rotation = HadamardRotation.of_signs(constants[ROTATION_SIGNS]) if packed.rotation_block else None
         self.sources = constants[CHANNEL_SOURCES].long() if packed.states_dim else None
 
@@ -56,17 +58,18 @@ class FoldedAffine:
 
     def scores(self, query: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return dot products `[B, H, R, T]` of a prepared query `[B, H, R, D]` with the keys in `parts`."""
-        codes, (scale, mid) = read_centred_codes(self.packed, parts), read_metadata(self.packed, parts)
+        levels = read_levels(self.packed, parts, self.constants)
+        scale, mid = read_metadata(self.packed, parts)
         query = query[:, :, None]
         if self.packed.per_channel:
-            products = (query * scale.unsqueeze(-2)) @ codes
+            products = (query * scale.unsqueeze(-2)) @ levels
             products += query @ mid.unsqueeze(-1)
         else:
-            products = codes.new_zeros((*codes.shape[:3], query.shape[-2], codes.shape[-1]))
+            products = levels.new_zeros((*levels.shape[:3], query.shape[-2], levels.shape[-1]))
             length = self.packed.group_length
-            pairs = zip(query.split(length, dim=-1), codes.split(length, dim=-2), strict=True)
-            for group, (query_part, code_part) in enumerate(pairs):
-                products += (query_part @ code_part) * scale[..., None, :, group]
+            pairs = zip(query.split(length, dim=-1), levels.split(length, dim=-2), strict=True)
+            for group, (query_part, level_part) in enumerate(pairs):
+                products += (query_part @ level_part) * scale[..., None, :, group]
                 products += query_part.sum(-1, keepdim=True) * mid[..., None, :, group]
         factors = read_token_factors(self.packed, parts)
         if factors is not None:
@@ -75,18 +78,19 @@ class FoldedAffine:
 
     def mix(self, probabilities: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return `[B, H, R, D]`, the values in `parts` weighted by `probabilities` `[B, H, R, T]`."""
-        codes, (scale, mid) = read_centred_codes(self.packed, parts), read_metadata(self.packed, parts)
+        levels = read_levels(self.packed, parts, self.constants)
+        scale, mid = read_metadata(self.packed, parts)
         weights = probabilities.unflatten(-1, (-1, self.packed.block_length)).transpose(2, 3)
         factors = read_token_factors(self.packed, parts)
         if factors is not None:
             weights = weights * factors.unsqueeze(-2)
         if self.packed.per_channel:
-            mixed = (weights @ codes) * scale.unsqueeze(-2) + weights.sum(-1, keepdim=True) * mid.unsqueeze(-2)
+            mixed = (weights @ levels) * scale.unsqueeze(-2) + weights.sum(-1, keepdim=True) * mid.unsqueeze(-2)
         else:
             pieces = []
-            for group, code_part in enumerate(codes.split(self.packed.group_length, dim=-1)):
+            for group, level_part in enumerate(levels.split(self.packed.group_length, dim=-1)):
                 folded = weights * scale[..., None, :, group]
-                pieces.append(folded @ code_part + weights @ mid[..., :, group, None])
+                pieces.append(folded @ level_part + weights @ mid[..., :, group, None])
             mixed = torch.cat(pieces, dim=-1)
         total: torch.Tensor = mixed.sum(2)
         return total

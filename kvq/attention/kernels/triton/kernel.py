@@ -103,7 +103,7 @@ def _why_unsupported_store(request: AttentionRequest) -> str | None:
     stores = request.pair.key.store, request.pair.value.store
     formats = [packed for store in stores if (packed := find_packed_format(store.codec)) is not None]
     if len(formats) < len(stores):
-        return "codes that are not affine"
+        return "codes without a packed format"
     if not all(store.segments for store in stores):
         return "nothing is quantized yet"
     lengths = [packed.block_length for packed in formats]

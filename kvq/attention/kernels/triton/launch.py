@@ -62,11 +62,16 @@ class Launch:
         mask, mask_batch_stride, mask_query_stride = self._mask(query)
         softcap = 1.0 if request.softcap is None else request.softcap
         return (
-            query, exact_query, table.key.blocks, table.value.blocks, table.stored_length, *states,
-            _sink_states(pair.key), _sink_states(pair.value), table.starts, mask, peaks, totals, outputs,
+            query, exact_query, table.key.blocks, table.value.blocks, *self._levels(query), table.stored_length,
+            *states, _sink_states(pair.key), _sink_states(pair.value), table.starts, mask, peaks, totals, outputs,
             request.scaling, softcap, self.heads, plan.rows, plan.splits, self.parts, plan.tiles_per_split,
             self.window_argument, self.new_length, mask_batch_stride, mask_query_stride, *strides,
         )  # fmt: skip
+
+    def _levels(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return both codebooks; any tensor where there is none."""
+        key, value = self.plan.key_levels, self.plan.value_levels
+        return query if key is None else key, query if value is None else value
 
     def _prepare(self, query: torch.Tensor) -> torch.Tensor:
         """Return queries `[B * H, rows, D]` as keys are stored: rotated, or with an element for each channel."""

@@ -70,6 +70,7 @@ class SideLayout:
             f"{name}_SHIFTED": packed.has_exponent,
             f"{name}_MID_SHIFTED": packed.shifts_mid,
             f"{name}_FACTOR": packed.has_factor,
+            f"{letter}L": packed.has_codebook,
             **planes,
             **self._assembly(name, letter, dtype),
         }
@@ -79,7 +80,7 @@ class SideLayout:
         widths = self.packed.plane_widths
         splits = [split(width) if width in (2, 4) else "" for width in widths]
         found = {f"{letter}S{place}": splits[place] if place < len(widths) else "" for place in range(MAX_PLANES)}
-        is_half = dtype != torch.float32 and self.mode != GROUPED
+        is_half = dtype != torch.float32 and self.mode != GROUPED and not self.packed.has_codebook
         found[f"{name}_OPEN"] = open_bytes(widths[0], dtype) if is_half and widths in ((2,), (4,)) else ""
         found[f"{name}_WIDEN"] = widen(self.packed.bits, dtype) if is_half else ""
         return dict.fromkeys(found, "") if is_interpreted() else found
@@ -95,11 +96,11 @@ def padded(head_dim: int) -> int:
     return max(SMALLEST_DOT, power_of_two(head_dim))
 
 
-def triton_dtype(dtype: torch.dtype) -> Any:
-    """Return a dtype of torch as Triton names it."""
+def triton_dtype(dtype: torch.dtype | None) -> Any:
+    """Return a dtype of torch as Triton names it; for None `int1`, which stands for no part at all."""
     import triton.language as tl
 
-    names = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+    names = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", None: "int1"}
     return getattr(tl, {**names, torch.uint8: "uint8", torch.int8: "int8"}[dtype])
 
 

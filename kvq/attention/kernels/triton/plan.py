@@ -17,6 +17,7 @@ from kvq.attention.kernels.triton.layout import SideLayout, padded, power_of_two
 from kvq.attention.kernels.triton.way import Way, find_forced_way
 from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, get_packed_format
 from kvq.store.chunks import StoreView
+from kvq.store.declared_format import get_codebook
 from kvq.store.rotation import HadamardRotation
 
 LEAST_ROWS = 8
@@ -38,7 +39,7 @@ SMALL_TILE = 64 * 128
 LIGHT_WAY = Way(2, 1, 128, 8)
 """For such a tile, products in half width and at most 8 query vectors: registers for eight programs on a processor."""
 PLANES_WAY = Way(2, 1, 168, 6)
-"""For codes in several planes, which with fewer registers would lie in memory."""
+"""For codes in several planes or of a codebook, which with fewer registers would lie in memory."""
 WIDE_WAY = Way(2, 1, None, 4)
 """For such a tile and more query vectors, for larger ones, and for products in float32."""
 FLOAT_WAYS = Way(4, 1, None, 6), Way(8, 1, None, 6)
@@ -61,6 +62,7 @@ class Plan:
         splits: runs of tokens that the store is split into.
         tiles_per_split: tiles of each run.
         options: the compile-time arguments of `attend_parts`, and what Triton is told about its launch.
+        key_levels, value_levels: codebooks, fp32; None: codes stand for themselves.
         key_sources: int64 `[H, channels]`, the element of a query that meets each stored channel; None: its own.
         key_rotation, value_rotation: orthogonal fp32 `[D, D]`: rotated states are `states @ rotation`; None without.
     """
@@ -73,6 +75,8 @@ class Plan:
     splits: int
     tiles_per_split: int
     options: dict[str, Any]
+    key_levels: torch.Tensor | None
+    value_levels: torch.Tensor | None
     key_sources: torch.Tensor | None
     key_rotation: torch.Tensor | None
     value_rotation: torch.Tensor | None
@@ -125,6 +129,8 @@ def make_plan(request: AttentionRequest, room: int = 0) -> Plan:
             **way.options(),
             **FUSION,
         },
+        key_levels=_find_levels(pair.key.store, request.query.device),
+        value_levels=_find_levels(pair.value.store, request.query.device),
         key_sources=_find_sources(pair.key.store, request.query.device),
         key_rotation=_find_rotation(pair.key.store),
         value_rotation=_find_rotation(pair.value.store),
@@ -160,7 +166,8 @@ def choose_way(request: AttentionRequest, key: SideLayout, value: SideLayout, ti
         return FLOAT_WAYS[0 if _is_small(key, value, tile) else 1]
     if request.row_count > LEAST_ROWS:
         return WIDE_WAY
-    return PLANES_WAY if max(len(side.packed.plane_widths) for side in (key, value)) > 1 else LIGHT_WAY
+    is_heavy = any(len(side.packed.plane_widths) > 1 or side.packed.has_codebook for side in (key, value))
+    return PLANES_WAY if is_heavy else LIGHT_WAY
 
 
 def has_warp_groups(device: torch.device) -> bool:
@@ -175,6 +182,11 @@ def _is_light(request: AttentionRequest, key: SideLayout, value: SideLayout, til
 
 def _is_small(key: SideLayout, value: SideLayout, tile: int) -> bool:
     return tile * max(padded(key.head_dim), padded(value.head_dim)) <= SMALL_TILE
+
+
+def _find_levels(view: StoreView, device: torch.device) -> torch.Tensor | None:
+    packed = get_packed_format(view.codec)
+    return get_codebook(packed, view.codec.constants()).to(device) if packed.has_codebook else None
 
 
 def _find_sources(view: StoreView, device: torch.device) -> torch.Tensor | None:

@@ -137,9 +137,11 @@ def _join(first, second, third, fourth):
 
 
 @triton.jit
-def _centred(codes, BITS: tl.constexpr, WIDEN: tl.constexpr, DOT: tl.constexpr):
-    """Return uint8 codes less the middle of their range, in the dtype of products."""
-    if WIDEN == "":
+def _meant(codes, levels, LEVELS: tl.constexpr, BITS: tl.constexpr, WIDEN: tl.constexpr, DOT: tl.constexpr):
+    """Return what uint8 codes stand for, in the dtype of products: a number of the codebook, or themselves, centred."""
+    if LEVELS:
+        return tl.load(levels + codes.to(tl.int32)).to(DOT)
+    elif WIDEN == "":
         return (codes.to(tl.int32) - 2 ** (BITS - 1)).to(DOT)
     elif DOT == tl.bfloat16:
         return tl.inline_asm_elementwise(WIDEN, "=&r,=&r,r", [codes], tl.bfloat16, True, 4)
@@ -175,39 +177,44 @@ def _value_plane(
 
 @triton.jit
 def _key_codes(
-    row, offset, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    row, offset, levels, LEVELS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     S2: tl.constexpr, OPEN: tl.constexpr, WIDEN: tl.constexpr, DOT: tl.constexpr, DIM: tl.constexpr,
     PADDED: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return the centred codes of keys, [BLOCKS * LENGTH, PADDED]."""
+    """Return what the codes of keys stand for, [BLOCKS * LENGTH, PADDED]."""
     codes = _key_plane(row, offset, 0, W0, S0, OPEN, DOT, DIM, PADDED, LENGTH, BLOCKS)
     if W1 > 0:
         codes |= _key_plane(row, offset, 1, W1, S1, "", DOT, DIM, PADDED, LENGTH, BLOCKS) << W0
     if W2 > 0:
         codes |= _key_plane(row, offset, 2, W2, S2, "", DOT, DIM, PADDED, LENGTH, BLOCKS) << (W0 + W1)
-    return codes if OPEN != "" else _centred(codes, W0 + W1 + W2, WIDEN, DOT)
+    return codes if OPEN != "" else _meant(codes, levels, LEVELS, W0 + W1 + W2, WIDEN, DOT)
 
 
 @triton.jit
 def _value_codes(
-    row, offset, first, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+    row, offset, first, levels, LEVELS: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
     S2: tl.constexpr, OPEN: tl.constexpr, WIDEN: tl.constexpr, DOT: tl.constexpr, DIM: tl.constexpr,
     PADDED: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return the centred codes of values, channels from `first` on, [PADDED, BLOCKS * LENGTH]."""
+    """Return what the codes of values stand for, channels from `first` on, [PADDED, BLOCKS * LENGTH]."""
     codes = _value_plane(row, offset, first, 0, W0, S0, OPEN, DOT, DIM, PADDED, LENGTH, BLOCKS)
     if W1 > 0:
         codes |= _value_plane(row, offset, first, 1, W1, S1, "", DOT, DIM, PADDED, LENGTH, BLOCKS) << W0
     if W2 > 0:
         codes |= _value_plane(row, offset, first, 2, W2, S2, "", DOT, DIM, PADDED, LENGTH, BLOCKS) << (W0 + W1)
-    return codes if OPEN != "" else _centred(codes, W0 + W1 + W2, WIDEN, DOT)
+    return codes if OPEN != "" else _meant(codes, levels, LEVELS, W0 + W1 + W2, WIDEN, DOT)
 
 
 @triton.jit
 def _metadata(row, offset, place, COLUMN: tl.constexpr, DTYPE: tl.constexpr, SHIFTED: tl.constexpr,
     SIZE: tl.constexpr, BLOCKS: tl.constexpr, exists,
 ):  # fmt: skip
-    """Return scales or mids at places within their blocks, which hold `SIZE` of them, fp32 [BLOCKS, ..., ...]."""
+    """Return scales or mids at places within their blocks, which hold `SIZE` of them, fp32 [BLOCKS, ..., ...].
+
+    Zeros where there is no such part, which the dtype int1 says.
+    """
+    if DTYPE == tl.int1:
+        return (_spread(offset, BLOCKS) + place).to(tl.float32) * 0.0
     start = tl.load(row + COLUMN).to(tl.pointer_type(DTYPE)) + offset * SIZE
     if exists is None:
         stored = tl.load(_spread(start, BLOCKS) + place)
@@ -315,7 +322,7 @@ def _weigh(logits, peak, total):
 
 @triton.jit
 def _with_values(
-    output, shift, weights, factor, row, offset, group, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
+    output, shift, weights, factor, row, offset, group, levels, LEVELS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr,
     LENGTH: tl.constexpr, BLOCKS: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr, W0: tl.constexpr,
     W1: tl.constexpr, W2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, OPEN: tl.constexpr, WIDEN: tl.constexpr,
     SCALE: tl.constexpr, MID: tl.constexpr, SHIFTED: tl.constexpr, MID_SHIFTED: tl.constexpr, DOT: tl.constexpr,
@@ -327,7 +334,7 @@ def _with_values(
     """
     output *= factor[None, :]
     codes = _value_codes(
-        row, offset, group * WIDTH, W0, W1, W2, S0, S1, S2, OPEN, WIDEN, tl.float32 if MODE == GROUPED else DOT, DIM, WIDTH,
+        row, offset, group * WIDTH, levels, LEVELS, W0, W1, W2, S0, S1, S2, OPEN, WIDEN, tl.float32 if MODE == GROUPED else DOT, DIM, WIDTH,
         LENGTH, BLOCKS,
     )  # fmt: skip
     if MODE == PER_CHANNEL:
@@ -383,14 +390,14 @@ def _store_output(outputs, output, place, line, rows, group, WIDTH: tl.constexpr
 
 @triton.jit
 def attend_parts(
-    query, exact_query, key_table, value_table, stored_length, window_key, window_value, new_key, new_value, sink_key,
+    query, exact_query, key_table, value_table, key_levels, value_levels, stored_length, window_key, window_value, new_key, new_value, sink_key,
     sink_value, starts, mask, peaks, totals, outputs, scaling, softcap, heads, rows, splits, parts, tiles_per_split,
     window_length, new_length, mask_batch_stride, mask_query_stride,
     wk_batch, wk_head, wk_token, wv_batch, wv_head, wv_token, nk_batch, nk_head, nk_token, nv_batch, nv_head, nv_token,
     KEY_DIM: tl.constexpr, KEY_PADDED: tl.constexpr, EXACT_DIM: tl.constexpr, EXACT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr, KEY_LENGTH: tl.constexpr,
     VALUE_LENGTH: tl.constexpr, KEY_MODE: tl.constexpr, VALUE_MODE: tl.constexpr, KEY_GROUP: tl.constexpr,
-    VALUE_GROUP: tl.constexpr, VALUE_SPLIT: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
+    VALUE_GROUP: tl.constexpr, VALUE_SPLIT: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, KS0: tl.constexpr, KS1: tl.constexpr, KS2: tl.constexpr,
     VS0: tl.constexpr, VS1: tl.constexpr, VS2: tl.constexpr, KEY_OPEN: tl.constexpr, VALUE_OPEN: tl.constexpr, KEY_WIDEN: tl.constexpr, VALUE_WIDEN: tl.constexpr,
     KEY_SCALE: tl.constexpr, KEY_MID: tl.constexpr, KEY_SHIFTED: tl.constexpr, KEY_MID_SHIFTED: tl.constexpr,
@@ -401,7 +408,7 @@ def attend_parts(
 ):  # fmt: skip
     """Attend to one run of tokens: program (b * H + h, part, range of ROWS query vectors).
 
-    Parts are splits of the store, then exact tokens.
+    Parts are splits of the store, then exact tokens. `key_levels` and `value_levels` are codebooks where KL and VL say so.
 
     `window_length` is a number, or, where WINDOW_TILES are the parts of the window, a pointer to it: the launch is then
     the same for every length. `query` has KEY_DIM elements, as many as the store has channels, and `exact_query` EXACT_DIM.
@@ -436,7 +443,7 @@ def attend_parts(
         for tile in range(first, last):
             row, offset = _locate(key_table, TILE // KEY_LENGTH, tile, batch_row, head, heads)
             codes = _key_codes(
-                row, offset, K0, K1, K2, KS0, KS1, KS2, KEY_OPEN, KEY_WIDEN, tl.float32 if KEY_MODE == GROUPED else DOT, KEY_DIM,
+                row, offset, key_levels, KL, K0, K1, K2, KS0, KS1, KS2, KEY_OPEN, KEY_WIDEN, tl.float32 if KEY_MODE == GROUPED else DOT, KEY_DIM,
                 KEY_PADDED, KEY_LENGTH, TILE // KEY_LENGTH,
             )  # fmt: skip
             if KEY_MODE == PER_CHANNEL:
@@ -475,24 +482,24 @@ def attend_parts(
             if VALUE_FACTOR:
                 weights *= _token_factors(row, offset, VALUE_LENGTH)
             output, shift = _with_values(
-                output, shift, weights, factor, row, offset, 0, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
+                output, shift, weights, factor, row, offset, 0, value_levels, VL, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
                 TILE // VALUE_LENGTH, VALUE_MODE, VALUE_GROUP, V0, V1, V2, VS0, VS1, VS2, VALUE_OPEN, VALUE_WIDEN, VALUE_SCALE,
                 VALUE_MID, VALUE_SHIFTED, VALUE_MID_SHIFTED, DOT, PRECISION,
             )  # fmt: skip
             if VALUE_SPLIT > 1:
                 output1, shift1 = _with_values(
-                    output1, shift1, weights, factor, row, offset, 1, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
+                    output1, shift1, weights, factor, row, offset, 1, value_levels, VL, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
                     TILE // VALUE_LENGTH, VALUE_MODE, VALUE_GROUP, V0, V1, V2, VS0, VS1, VS2, VALUE_OPEN, VALUE_WIDEN, VALUE_SCALE,
                     VALUE_MID, VALUE_SHIFTED, VALUE_MID_SHIFTED, DOT, PRECISION,
                 )  # fmt: skip
             if VALUE_SPLIT > 2:
                 output2, shift2 = _with_values(
-                    output2, shift2, weights, factor, row, offset, 2, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
+                    output2, shift2, weights, factor, row, offset, 2, value_levels, VL, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
                     TILE // VALUE_LENGTH, VALUE_MODE, VALUE_GROUP, V0, V1, V2, VS0, VS1, VS2, VALUE_OPEN, VALUE_WIDEN, VALUE_SCALE,
                     VALUE_MID, VALUE_SHIFTED, VALUE_MID_SHIFTED, DOT, PRECISION,
                 )  # fmt: skip
                 output3, shift3 = _with_values(
-                    output3, shift3, weights, factor, row, offset, 3, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
+                    output3, shift3, weights, factor, row, offset, 3, value_levels, VL, WIDTH, VALUE_SPLIT, VALUE_DIM, VALUE_LENGTH,
                     TILE // VALUE_LENGTH, VALUE_MODE, VALUE_GROUP, V0, V1, V2, VS0, VS1, VS2, VALUE_OPEN, VALUE_WIDEN, VALUE_SCALE,
                     VALUE_MID, VALUE_SHIFTED, VALUE_MID_SHIFTED, DOT, PRECISION,
                 )  # fmt: skip

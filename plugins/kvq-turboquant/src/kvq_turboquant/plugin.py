@@ -21,8 +21,12 @@ def build(spec: QuantSpec, options: TurboQuantOptions) -> Quantizer:
             f"turboquant: head_dim={spec.head_dim} is not supported (the {spec.side}s of layer {spec.layer_idx}); "
             f"it takes vectors of at least {LEAST_HEAD_DIM} elements; choose another backend"
         )
+    from kvq_turboquant.hadamard_vectors import HadamardVectors
     from kvq_turboquant.quantizer import TurboQuantizer
 
+    is_whole = spec.nbits == int(spec.nbits) and spec.head_dim & (spec.head_dim - 1) == 0
+    if options.rotation == "auto" and is_whole and not options.inner_product:
+        return HadamardVectors(spec, options.seed)
     return TurboQuantizer(
         spec.head_dim, spec.nbits, spec.device, inner_product=options.inner_product, seed=options.seed
     )

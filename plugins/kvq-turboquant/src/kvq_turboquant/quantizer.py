@@ -60,7 +60,7 @@ class TurboQuantizer:
 
     def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Quantize `[B, H, T, D]`, T a multiple of the block length; the parts never alias the input."""
-        blocks = states.float().unflatten(2, (-1, BLOCK_LENGTH))
+        blocks = states.float().contiguous().unflatten(2, (-1, BLOCK_LENGTH))
         if not self.outliers:
             return _name("plain", self.codes["plain"].encode(blocks))
         mask = self._find_outliers(blocks)

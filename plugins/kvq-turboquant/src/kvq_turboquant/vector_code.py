@@ -58,7 +58,7 @@ class VectorCode:
 
     def encode(self, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantize fp32 `[..., tokens, n]`; a vector with an element that is not finite becomes NaN as a whole."""
-        length = _root_mean_square(vectors).to(LENGTH_DTYPE)
+        length = root_mean_square(vectors).to(LENGTH_DTYPE)
         divisor = length.float().masked_fill(length == 0, 1).unsqueeze(-1)
         rotated = _multiply(vectors / divisor, self.rotation)
         boundaries = (self.levels[1:] + self.levels[:-1]) / 2
@@ -67,7 +67,7 @@ class VectorCode:
         if self.projection is not None:
             residual = rotated - self.levels[codes]
             signs = _multiply(residual, self.projection.T) >= 0
-            parts["residual_length"] = _root_mean_square(residual).to(LENGTH_DTYPE)
+            parts["residual_length"] = root_mean_square(residual).to(LENGTH_DTYPE)
             parts["residual_signs"] = pack_codes(signs.to(torch.uint8), 1)
         return parts
 
@@ -83,7 +83,7 @@ class VectorCode:
         return _multiply(rotated, self.rotation.T) * parts["length"].float().unsqueeze(-1)
 
 
-def _root_mean_square(vectors: torch.Tensor) -> torch.Tensor:
+def root_mean_square(vectors: torch.Tensor) -> torch.Tensor:
     """Return `|v| / sqrt(n)` without overflow, rounded down where bfloat16 would be infinite; NaN if not finite."""
     largest = vectors.abs().amax(-1, keepdim=True)
     ratio = vectors / largest.masked_fill(largest == 0, 1)
