@@ -26,7 +26,7 @@ def find_generating_model(model: Any) -> PreTrainedModel:
             f"{type(model).__name__} copies a model to several devices, each of which would need a cache of its own; "
             "it does not generate: attach to model.module"
         )
-    inner = _unwrap(model)
+    inner = unwrap_model(model)
     if not isinstance(inner, PreTrainedModel) or not callable(getattr(inner, "generate", None)):
         raise ModelError(f"{type(model).__name__} is not a model of transformers that generates")
     if not hasattr(inner, PREPARE_CACHE):
@@ -52,7 +52,8 @@ def find_generating_model(model: Any) -> PreTrainedModel:
     return inner
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap_model(model: Any) -> Any:
+    """Return what a compiled or adapted model is made of; anything else as it is."""
     while not isinstance(model, PreTrainedModel):
         if isinstance(compiled := getattr(model, "_orig_mod", None), torch.nn.Module):
             model = compiled

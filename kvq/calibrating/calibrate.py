@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
+from kvq.attaching.unwrap import unwrap_model
 from kvq.calibrating.moments import Moments
 from kvq.calibrating.seen_states import EXACT_TOKENS, SeenStates, WatchedCache, queries_seen
 from kvq.calibration import Calibration
@@ -42,15 +43,13 @@ def calibrate(
         watcher: is told of every batch.
 
     Raises:
-        CalibrationError: the sequences are too short, or the states are not finite.
+        CalibrationError: the sequences are too short or no tokens of the model, or the states are not finite.
         ModelError: the model is of another kind, or caches no keys and values.
     """
-    if model.config.is_encoder_decoder:
-        raise ModelError(f"{type(model).__name__} has an encoder and a decoder; statistics are of causal models")
-    if sequences.dim() != 2 or sequences.shape[1] <= EXACT_TOKENS or not len(sequences):
-        raise CalibrationError(
-            f"sequences are {list(sequences.shape)}; [sequences, tokens] is needed, each longer than {EXACT_TOKENS}"
-        )
+    model = _find_model(model)
+    _check_sequences(sequences, model.get_input_embeddings().num_embeddings)
+    if batch_size < 1:
+        raise CalibrationError(f"batch_size={batch_size!r} is not accepted; at least 1")
     seen, rows = SeenStates(), sequences.split(batch_size)
     own_watcher = watcher or Nobody()
     own_watcher.begin(READING, len(rows), "batches")
@@ -64,6 +63,28 @@ def calibrate(
     _check_finite(layers)
     tokens = next(iter(seen.sides.values())).count
     return Calibration(layers, model=fingerprint_model(model), text=text, tokens=tokens)
+
+
+def _find_model(given: object) -> PreTrainedModel:
+    model = unwrap_model(given)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"{type(model).__name__} is not a model of transformers")
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"{type(model).__name__} has an encoder and a decoder; statistics are of causal models")
+    return model
+
+
+def _check_sequences(sequences: torch.Tensor, known: int) -> None:
+    if not isinstance(sequences, torch.Tensor) or sequences.dtype not in (torch.int64, torch.int32):
+        found = sequences.dtype if isinstance(sequences, torch.Tensor) else type(sequences).__name__
+        raise CalibrationError(f"sequences are {found}; a tensor of whole numbers [sequences, tokens] is needed")
+    if sequences.dim() != 2 or sequences.shape[1] <= EXACT_TOKENS or not len(sequences):
+        raise CalibrationError(
+            f"sequences are {list(sequences.shape)}; [sequences, tokens] is needed, each longer than {EXACT_TOKENS}"
+        )
+    least, most = (int(number) for number in sequences.aminmax())
+    if least < 0 or most >= known:
+        raise CalibrationError(f"sequences have tokens from {least} to {most}; the model knows 0 to {known - 1}")
 
 
 def _read(model: PreTrainedModel, tokens: torch.Tensor, seen: SeenStates) -> None:

@@ -78,9 +78,14 @@ def test_the_model_gets_its_attention_back(model, sequences, implementation):
         assert torch.equal(model(sequences).logits, before)
 
 
+def fail(*_):
+    raise RuntimeError("on its way")
+
+
 def test_it_gets_it_back_where_reading_fails(model):
-    with pytest.raises(IndexError):
-        calibrate(model, torch.full((1, 10), 97))  # beyond its vocabulary
+    model.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on its way"):
+        calibrate(model, torch.ones((1, 10), dtype=torch.int64))
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -94,6 +99,32 @@ def test_its_numbers_serve_where_gradients_flow(calibration):
 def test_too_little_text_is_refused(model, shape):
     with pytest.raises(CalibrationError, match="each longer than 4"):
         calibrate(model, torch.ones(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "told"),
+    [
+        ([[1, 2, 3]], "sequences are list"),
+        (None, "sequences are NoneType"),
+        (torch.rand(2, 10), "sequences are torch.float32"),
+        (torch.full((2, 10), 10_000), "tokens from 10000 to 10000"),
+        (torch.arange(-1, 9)[None], "tokens from -1 to 8"),
+    ],
+)
+def test_what_is_no_text_of_the_model_is_refused(model, sequences, told):
+    with pytest.raises(CalibrationError, match=told):
+        calibrate(model, sequences)
+
+
+@pytest.mark.parametrize("model", [None, "smollm2", torch.nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused(model, sequences):
+    with pytest.raises(ModelError, match="is not a model of transformers"):
+        calibrate(model, sequences)
+
+
+def test_a_batch_of_none_is_refused(model, sequences):
+    with pytest.raises(CalibrationError, match="batch_size=0"):
+        calibrate(model, sequences, batch_size=0)
 
 
 def test_states_that_are_not_finite_are_refused(model, sequences):
