@@ -44,6 +44,6 @@ def kvq_backend() -> BackendSpec:
         options=TurboQuantOptions,
         summary="TurboQuant: random rotation, per-vector norm, optimal scalar codebook; axes make no difference",
         url="https://arxiv.org/abs/2504.19874",
-        defaults={"nbits_k": 4, "nbits_v": 2.5},
+        defaults={"nbits_k": 4, "nbits_v": 3},
         uses_group_size=False,
     )
