@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from kvq import KVQ
 from kvq.errors import CacheStateError
@@ -44,8 +44,19 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="module")
+def sliding_model():
+    """A model whose layers all slide, over few tokens more than are read at first."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, sliding_window=TOKENS + 24, initializer_range=0.1,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
+
+
 @contextmanager
-def positions_given(model: LlamaForCausalLM, first: int) -> Iterator[None]:
+def positions_given(model: PreTrainedModel, first: int) -> Iterator[None]:
     """Give every attention of the next forwards the positions of its tokens, from `first` on."""
 
     def give(module, args, kwargs):
@@ -63,13 +74,13 @@ def positions_given(model: LlamaForCausalLM, first: int) -> Iterator[None]:
             hook.remove()
 
 
-def prefill(model: LlamaForCausalLM, press, cache) -> None:
+def prefill(model: PreTrainedModel, press, cache) -> None:
     tokens = torch.randint(0, 300, (1, TOKENS), generator=torch.Generator().manual_seed(3))
     with torch.no_grad(), positions_given(model, 0), press(model):
         model(tokens, past_key_values=cache)
 
 
-def go_on(model: LlamaForCausalLM, cache) -> torch.Tensor:
+def go_on(model: PreTrainedModel, cache) -> torch.Tensor:
     """Return the logits of 24 more tokens, one at a time: layers may hold unequally many."""
     tokens = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
@@ -98,6 +109,19 @@ def test_a_press_leaves_in_a_kvq_what_it_leaves_in_dynamic_cache(model, make, at
         for states, held in zip(cache.materialize(index), (layer.keys, layer.values), strict=True):
             torch.testing.assert_close(states, held, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", PRESSES.values(), ids=PRESSES)
+def test_a_press_on_layers_that_slide(sliding_model, make):
+    """kvpress's pipeline makes a `DynamicCache` without a configuration, whose masks count the tokens that are left."""
+    plain, cache = DynamicCache(), KVQ(model=sliding_model, backend="native", residual_length=4096)
+    assert all(layer.is_sliding for layer in cache.layers)
+    for one in (plain, cache):
+        prefill(sliding_model, make(), one)
+    lengths = [layer.keys.shape[2] for layer in plain.layers]
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    torch.testing.assert_close(go_on(sliding_model, cache), go_on(sliding_model, plain), rtol=1e-3, atol=1e-3)
+    assert cache.next_position == TOKENS + 24
 
 
 @pytest.mark.parametrize("make", PRESSES.values(), ids=PRESSES)

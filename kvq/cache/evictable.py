@@ -28,6 +28,9 @@ class Evictable(Cache):
         eviction adds about as much error as quantizing once (docs/method.md has figures). So evict much and seldom, or
         group per token.
 
+        Layers that slide take this while all tokens that they hold are in their window, which counts those that stay
+        from then on.
+
         The same happens where keys and then values of a layer are assigned, `cache.layers[i].keys = ...`, as kvpress
         does.
 
@@ -37,7 +40,7 @@ class Evictable(Cache):
                 boolean mask `[T]`, `[B, T]` or `[B, H, T]`, True for tokens that stay. Left padding stays.
 
         Raises:
-            CacheStateError: the layer holds nothing, or is none of plain attention: it slides, or is transformers'.
+            CacheStateError: the layer holds nothing, is transformers', or slides and has forgotten tokens by itself.
             StatesError: `keep` does not fit; the cache is then as it was.
         """
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None

@@ -2,13 +2,16 @@
 
 Whole chunks of the store are forgotten, so up to a chunk more is held than the window asks for. Attention does not see
 these tokens: keys, values and masks have the sizes that transformers' own sliding layer gives them.
+
+Where tokens were evicted, the window counts those that are left, as transformers' masks do: the layer is one to which
+only these came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -117,23 +120,25 @@ class SlidingKVQLayer(KVQLayer):
         self.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
-    def evict(self, keep: torch.Tensor) -> NoReturn:
-        """Refuse: the layer forgets tokens by itself, and masks count on those in its window.
+    def evict(self, keep: torch.Tensor) -> None:
+        """Forget all tokens but those named, as `KVQLayer.evict` does; the window then counts those that are left.
 
         Raises:
-            CacheStateError: always.
+            CacheStateError: the layer holds nothing, or has forgotten tokens by itself.
+            StatesError: `keep` does not fit; the layer is then as it was.
         """
-        del keep
-        self._refuse("evicted")
+        self._check_remembers()
+        super().evict(keep)
 
-    def replace(self, key_states: torch.Tensor, value_states: torch.Tensor) -> NoReturn:
-        """Refuse, for the same reason.
+    def replace(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Hold these states in the place of the present ones, as `KVQLayer.replace` does.
 
         Raises:
-            CacheStateError: always.
+            CacheStateError: the layer has forgotten tokens by itself; nothing is changed.
+            StatesError: the states do not fit; the layer is then as it was.
         """
-        del key_states, value_states
-        self._refuse("replaced")
+        self._check_remembers()
+        super().replace(key_states, value_states)
 
     def begin(self, codecs: Mapping[Side, Quantizer], like: Mapping[Side, torch.Tensor]) -> None:
         """Hold nothing yet, but be ready for states; see `KVQLayer.begin`."""
@@ -167,15 +172,22 @@ class SlidingKVQLayer(KVQLayer):
         self.kernel_cache.note_rearrangement()
         return first - held
 
-    def _assign(self, name: Side, states: torch.Tensor) -> NoReturn:
-        del states
-        self._refuse(f"assigned as {name}s")
+    def _assign(self, name: Side, states: torch.Tensor) -> None:
+        self._check_remembers()
+        super()._assign(name, states)
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise CacheStateError(
-            f"layer {self.layer_idx} slides over {self.window_length} tokens, which cannot be {what}; it forgets what "
-            "came before them by itself. A KVQ that is made without `model=` holds all tokens"
-        )
+    def _check_remembers(self) -> None:
+        """Check that the next query sees all tokens, so it is known which are left when some are dropped.
+
+        Behind the window left padding is gone from the layer, but not from the masks that `generate` makes, which count
+        from the first token held.
+        """
+        if self.get_seq_length() >= self.window_length:
+            raise CacheStateError(
+                f"layer {self.layer_idx} slides over {self.window_length} tokens and has forgotten what came before "
+                f"them; tokens can be dropped from it, or replaced, while it holds fewer than {self.window_length}. "
+                "A KVQ that is made without `model=` holds all tokens"
+            )
 
     def _forget_unseen(self, added: int) -> None:
         """Forget the whole chunks that no later query sees, nor one after a crop while the past is recorded.
