@@ -55,8 +55,8 @@ def run_block(code: str, namespace: dict[str, Any]) -> KVQ:
     if not isinstance(cache, KVQ):
         raise ValueError(f"the block left no KVQ behind, but {cache!r}")  # noqa: TRY004  # it is wrong, not mistyped
     prompt = names.get("changed", namespace["inputs"]["input_ids"])  # a block may go on with a prompt of its own
-    has_evicted = cache.next_position > cache.get_seq_length()  # then a block goes on by itself, with `new`
-    expected = prompt.shape[1] + (names["new"].shape[1] if has_evicted else NEW_TOKENS - 1)
+    has_evicted = cache.next_position > cache.get_seq_length()  # then a block goes on with `new` behind the prompt
+    expected = prompt.shape[1] + (names["new"].shape[1] if has_evicted else 0) + NEW_TOKENS - 1
     if cache.next_position != expected:
         raise ValueError(f"the cache has seen {cache.next_position} tokens, not {expected}")
     memory = cache.memory()

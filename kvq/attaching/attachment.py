@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from kvq.attaching.attention_switch import AttentionSwitch
 from kvq.attaching.decode_graph import DecodeGraph, is_plain_step
+from kvq.attaching.evicted_start import check_start
 from kvq.attaching.generation_watch import GenerationWatch
 from kvq.attaching.unwrap import find_generating_model
 from kvq.cache.encoder_decoder import EncoderDecoderKVQ
@@ -152,6 +153,8 @@ class Attachment:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own `generate` and find out whether it reads the cache."""
+        given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+        check_start(given, given.get("generation_config") or self.model.generation_config)
         watch = GenerationWatch(self.model, self._tell, lambda one: self._calls.stack[-1] is one)
         self._calls.stack.append(watch)
         if self.is_outermost:

@@ -115,7 +115,7 @@ class DecodeGraph:
 
         Args:
             input_ids: int64 `[B, 1]`.
-            position_ids: int64 `[B, 1]`, or of the shape that the model wants; by default the length of the cache.
+            position_ids: int64 `[B, 1]`, or of the shape that the model wants; by default `cache.next_position`.
 
         Raises:
             CacheStateError: the batch is padded, so the model needs a mask.
@@ -123,7 +123,7 @@ class DecodeGraph:
         if self.cache.has_padding:
             raise CacheStateError("the rows are padded, and DecodeGraph.step takes no mask; call the model itself")
         if position_ids is None:
-            position_ids = torch.full_like(input_ids, self.cache.get_seq_length())
+            position_ids = torch.full_like(input_ids, self.cache.next_position)
         output = self.replay(input_ids, position_ids)
         if output is None:
             output = self._call(input_ids, position_ids, self.cache)

@@ -19,8 +19,9 @@ class Evictable(Cache):
         are attended to as before. What changes is the length: `get_seq_length` and masks count the tokens that stay, of
         layer 0 as transformers asks for that one. So a forward that goes on is given its positions,
         `position_ids=torch.arange(cache.next_position, ...)`, and, where it is given a mask, one of the tokens that
-        stay; within one `generate`, which counts its positions itself, nothing is needed. Layers that keep
-        unequally many take one token at a time without a mask.
+        stay. Within one `generate`, which counts its positions itself, nothing is needed; one that goes on is given the
+        new tokens alone, and the mask of all that came and of these. Layers that keep unequally many take one token at
+        a time without a mask.
 
         The stored blocks before the first token that goes stay bit for bit, and tokens of the window stay exact.
         Behind it, blocks of 64 tokens close up, and their tokens are quantized once more. Groups along a token

@@ -100,6 +100,18 @@ def test_a_step_that_another_kernel_reads_is_not_recorded(model):
 
 
 @torch.no_grad()
+def test_by_default_a_token_comes_behind_all_that_came(model):
+    model.set_attn_implementation("kvq")
+    cache, tokens = KVQ(backend="native", residual_length=128), torch.arange(100)[None] % 300
+    model(tokens, use_cache=True, **pass_cache(model, cache))
+    for layer in range(len(cache.layers)):
+        cache.evict(layer, torch.arange(60, 100))
+    positions = torch.tensor([[100]])
+    expected = model(tokens[:, :1], position_ids=positions, **pass_cache(model, cache.fork())).logits
+    assert torch.equal(DecodeGraph(model, cache, record=pytest.fail).step(tokens[:, :1]), expected)
+
+
+@torch.no_grad()
 def test_a_layer_that_no_graph_holds_is_named(model):
     model.set_attn_implementation("kvq")
     cache = KVQ(backend="native", layers={0: {"full_precision": True}})

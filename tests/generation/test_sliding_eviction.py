@@ -216,6 +216,10 @@ def press(module, args, kwargs, output):
     return output
 
 
+@pytest.mark.case(
+    "a press that drops half of the prompt in a model whose layers all slide, and an answer past the window",
+    "the tokens are those of a `DynamicCache` without a configuration: the window counts the tokens that are left",
+)
 @pytest.mark.parametrize("name", ALL_SLIDE)
 @pytest.mark.filterwarnings("ignore:the rows of this batch seem to be padded")
 def test_a_press_within_one_generate(name):
