@@ -270,6 +270,21 @@ def test_it_ends_where_the_window_begins_to_slide(mistral, change):
     change(cache)  # 95 tokens are all that the next query sees
 
 
+@torch.inference_mode()
+def test_without_a_model_a_longer_prompt_can_be_cut(mistral):
+    """As the refusal advises: all tokens are held, and the mask hides those behind the window."""
+    ids, kept, more = text(padded=False)[0], torch.arange(0, 300, 2), torch.arange(300, TOTAL)[None]
+    plain, cache = DynamicCache(), KVQ(EXACT)
+    for one in (plain, cache):
+        mistral(ids[:, :300], past_key_values=one)
+    for index, layer in enumerate(plain.layers):
+        cache.evict(index, kept)
+        layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+    mask = draw_mask(torch.ones(2, len(kept) + 30), torch.arange(len(kept) + 30).expand(2, -1), 30)
+    expected = mistral(ids[:, 300:], past_key_values=plain, position_ids=more, attention_mask=mask).logits
+    assert_close(mistral(ids[:, 300:], past_key_values=cache, position_ids=more).logits, expected)
+
+
 def test_what_was_dropped_makes_room(mistral):
     """The layer slides later by what was dropped, and holds as many tokens as ever."""
     cache, states = filled(mistral, WINDOW - 1, residual_length=4096)
