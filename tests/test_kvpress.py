@@ -44,13 +44,12 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module")
-def sliding_model():
-    """A model whose layers all slide, over few tokens more than are read at first."""
+def build_sliding(window: int) -> MistralForCausalLM:
+    """Return a model whose layers all slide over `window` tokens."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=300, hidden_size=128, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, sliding_window=TOKENS + 24, initializer_range=0.1,
+        num_key_value_heads=2, head_dim=64, sliding_window=window, initializer_range=0.1,
     )  # fmt: skip
     return MistralForCausalLM(config).eval()
 
@@ -112,8 +111,9 @@ def test_a_press_leaves_in_a_kvq_what_it_leaves_in_dynamic_cache(model, make, at
 
 
 @pytest.mark.parametrize("make", PRESSES.values(), ids=PRESSES)
-def test_a_press_on_layers_that_slide(sliding_model, make):
+def test_a_press_on_layers_that_slide(make):
     """kvpress's pipeline makes a `DynamicCache` without a configuration, whose masks count the tokens that are left."""
+    sliding_model = build_sliding(TOKENS + 24)
     plain, cache = DynamicCache(), KVQ(model=sliding_model, backend="native", residual_length=4096)
     assert all(layer.is_sliding for layer in cache.layers)
     for one in (plain, cache):
@@ -122,6 +122,23 @@ def test_a_press_on_layers_that_slide(sliding_model, make):
     assert [layer.get_seq_length() for layer in cache.layers] == lengths
     torch.testing.assert_close(go_on(sliding_model, cache), go_on(sliding_model, plain), rtol=1e-3, atol=1e-3)
     assert cache.next_position == TOKENS + 24
+
+
+@pytest.mark.parametrize("make", PRESSES.values(), ids=PRESSES)
+def test_a_press_behind_the_window(make):
+    """It sees what transformers' own layers hold then. Their masks fit no longer; a cache of these states goes on."""
+    model = build_sliding(200)
+    own, kept = DynamicCache(config=model.config), DynamicCache()
+    cache = KVQ(model=model, backend="native", residual_length=4096)
+    for one in (own, cache):
+        prefill(model, make(), one)
+    for index, layer in enumerate(own.layers):
+        kept.update(layer.keys, layer.values, index)
+        for states, held in zip(cache.materialize(index), (layer.keys, layer.values), strict=True):
+            torch.testing.assert_close(states, held, rtol=1e-4, atol=1e-4)
+    assert cache.next_position == TOKENS
+    if len({layer.keys.shape[2] for layer in own.layers}) == 1:  # else no mask fits all layers once the first slides
+        torch.testing.assert_close(go_on(model, cache), go_on(model, kept), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("make", PRESSES.values(), ids=PRESSES)

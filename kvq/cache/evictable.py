@@ -29,19 +29,20 @@ class Evictable(Cache):
         eviction adds about as much error as quantizing once (docs/method.md has figures). So evict much and seldom, or
         group per token.
 
-        Layers that slide take this while all tokens that they hold are in their window, which counts those that stay
-        from then on.
+        Of layers that slide, tokens of the window are dropped. It counts those that stay from then on, and what came
+        before it stays forgotten.
 
         The same happens where keys and then values of a layer are assigned, `cache.layers[i].keys = ...`, as kvpress
         does.
 
         Args:
             layer_idx: index of the layer.
-            keep: whole numbers `[K]`, `[B, K]` or `[B, H, K]`, positions from the first token held, in any order; or a
-                boolean mask `[T]`, `[B, T]` or `[B, H, T]`, True for tokens that stay. Left padding stays.
+            keep: whole numbers `[K]`, `[B, K]` or `[B, H, K]`, positions from the first token that `materialize` shows,
+                in any order; or a boolean mask `[T]`, `[B, T]` or `[B, H, T]`, True for tokens that stay. Left padding
+                stays.
 
         Raises:
-            CacheStateError: the layer holds nothing, is transformers', or slides and has forgotten tokens by itself.
+            CacheStateError: the layer holds nothing, is transformers', or attends in chunks of which one has passed.
             StatesError: `keep` does not fit; the cache is then as it was.
         """
         layer = self.layers[layer_idx] if 0 <= layer_idx < len(self.layers) else None

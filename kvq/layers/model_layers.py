@@ -95,16 +95,20 @@ def build_layers(
     if not bounded:  # layers of one kind share a mask, so those in full precision hold all tokens too
         layers = [DynamicLayer() if kind_of(layer).slides and index in replaced else layer
                   for index, layer in enumerate(layers)]  # fmt: skip
+    chunk_length = getattr(model_config, "attention_chunk_size", None)
     return [
-        _quantized(index, settings[index], padding, layer) if index in quantized else layer
+        _quantized(index, settings[index], padding, layer, chunk_length=chunk_length) if index in quantized else layer
         for index, layer in enumerate(layers)
     ]
 
 
-def _quantized(index: int, settings: ResolvedLayer, padding: tuple[int, ...] | None, layer: Any) -> KVQLayer:
-    """Return the quantized layer in the place of one of transformers."""
+def _quantized(
+    index: int, settings: ResolvedLayer, padding: tuple[int, ...] | None, layer: Any, *, chunk_length: int | None
+) -> KVQLayer:
+    """Return the quantized layer in the place of one of transformers, where windows and chunks share a class."""
     if kind_of(layer).slides:
-        return SlidingKVQLayer(index, settings, layer.sliding_window, padding)
+        window = layer.sliding_window
+        return SlidingKVQLayer(index, settings, window, padding, is_chunked=window == chunk_length)
     return KVQLayer(index, settings, padding, new_carrier(layer))
 
 

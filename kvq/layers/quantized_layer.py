@@ -310,7 +310,7 @@ class KVQLayer(CarryingLayer):
             raise CacheStateError(f"{name} holds no tokens yet; run the model first")
         keys, values = self.materialize()
         kept = find_kept(keep, keys.shape, name)
-        check_padding_stays(kept, self._sides["key"].sinks.starts, name)
+        check_padding_stays(kept, self._seen_starts(), name)
         self.replace(gather_tokens(keys, kept), gather_tokens(values, kept))
 
     def replace(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -334,22 +334,26 @@ class KVQLayer(CarryingLayer):
                 "none can be evicted"
             )
         states: dict[Side, torch.Tensor] = {"key": key_states, "value": value_states}
-        before, length, stored = self.held_length, key_states.shape[2], self._sides["key"].store.length
+        hidden, length, stored = self.hidden_length, key_states.shape[2], self._sides["key"].store.length
+        before, newest = self.held_length - hidden, self.get_seq_length() - self.firm_length
         equal = [count_equal_ends(held, states[name]) for name, held in self._materialize_sides()]
         common, common_end = (min(counts) for counts in zip(*equal, strict=True))
-        padding = max(self._sides["key"].sinks.starts)
+        padding = max(self._seen_starts())
         if common < padding:
             raise StatesError(f"layer {self.layer_idx}: {padding} tokens of left padding cannot be replaced")
-        start = min(common // self.flush_length * self.flush_length, stored)
+        start = 0 if hidden else min(common // self.flush_length * self.flush_length, stored)
         with self._undone_on_error():
             for side in self._sides.values():
-                side.truncate(start)
+                if hidden:
+                    side.leap(hidden)
+                else:
+                    side.truncate(start)
             flush_count = self._flush_count(length - (DEFERRED_LENGTH if self.record_past else 0))
             for name, side in self._sides.items():
                 side.append(states[name][:, :, start:], flush_count)
         self._note_rewriting(start < stored)
         if length < before:
-            self.firm_length = length - min(common_end, before - self.firm_length)
+            self.firm_length = self.get_seq_length() - min(common_end, newest)
         self.evicted_length = max(0, self.evicted_length + before - length)
         self.kernel_cache.note_rearrangement()
 
@@ -437,6 +441,10 @@ class KVQLayer(CarryingLayer):
             other.dtype, other.device = self.dtype, self.device
             other._sides = {name: side.fork() for name, side in self._sides.items()}
         return other
+
+    def _seen_starts(self) -> tuple[int, ...]:
+        """Return how many of the tokens that the next query sees are left padding, for each row."""
+        return tuple(max(0, start - self.hidden_length) for start in self._sides["key"].sinks.starts)
 
     def _materialize_sides(self) -> Iterator[tuple[Side, torch.Tensor]]:
         yield from ((name, self._materialize(name)) for name in self._sides)

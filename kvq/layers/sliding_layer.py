@@ -3,8 +3,8 @@
 Whole chunks of the store are forgotten, so up to a chunk more is held than the window asks for. Attention does not see
 these tokens: keys, values and masks have the sizes that transformers' own sliding layer gives them.
 
-Where tokens were evicted, the window counts those that are left, as transformers' masks do: the layer is one to which
-only these came.
+Where tokens were evicted, the window counts those that are left, as transformers' masks do. What had been forgotten
+before stays so.
 """
 
 from __future__ import annotations
@@ -46,19 +46,29 @@ class SlidingKVQLayer(KVQLayer):
         settings: the configuration of this layer; no more tokens are kept exact than the window reaches back.
         window_length: tokens that a query sees, itself too.
         padding: tokens of left padding in each row, or None where there is none.
+        is_chunked: whether attention is chunked, or may be: a query sees those of its chunk of `window_length` tokens.
 
     Attributes:
         window_length: as given.
+        is_chunked: as given.
+        refilled_from: tokens that had come before the first one held when some were last evicted.
     """
 
     is_sliding = True
 
     def __init__(
-        self, layer_idx: int, settings: ResolvedLayer, window_length: int, padding: tuple[int, ...] | None = None
+        self,
+        layer_idx: int,
+        settings: ResolvedLayer,
+        window_length: int,
+        padding: tuple[int, ...] | None = None,
+        *,
+        is_chunked: bool = False,
     ) -> None:
         exact = min(settings.residual_length, max(0, window_length - 1))
         super().__init__(layer_idx, replace(settings, residual_length=exact), padding)
-        self.window_length = window_length
+        self.window_length, self.is_chunked = window_length, is_chunked
+        self.refilled_from = 0
 
     @property
     def chunk_length(self) -> int:
@@ -87,7 +97,7 @@ class SlidingKVQLayer(KVQLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of the keys that the next forward of `query_length` tokens sees."""
         seen = self.get_seq_length()
-        offset = max(seen - self.window_length + 1, 0)
+        offset = max(seen - self.window_length + 1, self.dropped_length)
         return seen - offset + query_length, offset
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -99,7 +109,7 @@ class SlidingKVQLayer(KVQLayer):
         Raises:
             CacheStateError: some of them are forgotten.
         """
-        if not self.is_initialized or not self.dropped_length:
+        if not self.is_initialized or self.dropped_length == self.refilled_from:
             return
         most = self.get_seq_length() - self.window_length + 1 - self.dropped_length
         if -int(tokens_to_remove) > most:
@@ -121,24 +131,42 @@ class SlidingKVQLayer(KVQLayer):
         super().crop(tokens_to_remove)
 
     def evict(self, keep: torch.Tensor) -> None:
-        """Forget all tokens but those named, as `KVQLayer.evict` does; the window then counts those that are left.
+        """Forget all tokens but those named, as `KVQLayer.evict` does, of those that the next query sees.
+
+        The window then counts the tokens that are left: it has room for as many more as were dropped.
 
         Raises:
-            CacheStateError: the layer holds nothing, or has forgotten tokens by itself.
+            CacheStateError: the layer holds nothing, or attention is chunked and a chunk is behind.
             StatesError: `keep` does not fit; the layer is then as it was.
         """
-        self._check_remembers()
+        self._check_chunk()
         super().evict(keep)
 
     def replace(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Hold these states in the place of the present ones, as `KVQLayer.replace` does.
+        """Hold these states in the place of those that the next query sees, as `KVQLayer.replace` does.
 
         Raises:
-            CacheStateError: the layer has forgotten tokens by itself; nothing is changed.
+            CacheStateError: attention is chunked and a chunk is behind, or the layer has slid and would drop nothing.
             StatesError: the states do not fit; the layer is then as it was.
         """
-        self._check_remembers()
+        self._check_chunk()
+        if self._has_slid and key_states.shape[2] >= self.window_length - 1:
+            self._check_equal(key_states, value_states)
+            return
         super().replace(key_states, value_states)
+        self.refilled_from = self.dropped_length
+
+    def reset(self) -> None:
+        """Forget everything; see `KVQLayer.reset`."""
+        super().reset()
+        self.refilled_from = 0
+
+    def fork(self) -> KVQLayer:
+        """Return an independent layer that shares the present chunks."""
+        other = super().fork()
+        if isinstance(other, SlidingKVQLayer):
+            other.refilled_from = self.refilled_from
+        return other
 
     def begin(self, codecs: Mapping[Side, Quantizer], like: Mapping[Side, torch.Tensor]) -> None:
         """Hold nothing yet, but be ready for states; see `KVQLayer.begin`."""
@@ -149,7 +177,8 @@ class SlidingKVQLayer(KVQLayer):
     def emptied(self, settings: ResolvedLayer | None = None, carried: Any = None) -> SlidingKVQLayer:
         """Return an empty layer of this kind; see `KVQLayer.emptied`."""
         del carried
-        return SlidingKVQLayer(self.layer_idx, settings or self.settings, self.window_length, self.padding)
+        own = settings or self.settings
+        return SlidingKVQLayer(self.layer_idx, own, self.window_length, self.padding, is_chunked=self.is_chunked)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         start = self._leap({"key": key_states, "value": value_states})
@@ -173,20 +202,31 @@ class SlidingKVQLayer(KVQLayer):
         return first - held
 
     def _assign(self, name: Side, states: torch.Tensor) -> None:
-        self._check_remembers()
+        self._check_chunk()
         super()._assign(name, states)
 
-    def _check_remembers(self) -> None:
-        """Check that the next query sees all tokens, so it is known which are left when some are dropped.
+    @property
+    def _has_slid(self) -> bool:
+        """Whether tokens that came are behind the window."""
+        return self.get_seq_length() >= self.window_length
 
-        Behind the window left padding is gone from the layer, but not from the masks that `generate` makes, which count
-        from the first token held.
-        """
-        if self.get_seq_length() >= self.window_length:
+    def _check_chunk(self) -> None:
+        """Check that dropping tokens does not bring those of the last chunk back into the present one."""
+        if self.is_chunked and self._has_slid:
+            raise CacheStateError(
+                f"layer {self.layer_idx} attends in chunks of {self.window_length} tokens and has passed one: without "
+                "some tokens the last chunk would reach into the present one, so none can be dropped or replaced. "
+                "A KVQ that is made without `model=` holds all tokens"
+            )
+
+    def _check_equal(self, *states: torch.Tensor) -> None:
+        """Check that states are those that the next query sees, to the bit."""
+        self.check_states(*states)
+        seen = [held for _, held in self._materialize_sides()]
+        if not all(torch.equal(*pair) for pair in zip(states, seen, strict=True)):
             raise CacheStateError(
                 f"layer {self.layer_idx} slides over {self.window_length} tokens and has forgotten what came before "
-                f"them; tokens can be dropped from it, or replaced, while it holds fewer than {self.window_length}. "
-                "A KVQ that is made without `model=` holds all tokens"
+                f"them: the {seen[0].shape[2]} that the next query sees can be replaced by fewer only"
             )
 
     def _forget_unseen(self, added: int) -> None:

@@ -258,7 +258,8 @@ class CacheFile:
             raise CacheFileError(f"layer {index} is quantized in it, and by its configuration in full precision")
         given = None if padding is None else tuple(padding)
         if header.sliding_window is not None:
-            return SlidingKVQLayer(index, settings, header.sliding_window, given)
+            # A file does not say whether attention is chunked; a model does.
+            return SlidingKVQLayer(index, settings, header.sliding_window, given, is_chunked=True)
         return KVQLayer(index, settings, given, None if carried is None else new_beside(carried, states))
 
     def _check_tensors(self, planned: Mapping[str, TensorSpec]) -> None:

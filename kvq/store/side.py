@@ -229,7 +229,10 @@ class LayerSide:
         self.contents = self.contents.without_first(count)
 
     def leap(self, count: int) -> None:
-        """Forget all tokens held, and go on `count` tokens behind the first of them; a multiple of the flush length."""
+        """Forget all tokens held, and go on `count` tokens behind the first of them.
+
+        Blocks of the store begin there; after a multiple of the flush length, where they would have begun anyway.
+        """
         self.contents = self.contents.leapt(count)
 
     def select_rows(self, rows: torch.Tensor) -> None:

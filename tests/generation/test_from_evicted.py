@@ -151,7 +151,7 @@ def test_what_goes_wrong_without_an_error_is_refused_by_an_attached_model(model,
         assert not any(torch.equal(*rows) for rows in zip(found, expected, strict=True))
     with attach(model, EXACT):
         cache = evicted(model)
-        with pytest.raises(CacheStateError, match=rf"to which {CAME} tokens came and which holds {HELD}: .*{said}"):
+        with pytest.raises(CacheStateError, match=rf"to which {CAME} tokens came and whose length is {HELD}: .*{said}"):
             model.generate(past_key_values=cache, **given, **ASKED)
         assert cache.next_position == CAME
 

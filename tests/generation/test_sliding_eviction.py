@@ -12,11 +12,15 @@ import transformers
 from transformers import DynamicCache
 
 from kvq import KVQ, attach
-from kvq.errors import CacheStateError
+from kvq.errors import CacheStateError, StatesError
 from kvq.layers.sliding_layer import SlidingKVQLayer
 
 pytestmark = pytest.mark.filterwarnings("error:attention kernel")
 WINDOW, READ, TOTAL, PADDING = 96, 80, 330, 13
+LONG = 200
+"""A prompt behind which layers have slid over their window, and forgotten the padding too."""
+FIRST = LONG - WINDOW + 1
+"""The first token of it that the next query sees."""
 SHAPE = dict(
     vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
     num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
@@ -250,29 +254,232 @@ def filled(model, count, **fields):
     return cache, states
 
 
-CHANGES = {
-    "evict": lambda cache: cache.evict(0, torch.arange(4)),
-    "evict by a mask": lambda cache: cache.evict(0, torch.arange(cache.get_seq_length()) < 4),
-    "assign": lambda cache: setattr(cache.layers[0], "values", cache.materialize(0)[1][:, :, :4]),
-    "replace": lambda cache: cache.layers[0].replace(*(one[:, :, :4] for one in cache.materialize(0))),
-}
+@pytest.fixture(scope="module", params=ALL_SLIDE)
+def slid_model(request):
+    return build(request.param)
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_it_ends_where_the_window_begins_to_slide(mistral, change):
-    cache, _ = filled(mistral, WINDOW)
-    held = [one.clone() for one in cache.materialize(0)]
-    with pytest.raises(CacheStateError, match=r"layer 0 slides over 96 tokens and has forgotten .*fewer than 96"):
-        change(cache)
-    assert cache.get_seq_length() == WINDOW
-    assert all(torch.equal(*pair) for pair in zip(held, cache.materialize(0), strict=True))
-    cache, _ = filled(mistral, WINDOW - 1)
-    change(cache)  # 95 tokens are all that the next query sees
+def kept_of_window():
+    """Return a choice of the window of each row, `[2, 47]`, as places of the prompt."""
+    return torch.stack([FIRST + torch.arange(row, WINDOW - 2, 2) for row in range(2)])
+
+
+def evict_from_window(cache):
+    for index in range(len(cache.layers)):
+        cache.evict(index, kept_of_window() - FIRST)
+    return cache
+
+
+@torch.inference_mode()
+def read_long(model, cache, *, pieces=(LONG,)):
+    ids, mask = text()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    for start, stop in pairwise((0, *pieces)):
+        given = dict(attention_mask=mask[:, :stop], position_ids=positions[:, start:stop])
+        model(ids[:, start:stop], past_key_values=cache, **given)
+    return cache
+
+
+@torch.inference_mode()
+def go_on_long(model, cache, *, is_reference=False, watch=lambda cache: None):
+    """Return the logits of what follows: the reference holds the kept tokens alone, and its mask is drawn."""
+    ids, mask = text()
+    positions, held = (mask.cumsum(-1) - 1).clamp_min(0), WINDOW // 2 - 1
+    logits = []
+    for start, stop in pairwise([LONG, LONG + 9, LONG + 10, LONG + 60, LONG + 61, TOTAL]):
+        length = held + stop - LONG
+        given = torch.cat([mask[:, :FIRST], mask[:, LONG - held : stop]], dim=1)
+        if is_reference:
+            given = draw_mask(torch.ones(2, length), torch.arange(length).expand(2, -1), stop - start)
+        more = dict(attention_mask=given, position_ids=positions[:, start:stop])
+        logits.append(model(ids[:, start:stop], past_key_values=cache, **more).logits)
+        watch(cache)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.filterwarnings("ignore:the rows of this batch seem to be padded")
+class TestBehindTheWindow:
+    """A layer that has slid drops tokens of its window, and what it has forgotten stays so."""
+
+    @pytest.mark.parametrize("pieces", [(LONG,), (90, 150, 151, LONG)])
+    def test_exact_states_give_the_logits_of_a_cache_of_the_kept_tokens(self, slid_model, pieces):
+        model = slid_model
+        plain = cut(read_long(model, DynamicCache(), pieces=pieces), kept_of_window())
+        expected = go_on_long(model, plain, is_reference=True)
+        for padding in (None, [PADDING, 0]):
+            cache = evict_from_window(read_long(model, KVQ(EXACT, model=model, padding=padding), pieces=pieces))
+            assert (cache.get_seq_length(), cache.next_position) == (FIRST + WINDOW // 2 - 1, LONG)
+            assert cache.layers[0].held_length == WINDOW // 2 - 1
+            assert_close(go_on_long(model, cache, watch=check_bound), expected)
+            assert cache.next_position == TOTAL
+        with attach(model, EXACT):
+            cache = evict_from_window(read_long(model, KVQ(EXACT, model=model), pieces=pieces))
+            assert_close(go_on_long(model, cache, watch=check_bound), expected)
+
+    @pytest.mark.parametrize("kernel", ["eager", "compiled"])
+    def test_each_reader_reads_the_same(self, kernel, monkeypatch):
+        model = build("mistral", std=0.05)
+        cache = evict_from_window(read_long(model, KVQ(FIELDS, model=model, padding=[PADDING, 0])))
+        assert cache.layers[0].side("key").store.length
+        exact = evict_from_window(read_long(model, KVQ(EXACT, model=model, padding=[PADDING, 0])))
+        held, wanted = cache.materialize(0)[0], exact.materialize(0)[0]
+        assert torch.equal(held[:, :, -3:], wanted[:, :, -3:])  # of the 8 newest of the prompt
+        assert (held - wanted).norm() < 0.1 * wanted.norm()
+        expected = go_on_long(model, cache.fork())
+        monkeypatch.setenv("KVQ_ATTENTION_KERNEL", kernel)
+        with attach(model, FIELDS):
+            assert_close(go_on_long(model, cache, watch=check_bound), expected, 1e-3)
+
+    @torch.inference_mode()
+    def test_padding_that_the_window_reaches_stays(self, mistral):
+        """Of 100 tokens the first 5 are behind the window, of 13 of padding 8 are left."""
+        (ids, mask), stop = text(), 100
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        kept = torch.cat([torch.arange(5, PADDING), torch.arange(20, stop)])
+        plain, cache = DynamicCache(), KVQ(EXACT, model=mistral, padding=[PADDING, 0])
+        for one in (plain, cache):
+            given = dict(attention_mask=mask[:, :stop], position_ids=positions[:, :stop])
+            mistral(ids[:, :stop], past_key_values=one, **given)
+        for index, layer in enumerate(plain.layers):
+            layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+            with pytest.raises(StatesError, match="row 0 begins with 8 tokens of padding"):
+                cache.evict(index, torch.arange(7, 95))
+            with pytest.raises(StatesError, match="8 tokens of left padding cannot be replaced"):
+                cache.layers[index].replace(*(one[:, :, 1:] for one in cache.materialize(index)))
+            cache.evict(index, kept - 5)
+        length = len(kept) + 40
+        left = torch.cat([mask[:, kept], mask[:, stop : stop + 40]], dim=1)
+        drawn = draw_mask(left, torch.arange(length).expand(2, -1), 40)
+        asked = dict(position_ids=positions[:, stop : stop + 40])
+        expected = mistral(ids[:, stop : stop + 40], past_key_values=plain, attention_mask=drawn, **asked).logits
+        given = torch.cat([mask[:, :5], left], dim=1)
+        assert_close(
+            mistral(ids[:, stop : stop + 40], past_key_values=cache, attention_mask=given, **asked).logits, expected
+        )
+
+    def test_a_press_on_a_prompt_longer_than_the_window(self, slid_model):
+        """Its rows have padding, which is behind the window; the reference goes on by itself, with positions."""
+        model, (ids, mask) = slid_model, text()
+        asked = dict(attention_mask=mask[:, :LONG], max_new_tokens=90, do_sample=False)
+        plain = read_long(model, DynamicCache())
+        step = model.generate(ids[:, :LONG], **{**asked, "max_new_tokens": 1})[:, -1:]
+        for layer in plain.layers:
+            layer.keys, layer.values = layer.keys[:, :, FIRST::2], layer.values[:, :, FIRST::2]
+        expected, position = [step], mask[:, :LONG].sum(1, keepdim=True)
+        for _ in range(89):
+            with torch.inference_mode():
+                step = model(step, past_key_values=plain, position_ids=position).logits[:, -1:].argmax(-1)
+            expected, position = [*expected, step], position + 1
+
+        def press(module, args, kwargs, output):
+            layer = kwargs.get("past_key_values", kwargs.get("cache")).layers[module.layer_idx]
+            if kwargs["hidden_states"].shape[1] == LONG:
+                layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+            return output
+
+        hooks = [one.self_attn.register_forward_hook(press, with_kwargs=True) for one in model.model.layers]
+        cache = KVQ(EXACT, model=model, padding=[PADDING, 0])
+        found = model.generate(ids[:, :LONG], past_key_values=cache, **asked)
+        with attach(model, EXACT) as attachment:
+            attached = model.generate(ids[:, :LONG], **asked)
+        for hook in hooks:
+            hook.remove()
+        assert torch.equal(found[:, LONG:], torch.cat(expected, dim=1))
+        assert torch.equal(attached, found)
+        assert attachment.cache.next_position == cache.next_position == LONG + 89
+        assert len(found[:, LONG:].unique()) > 8
+
+    def test_generate_goes_on(self, slid_model):
+        model, (ids, mask) = slid_model, text()
+        cache = evict_from_window(read_long(model, KVQ(EXACT, model=model, padding=[PADDING, 0])))
+        other, new = cache.fork(), ids[:, LONG : LONG + 5]
+        asked = dict(attention_mask=mask[:, : LONG + 5], max_new_tokens=70, do_sample=False)
+        found = model.generate(new, past_key_values=cache, **asked)
+        positions = mask[:, : LONG + 5].cumsum(-1)[:, -5:] - 1
+        step, expected = new, [new]
+        for _ in range(70):
+            with torch.inference_mode():
+                step = model(step, past_key_values=other, position_ids=positions).logits[:, -1:].argmax(-1)
+            expected, positions = [*expected, step], positions[:, -1:] + 1
+        assert torch.equal(found, torch.cat(expected, dim=1))
+
+    def test_crops_reach_what_came_behind_and_is_held(self, mistral):
+        cache = evict_from_window(filled(mistral, LONG, residual_length=4096)[0])
+        with pytest.raises(CacheStateError, match="only the newest 0 came"):
+            cache.fork().crop(-2)  # the newest that stays in one of the rows
+        held = [one.clone() for one in cache.materialize(1)]
+        more = torch.randn(2, 2, 30, 16)
+        for turns in (1, 2):  # 30 more fit into the window, 60 do not
+            for layer in range(2):
+                for _ in range(turns):
+                    cache.update(more, more, layer)
+            if turns == 1:
+                cache.crop(-30)
+                assert all(torch.equal(*pair) for pair in zip(held, cache.materialize(1), strict=True))
+                assert cache.next_position == LONG
+        assert cache.layers[0].dropped_length >= FIRST
+        assert cache.layers[0].hidden_length == WINDOW // 2 - 1 + 60 - (WINDOW - 1)
+        for _ in range(4):
+            for layer in range(2):
+                cache.update(more, more, layer)
+        with pytest.raises(CacheStateError, match="has forgotten what came before them; the newest"):
+            cache.crop(-150)
+        fork, again = cache.fork(), cache.fork()
+        again.reset()
+        assert (fork.layers[0].refilled_from, again.layers[0].refilled_from) == (FIRST, 0)
+
+    def test_a_crop_reaches_behind_the_newest_gap(self, mistral):
+        cache = evict_from_window(filled(mistral, LONG)[0])
+        more = torch.randn(2, 2, 10, 16)
+        for layer in range(2):
+            cache.update(more, more, layer)
+            cache.evict(layer, torch.arange(WINDOW // 2 + 9) != 40)
+        with pytest.raises(CacheStateError, match="only the newest 10 came"):
+            cache.crop(-11)
+        cache.crop(-10)
+        assert cache.next_position == LONG
+
+    def test_tokens_before_the_gap_stay(self, mistral):
+        """Those held behind the window went, so blocks begin at other tokens."""
+        cache = filled(mistral, LONG)[0]
+        kept, before = torch.cat([torch.arange(60), torch.arange(70, WINDOW - 1)]), cache.materialize(0)[0]
+        cache.evict(0, kept)
+        after = cache.materialize(0)[0]
+        assert cache.layers[0].held_length == after.shape[2] == len(kept)
+        assert (after - before[:, :, kept]).norm() < 0.15 * before.norm()
+
+    def test_it_cannot_be_replaced_by_as_much(self, mistral):
+        cache, _ = filled(mistral, LONG)
+        keys, values = cache.materialize(0)
+        cache.layers[0].keys, cache.layers[0].values = keys, values  # the same: nothing changes
+        cache.evict(0, torch.arange(WINDOW - 1))
+        assert cache.next_position == cache.get_seq_length() == LONG
+        with pytest.raises(CacheStateError, match="95 that the next query sees can be replaced by fewer only"):
+            cache.layers[0].keys = keys + 1
+        assert torch.equal(cache.materialize(0)[0], keys)
+
+    @pytest.mark.parametrize("change", ["evict", "assign", "replace"])
+    def test_chunks_are_not_told_apart_any_more(self, change, tmp_path):
+        model = build("llama4")
+        changes = {
+            "evict": lambda cache: cache.evict(0, torch.arange(4)),
+            "assign": lambda cache: setattr(cache.layers[0], "values", cache.materialize(0)[1][:, :, :4]),
+            "replace": lambda cache: cache.layers[0].replace(*(one[:, :, :4] for one in cache.materialize(0))),
+        }
+        cache, _ = filled(model, WINDOW)
+        path = tmp_path / "a.safetensors"
+        cache.save(path, model=model)
+        for one in (cache, cache.fork(), KVQ.load(path, model=model), KVQ.load(path)):
+            held = one.materialize(0)
+            with pytest.raises(CacheStateError, match="layer 0 attends in chunks of 96 tokens and has passed one"):
+                changes[change](one)
+            assert all(torch.equal(*pair) for pair in zip(held, one.materialize(0), strict=True))
+        changes[change](filled(model, WINDOW - 1)[0])
 
 
 @torch.inference_mode()
 def test_without_a_model_a_longer_prompt_can_be_cut(mistral):
-    """As the refusal advises: all tokens are held, and the mask hides those behind the window."""
+    """As kvpress does it: all tokens are held, and each that is dropped shows one more from behind the window."""
     ids, kept, more = text(padded=False)[0], torch.arange(0, 300, 2), torch.arange(300, TOTAL)[None]
     plain, cache = DynamicCache(), KVQ(EXACT)
     for one in (plain, cache):
@@ -303,8 +510,6 @@ def test_what_was_dropped_makes_room(mistral):
     assert cache.get_mask_sizes(1, 0) == (WINDOW, 1)
     assert torch.equal(cache.materialize(0)[0][:, :, : len(kept) - 1], states[:, :, kept[1:]])
     assert cache.next_position == WINDOW - 1 + (WINDOW - 1 - len(kept)) + 1
-    with pytest.raises(CacheStateError, match="slides over 96 tokens"):
-        cache.evict(0, torch.arange(4))
 
 
 def test_copies_crops_and_files_know_of_it(mistral, tmp_path):
