@@ -29,7 +29,14 @@ from kvq.benchmark.machine import describe_machine
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "first-call.json"
 TOKENS = 256
 LATER = 20
-SHAPE = dict(hidden_size=576, num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+SHAPE = {
+    "hidden_size": 576,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
+"""Of SmolLM2, with one layer."""
 
 
 def main() -> None:
@@ -59,17 +66,14 @@ def main() -> None:
 def measure_anew(threads: int) -> dict[str, float]:
     """Return what a new process measured."""
     command = [sys.executable, __file__, "--once", "--threads", str(threads)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  # this file
     found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
 @torch.inference_mode()
 def measure() -> dict[str, float]:
-    """Return the milliseconds of the first use of each part, and the median of later ones.
-
-    One layer in the shape of SmolLM2, float32, with the defaults of the backend native.
-    """
+    """Return the milliseconds of the first use of each part, and the median of later ones: float32, backend native."""
     config = LlamaConfig(**SHAPE, vocab_size=9, attn_implementation="kvq")
     module = nn.Module()
     module.config = config

@@ -45,7 +45,7 @@ def render_speed() -> str:
     later = [run for run in load_runs("cpu") if "instructions" in run["machine"]]
     parts += ["Targets, on the first of these CPUs:", table(TARGET_COLUMNS, target_rows(first, load_gpu_runs()))]
     parts += ["Targets on AVX2, as shares of the time of full precision:"]
-    parts.append(table(TARGET_COLUMNS, avx2_target_rows(later)))
+    parts.append(table(TARGET_COLUMNS, avx2_target_rows(later, _load("first-call.json"))))
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
     return "\n\n".join(parts)
@@ -91,6 +91,11 @@ def load_runs(device: str) -> list[dict[str, Any]]:
     """Return the runs that were made on a type of device, in the order of their files."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("speed-*.json"))]
     return [run for run in runs if run["machine"]["device"] == device]
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
 
 
 def describe_machine(run: dict[str, Any]) -> str:

@@ -43,8 +43,13 @@ def target_rows(runs: Sequence[Facts], gpu_runs: Sequence[Facts] = ()) -> list[t
     ]
 
 
-def avx2_target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
-    """Return a row for each target of processors without AVX-512: times as shares of full precision's."""
+def avx2_target_rows(runs: Sequence[Facts], first_call: Facts) -> list[tuple[str, str, str, str]]:
+    """Return a row for each target of processors without AVX-512: times as shares of full precision's.
+
+    Args:
+        runs: results of `kvq bench`.
+        first_call: result of `scripts/first_call.py`.
+    """
     layers, models = [run for run in runs if not has_model(run)], [run for run in runs if has_model(run)]
     return [
         ("one layer at 8,192 tokens, of the buffer's time: bf16, fp32", "0.40, 0.28", "0.28, 0.18",
@@ -52,9 +57,10 @@ def avx2_target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
         ("SmolLM2 in fp32 at 256, 4,096 and 7,680 tokens, of DynamicCache's time", "1.05, 0.65, 0.5",
          "1.0, 0.55, 0.4", _join(_shares(_settings(models, "model", MODEL_LENGTHS), "to_dynamic"))),
         ("512 steps in a row, hqq: 99th percentile over median", "2", "1.5",
-         _join(f"{one['p99_to_median']:.2f}" for facts in _all_steps(layers) if (one := _find(facts, HQQ)))),
+         _join([*_tails(layers, ""), *_tails(models, " (SmolLM2)")])),
         ("a step with a flush over one without, native, one layer at 8,192", "2", "1.5",
          _join(_flushes(_settings(layers, "layer", LENGTHS[:1])))),
+        ("first step of a process, code on disk", "50 ms", "20 ms", f"{first_call['median_ms']['first step']:.0f} ms"),
     ]  # fmt: skip
 
 
@@ -75,6 +81,10 @@ def _flushes(settings: Iterable[Facts]) -> Iterable[str]:
         one = _find(facts, FUSED)
         if one and one["flush_ms"]:
             yield f"{one['flush_ms']['median'] / one['step_ms']['median']:.2f} ({DTYPES[facts['dtype']]})"
+
+
+def _tails(runs: Sequence[Facts], suffix: str) -> Iterable[str]:
+    return (f"{one['p99_to_median']:.2f}{suffix}" for facts in _all_steps(runs) if (one := _find(facts, HQQ)))
 
 
 def _all_steps(runs: Sequence[Facts]) -> Iterable[Facts]:

@@ -64,15 +64,22 @@ def test_targets_without_avx512_are_shares_of_full_precision():
             "layer": [setting_facts(8192, fused), setting_facts(2048, fused)],
             "steps": [setting_facts(2048, measured("kvq hqq 4, fused", p99_to_median=2.17), dtype="float32")],
         },
-        {"options": {"model": "smollm2"}, "layer": [setting_facts(4096, fused)], "model": [setting_facts(4096, whole)]},
+        {
+            "options": {"model": "smollm2"},
+            "layer": [setting_facts(4096, fused)],
+            "model": [setting_facts(4096, whole)],
+            "steps": [setting_facts(256, measured("kvq hqq 4, fused", p99_to_median=1.2), dtype="float32")],
+        },
     ]
-    assert [row[-1] for row in avx2_target_rows(runs)] == [
+    first_call = {"median_ms": {"first step": 31.6}}
+    assert [row[-1] for row in avx2_target_rows(runs, first_call)] == [
         "0.45 (bf16 at 8,192)",
         "0.80 (bf16 at 4,096)",
-        "2.17",
+        "2.17, 1.20 (SmolLM2)",
         "1.50 (bf16)",
+        "32 ms",
     ]
-    assert {row[-1] for row in avx2_target_rows([])} == {LEFT_OUT}
+    assert {row[-1] for row in avx2_target_rows([], first_call)} == {LEFT_OUT, "32 ms"}
 
 
 def test_every_run_on_a_gpu_links_its_own_file(tmp_path, monkeypatch):
