@@ -1,5 +1,6 @@
 /* AVX-512 with VNNI, or AVX-VNNI, for a processor that has neither: what attend.c calls, lane by lane as Intel's
- * Intrinsics Guide defines it. Included before attend.c; EMULATE_AVX_VNNI chooses the second. */
+ * Intrinsics Guide defines it. Included before attend.c; EMULATE_AVX_VNNI chooses the second. What is called in
+ * unrolled loops is not inlined: the compiler would take minutes. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,7 +13,7 @@ static inline int32_t emulated_products(int32_t sum, const int16_t *a, const int
 
 #if defined(EMULATE_AVX_VNNI)
 #define __AVXVNNI__ 1
-static inline __m256i emulated_dpwssd_256(__m256i sum, __m256i a, __m256i b) {
+static __attribute__((noinline)) __m256i emulated_dpwssd_256(__m256i sum, __m256i a, __m256i b) {
   int32_t sums[8];
   int16_t left[16], right[16];
   memcpy(sums, &sum, 32), memcpy(left, &a, 32), memcpy(right, &b, 32);
@@ -30,7 +31,7 @@ typedef float emulated_m512 __attribute__((vector_size(64)));
 #define __m512i emulated_m512i
 #define __m512 emulated_m512
 
-static inline emulated_m512i emulated_unpack(emulated_m512i a, emulated_m512i b, int from) {
+static __attribute__((noinline)) emulated_m512i emulated_unpack(emulated_m512i a, emulated_m512i b, int from) {
   int16_t left[32], right[32], result[32];
   memcpy(left, &a, 64), memcpy(right, &b, 64);
   for (int lane = 0; lane < 32; lane += 8)
@@ -41,7 +42,8 @@ static inline emulated_m512i emulated_unpack(emulated_m512i a, emulated_m512i b,
   memcpy(&a, result, 64);
   return a;
 }
-static inline emulated_m512i emulated_dpwssd(emulated_m512i sum, emulated_m512i a, emulated_m512i b) {
+static __attribute__((noinline)) emulated_m512i emulated_dpwssd(emulated_m512i sum, emulated_m512i a,
+                                                                emulated_m512i b) {
   int16_t left[32], right[32];
   memcpy(left, &a, 64), memcpy(right, &b, 64);
   for (int i = 0; i < 16; i++) sum[i] = emulated_products(sum[i], left + 2 * i, right + 2 * i);

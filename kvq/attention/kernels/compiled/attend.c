@@ -36,7 +36,9 @@
 #else
 #define MAX_VECTORS 4
 #endif
-#define EXACT_TILE 64 /* tokens in full precision that are weighed together */
+#define UNROLLED _Pragma("GCC unroll 8") /* or sums would not stay in registers */
+#define STORED_TILE 256 /* tokens that are weighed together, about: stored ones, and ones in full precision */
+#define EXACT_TILE 64
 
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
@@ -249,6 +251,18 @@ static inline float largest_lane(vf x) {
 #endif
 }
 
+static inline int32_t sum_whole(vi x) {
+#if VL == 8 && defined(__AVX2__)
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+#else
+  uint32_t total = 0;
+  for (int i = 0; i < VL; i++) total += (uint32_t)x[i];
+  return (int32_t)total;
+#endif
+}
+
 static inline vi larger(vi a, vi b) {
 #if defined(__AVX512F__)
   return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
@@ -260,20 +274,15 @@ static inline vi larger(vi a, vi b) {
 #endif
 }
 
-/* exp for x <= 0; 0 below the least normal number, NaN for NaN. Polynomial: Cephes' expf. */
+/* exp for x <= 0; 0 below the least normal number, NaN for NaN. The polynomial is 2 ** x within 0.5 of 0 with the least
+ * relative error that its degree allows, 7.5e-8; summed in few steps, each of which waits for the one before. */
 static inline vf exponential(vf x) {
-  vf n = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2 ** 23 rounds to the nearest integer */
-  vi power = (vi)n - 0x4b400000;
-  n = n - 12582912.0f;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf y = splat(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  y = y * (vf)((power + 127) << 23);
+  const float magic = 12582912.0f + 127.0f; /* 1.5 * 2 ** 23 rounds to the nearest integer, 127 is the exponent of 1 */
+  vf shifted = x * 1.44269504088896341f + magic;
+  vf r = x * 1.44269504088896341f - (shifted - magic), squared = r * r;
+  vf low = 0.693146967f * r + 1.00000007f, middle = 0.0555071327f * r + 0.240221197f;
+  vf high = 0.0013276472f * r + 0.00967554133f;
+  vf y = ((high * squared + middle) * squared + low) * (vf)((vi)shifted << 23);
   return choose(x < -87.0f, (vf){0}, y);
 }
 
@@ -387,15 +396,22 @@ DEFINE_UNPACK(8)
 DEFINE_UNPACK(16)
 DEFINE_UNPACK(32)
 DEFINE_UNPACK(64)
+#if defined(WHOLE_BYTES)
+#define WIDEST_UNPACK WHOLE_BYTES /* compilers take wider ones apart by way of memory */
+#else
+#define WIDEST_UNPACK 64
+#endif
 
 static inline __attribute__((always_inline)) void unpack_runs(const int width, int shift, int first, uint8_t half,
                                                               const uint8_t *from, uint8_t *to, int64_t outer,
                                                               const int64_t run, int64_t outer_stride) {
   for (int64_t o = 0; o < outer; o++, from += run, to += outer_stride) {
     int64_t i = 0;
-    for (; i + 64 <= run; i += 64) unpack_64(width, shift, first, half, from + i, to + i, run);
-    if (i + 32 <= run) unpack_32(width, shift, first, half, from + i, to + i, run), i += 32;
-    if (i + 16 <= run) unpack_16(width, shift, first, half, from + i, to + i, run), i += 16;
+    if (WIDEST_UNPACK == 64)
+      for (; i + 64 <= run; i += 64) unpack_64(width, shift, first, half, from + i, to + i, run);
+    if (WIDEST_UNPACK >= 32)
+      for (; i + 32 <= run; i += 32) unpack_32(width, shift, first, half, from + i, to + i, run);
+    for (; i + 16 <= run; i += 16) unpack_16(width, shift, first, half, from + i, to + i, run);
     if (i + 8 <= run) unpack_8(width, shift, first, half, from + i, to + i, run), i += 8;
     for (; i < run; i++)
       for (int part = 0; part < 8 / width; part++) {
@@ -434,31 +450,47 @@ static cursor_t seek(const side_t *side, int64_t block) {
 
 typedef struct {
   int8_t *codes;
-  uint32_t *pairs; /* see "Whole numbers" */
   float *levels; /* [chunks][outer][CHUNK], what the codes stand for, where a codebook says so */
   float *scale, *mid; /* per channel [D], per token [groups][L] */
-  const uint8_t *factor; /* [L], codes; NULL: none */
+  float *factor; /* [L] */
+  int has_factor;
   const uint8_t *ahead; /* the widest plane of the block behind, which is fetched while this one is multiplied */
-  int64_t ahead_bytes;
+  int64_t pace; /* bytes of it for each pass of a loop over the codes */
+#if defined(WHOLE_BYTES)
+  const uint8_t *rows; /* see layout_t */
+#endif
 } block_t;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Elements of the outer dimension that share a scale, or have none of their own: channels of keys, tokens of values. */
-static inline int64_t outer_length(const side_t *side, int is_key) {
-  if (!is_key) return side->block_length;
+/* Columns that are multiplied together. */
+#if defined(WHOLE_BYTES)
+#define CHUNK WHOLE_BYTES
+#else
+#define CHUNK (MAX_VECTORS * VL)
+#endif
+
+/* Columns of a block that are multiplied one after another: all of them, or those of a group. */
+static inline int64_t count_columns(const side_t *side, int is_key) {
+  if (is_key) return side->block_length;
   return side->per_channel ? side->head_dim : side->group_length;
+}
+
+static inline int64_t count_chunks(const side_t *side, int is_key) {
+  int64_t inner = is_key ? side->block_length : side->head_dim, columns = count_columns(side, is_key);
+  return divide_up(inner, columns) * divide_up(columns, CHUNK);
 }
 
 #if defined(WHOLE_BYTES)
 /* ---- Whole numbers: products of codes with numbers that were rounded to 16 bits and a step.
  *
  * One instruction multiplies 16-bit numbers and adds two neighbours into 32 bits, so codes of two successive places of
- * the outer dimension are put beside each other: a "pair". WHOLE_BYTES columns of such two rows, a "chunk", make four
- * vectors of pairs. Rows are interleaved by words, of two columns each; so of every 16 columns the first vector has
- * the even ones among the lower 8, the second the odd ones, and the others those of the upper 8. `write_sums` brings
+ * the outer dimension are put beside each other: a "pair". They are taken from two rows of packed bytes while they are
+ * multiplied, for all rows of numbers at once: rows are interleaved by words, of two columns each, then shifted and
+ * masked. So WHOLE_BYTES columns, a "chunk", make four vectors of pairs, and of every 16 columns the first vector has
+ * the even ones among the lower 8, the second the odd ones, and the others those of the upper 8. `order_sums` brings
  * them into order.
  *
  * Numbers are at most 32767, codes less their half at most 128, and at most 512 products are summed: below 2 ** 31.
@@ -470,7 +502,6 @@ static inline int64_t outer_length(const side_t *side, int is_key) {
  * rotation would gather it in one channel. What is left is as random as the codes. Where it would show, the remainders
  * are rounded to 16 bits as well and multiplied too: a second "layer". */
 
-#define CHUNK WHOLE_BYTES
 #define MAX_SUMMED 512
 #define LARGEST 32767.0f
 #define PAIRS 4
@@ -512,7 +543,10 @@ static inline wu add_products(wu sum, wu codes, wu numbers) {
 
 /* A chunk of a row; a run shorter than that is repeated until it fills one. */
 static inline __attribute__((always_inline)) wu load_run(const uint8_t *from, const int64_t run) {
+  uint32_t four;
   int64_t eight;
+  memcpy(&four, from, 4);
+  if (run == 4) return (wu){0} + four;
   memcpy(&eight, from, 8);
 #if WHOLE_BYTES == 64
   if (run == 8) return (wu)_mm512_set1_epi64(eight);
@@ -527,169 +561,220 @@ static inline __attribute__((always_inline)) wu load_run(const uint8_t *from, co
   return *(const wu_any *)from;
 }
 
-/* Write the codes of a chunk from interleaved rows; they stand `place` high in a byte, and `shift` high in a code. */
-static inline __attribute__((always_inline)) void write_pairs(uint32_t *to, wu low, wu high, int place, const int width,
-                                                              int shift, int first) {
-  wu mask = (wu){0} + 0x00010001u * (uint32_t)((1 << width) - 1);
-  wu codes[PAIRS] = {low >> place & mask, low >> (place + 8) & mask, high >> place & mask, high >> (place + 8) & mask};
-  for (int i = 0; i < PAIRS; i++) {
-    if (shift) codes[i] <<= shift;
-    if (!first) codes[i] |= ((wu *)to)[i];
-    ((wu *)to)[i] = codes[i];
-  }
-}
-
-/* One plane of keys: D rows of `run` bytes. */
-static inline __attribute__((always_inline)) void pair_keys(const int width, int shift, const int64_t run,
-                                                            int64_t outer, const uint8_t *packed, uint32_t *to) {
-  int64_t pairs = outer / 2, per_chunk = run < CHUNK ? CHUNK / run : 1, per_part = run < CHUNK ? 1 : run / CHUNK;
-  int64_t chunks = run < CHUNK ? divide_up(8 / width, per_chunk) : 8 / width;
-  wu low_shift, high_shift; /* where a chunk has several parts of a run */
-  for (int i = 0; i < LANES; i++) {
-    low_shift[i] = (uint32_t)(i / 4 * 16 / run * width);
-    high_shift[i] = (uint32_t)((i / 4 * 16 + 8) / run * width);
-  }
-  for (int64_t k = 0; k < pairs; k++, packed += 2 * run)
-    for (int64_t i = 0; i < per_part; i++) {
-      wu a = load_run(packed + i * CHUNK, run), b = load_run(packed + run + i * CHUNK, run);
-      wu low = WHOLE(unpacklo_epi16, a, b), high = WHOLE(unpackhi_epi16, a, b);
-      if (run < CHUNK) low >>= low_shift, high >>= high_shift;
-      for (int64_t part = 0; part < chunks; part++)
-        write_pairs(to + ((part * per_part + i) * pairs + k) * PAIRS * LANES, low, high,
-                    (int)(part * per_chunk * width), width, shift, shift == 0);
-    }
-}
-
-/* One plane of values: as many rows of D bytes as a part has tokens. */
-static inline __attribute__((always_inline)) void pair_values(const int width, int shift, int64_t rows, int64_t dim,
-                                                              int64_t pairs, const uint8_t *packed, uint32_t *to) {
-  for (int64_t k = 0; k < rows / 2; k++, packed += 2 * dim)
-    for (int64_t i = 0; i < dim / CHUNK; i++) {
-      wu a = *(const wu_any *)(packed + i * CHUNK), b = *(const wu_any *)(packed + dim + i * CHUNK);
-      wu low = WHOLE(unpacklo_epi16, a, b), high = WHOLE(unpackhi_epi16, a, b);
-      for (int part = 0; part < 8 / width; part++)
-        write_pairs(to + (i * pairs + part * rows / 2 + k) * PAIRS * LANES, low, high, part * width, width, shift,
-                    shift == 0);
-    }
-}
-
-/* Whether the planes of a side can be paired as they are packed, without a byte for each code in between. */
-static int is_paired_directly(const side_t *side, int is_key) {
-  int64_t L = side->block_length, D = side->head_dim;
-  if (!is_key && (D % CHUNK || (!side->per_channel && side->groups > 1 && side->group_length % CHUNK))) return 0;
-  if (is_key && (D % 2 || (!side->per_channel && side->groups > 1 && side->group_length % 2))) return 0;
-  for (int64_t p = 0; p < side->plane_count; p++) {
-    int64_t bytes = L * side->widths[p] / 8;
-    if (is_key ? bytes % CHUNK && bytes != 8 && bytes != 16 && bytes != 32 : bytes % 2) return 0;
-  }
-  return 1;
-}
-
-static void pair_plane(const side_t *side, int is_key, int64_t width, int shift, const uint8_t *packed, uint32_t *to) {
-  int64_t L = side->block_length, D = side->head_dim, bytes = L * width / 8;
-#define PAIR_KEYS(WIDTH, RUN) pair_keys(WIDTH, shift, RUN, D, packed, to)
-#define PAIR(WIDTH)                                                                                                  \
-  do {                                                                                                               \
-    if (!is_key) pair_values(WIDTH, shift, bytes, D, L / 2, packed, to);                                             \
-    else if (bytes == 8) PAIR_KEYS(WIDTH, 8);                                                                        \
-    else if (bytes == 16) PAIR_KEYS(WIDTH, 16);                                                                      \
-    else if (bytes == 32) PAIR_KEYS(WIDTH, 32);                                                                      \
-    else PAIR_KEYS(WIDTH, bytes);                                                                                    \
-  } while (0)
-  if (width == 8) PAIR(8);
-  else if (width == 4) PAIR(4);
-  else if (width == 2) PAIR(2);
-  else PAIR(1);
-}
-
-/* Pairs of a column, group by group. */
-static inline int64_t count_pairs(const side_t *side, int is_key) {
-  int64_t outer = is_key ? side->head_dim : side->block_length, length = outer_length(side, is_key);
-  return outer / length * divide_up(length, 2) + divide_up(outer % length, 2);
-}
-
-/* Pair codes [outer][inner]; what is read behind a row is multiplied by 0, or is a column that nobody wants. */
-static void pair_codes(const side_t *side, int is_key, const uint8_t *codes, uint32_t *to) {
-  int64_t L = side->block_length, D = side->head_dim, outer = is_key ? D : L, inner = is_key ? L : D;
-  int64_t length = outer_length(side, is_key), pairs = count_pairs(side, is_key), k = 0;
-  int64_t columns = is_key || side->per_channel ? inner : side->group_length;
-  for (int64_t start = 0; start < outer; start += length)
-    for (int64_t row = start; row < least(outer, start + length); row += 2, k++) {
-      uint32_t *place = to + k * PAIRS * LANES;
-      for (int64_t group = 0; group < inner; group += columns)
-        for (int64_t c = group; c < least(inner, group + columns); c += CHUNK, place += pairs * PAIRS * LANES) {
-          wu a = *(const wu_any *)(codes + row * inner + c), b = *(const wu_any *)(codes + (row + 1) * inner + c);
-          write_pairs(place, WHOLE(unpacklo_epi16, a, b), WHOLE(unpackhi_epi16, a, b), 0, 8, 0, 1);
-        }
-    }
-}
-
-/* Sums of R rows and N of the vectors of a chunk over `count` pairs, from what `start` says. */
-static inline __attribute__((always_inline)) void sum_pairs(const int R, const int N, const uint32_t *numbers,
-                                                            int64_t stride, const uint32_t *start,
-                                                            const uint32_t *pairs, int64_t count, uint32_t *sums,
-                                                            const uint8_t *ahead, int64_t pace) {
-  wu total[MAX_ROWS][PAIRS];
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) total[r][n] = (wu){0} + start[r];
-  for (int64_t k = 0; k < count; k++) {
-    wu codes[PAIRS];
-    __builtin_prefetch(ahead + k * pace);
-    for (int n = 0; n < N; n++) {
-      codes[n] = ((const wu *)pairs)[k * PAIRS + n];
-      KEEP(codes[n]);
-    }
-    for (int r = 0; r < R; r++) {
-      wu number = (wu){0} + numbers[r * stride + k];
-      for (int n = 0; n < N; n++) total[r][n] = add_products(total[r][n], codes[n], number);
+/* One plane of keys whose rows are shorter than a chunk, which is filled by the codes of one or several parts. */
+static inline __attribute__((always_inline)) void unpack_short_rows(const int width, int shift, const int64_t run,
+                                                                    int64_t rows, const uint8_t *from, uint8_t *to) {
+  wu places, mask = (wu){0} + 0x01010101u * (uint32_t)((1 << width) - 1);
+  for (int i = 0; i < LANES; i++) places[i] = (uint32_t)(i * 4 / run * width);
+  for (int64_t row = 0; row < rows; row++, from += run) {
+    wu packed = load_run(from, run);
+    for (int part = 0; part < 8 / width; part += (int)(CHUNK / run), to += CHUNK) {
+      wu codes = packed >> (places + (uint32_t)(part * width)) & mask;
+      if (shift) codes = *(wu_any *)to | codes << shift;
+      *(wu_any *)to = codes;
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) ((wu *)sums)[r * PAIRS + n] = total[r][n];
 }
 
-static void sum_chunk(int rows, const uint32_t *numbers, int64_t stride, const uint32_t *start, const uint32_t *pairs,
-                      int64_t count, uint32_t *sums, const uint8_t *ahead, int64_t pace) {
-  const int N = MAX_VECTORS;
-  for (int n = 0; n < PAIRS; n += N) {
-    const uint32_t *from = pairs + n * LANES;
-    uint32_t *to = sums + n * LANES;
-    if (rows == 1) sum_pairs(1, N, numbers, stride, start, from, count, to, ahead, pace);
-    else if (rows == 2) sum_pairs(2, N, numbers, stride, start, from, count, to, ahead, pace);
-    else if (rows == 3) sum_pairs(3, N, numbers, stride, start, from, count, to, ahead, pace);
-    else sum_pairs(4, N, numbers, stride, start, from, count, to, ahead, pace);
-    ahead += count * pace;
+/* One plane of a block that is not multiplied as it is packed; the first one overwrites what stood there. */
+static void unpack_bytes(const side_t *side, int is_key, int64_t width, int shift, const uint8_t *packed,
+                         int8_t *codes) {
+  int64_t L = side->block_length, D = side->head_dim, run = L * width / 8;
+  uint8_t *to = (uint8_t *)codes;
+  int is_short = is_key && WHOLE_BYTES > 16 && run < CHUNK && L % CHUNK == 0; /* 16: one shift for all lanes */
+  if (is_short && width == 1 && run == 4) unpack_short_rows(1, shift, 4, D, packed, to);
+  else if (is_short && width == 1 && run == 8) unpack_short_rows(1, shift, 8, D, packed, to);
+  else if (is_short && width == 2 && run == 8) unpack_short_rows(2, shift, 8, D, packed, to);
+  else if (is_short && width == 2 && run == 16) unpack_short_rows(2, shift, 16, D, packed, to);
+  else if (is_short && width == 4 && run == 16) unpack_short_rows(4, shift, 16, D, packed, to);
+  else unpack_plane(side, is_key, width, shift, 0, packed, codes);
+}
+
+/* How the codes of a block lie when they are multiplied: as one plane is packed, or a byte each where there are several
+ * planes, or rows that end in the middle of a vector. Keys have a row for each channel; values have one for each token
+ * of a part. */
+typedef struct {
+  int is_direct;
+  int64_t width, row_bytes, rows;
+  int64_t passes; /* of a loop over the codes of a block */
+  int64_t chunk_parts; /* of a row of keys that is shorter than a chunk, and repeated in it */
+  uint32_t shifts[2][LANES]; /* where the parts stand, in the lower and the upper 8 of every 16 columns */
+} layout_t;
+
+static layout_t find_layout(const side_t *side, int is_key) {
+  int64_t L = side->block_length, D = side->head_dim, width = side->widths[0], bytes = L * width / 8;
+  int64_t group = side->per_channel || side->groups == 1 ? 0 : side->group_length;
+  layout_t layout = {.width = 8, .row_bytes = is_key ? L : D, .rows = is_key ? D : L, .chunk_parts = 1};
+  int fills_chunks = bytes % CHUNK == 0 || (bytes < CHUNK && (bytes == 8 || bytes == 16 || bytes == 32));
+  int is_one = side->plane_count == 1 && !side->levels;
+  if (is_one && (is_key ? fills_chunks && D % 2 == 0 && group % 2 == 0
+                        : bytes % 2 == 0 && L <= MAX_SUMMED && D % CHUNK == 0 && group % CHUNK == 0)) {
+    layout.is_direct = 1, layout.width = width;
+    if (is_key) layout.row_bytes = bytes;
+    else layout.rows = bytes;
+    if (is_key && bytes < CHUNK) layout.chunk_parts = CHUNK / bytes;
+  }
+  layout.passes = side->levels ? layout.rows : divide_up(layout.rows, 2) * (PAIRS / MAX_VECTORS);
+  layout.passes *= count_chunks(side, is_key);
+  for (int i = 0; i < LANES && layout.chunk_parts > 1; i++) {
+    layout.shifts[0][i] = (uint32_t)(i / 4 * 16 / bytes * width);
+    layout.shifts[1][i] = (uint32_t)((i / 4 * 16 + 8) / bytes * width);
+  }
+  return layout;
+}
+
+/* Multiply N vectors of codes by one pair of numbers of each of R rows. */
+static inline __attribute__((always_inline)) void add_rows(const int R, const int N, wu total[MAX_ROWS][PAIRS],
+                                                           const wu *codes, const uint32_t *numbers, int64_t stride) {
+  UNROLLED for (int r = 0; r < R; r++) {
+    wu number = (wu){0} + numbers[r * stride];
+    UNROLLED for (int n = 0; n < N; n++) {
+      total[r][n] = add_products(total[r][n], codes[n], number);
+      KEEP(total[r][n]);
+    }
   }
 }
 
-/* Bring the sums of a chunk into the order of its columns, times the step, plus `rest`; add them where they are of a
- * second layer. */
-static void write_sums(float *to, const uint32_t *sums, float step, float rest, int layer) {
+static inline __attribute__((always_inline)) void start_rows(const int R, const int N, wu total[MAX_ROWS][PAIRS],
+                                                             const uint32_t *start) {
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int n = 0; n < N; n++) total[r][n] = (wu){0} + start[r];
+}
+
+static inline __attribute__((always_inline)) void store_rows(const int R, const int N, wu total[MAX_ROWS][PAIRS],
+                                                             uint32_t *sums) {
+  UNROLLED for (int r = 0; r < R; r++)
+    UNROLLED for (int n = 0; n < N; n++) ((wu *)sums)[r * PAIRS + n] = total[r][n];
+}
+
+/* Words of two rows in turn, of the lower or the upper 8 of every 16 columns. */
+static inline __attribute__((always_inline)) wu interleave(wu a, wu b, int is_upper) {
+  return is_upper ? WHOLE(unpackhi_epi16, a, b) : WHOLE(unpacklo_epi16, a, b);
+}
+
+static inline __attribute__((always_inline)) wu mask_pairs(int width) {
+  return (wu){0} + 0x00010001u * (uint32_t)((1 << width) - 1);
+}
+
+/* The pairs of even columns, and those of odd ones. */
+static inline __attribute__((always_inline)) void split_words(wu *codes, wu words, wu mask) {
+  codes[0] = words & mask, codes[1] = words >> 8 & mask;
+  KEEP(codes[0]);
+  KEEP(codes[1]);
+}
+
+/* What a loop over the codes of a chunk takes. */
+typedef struct {
+  const uint32_t *numbers; /* pairs of R rows, `stride` pairs apart */
+  int64_t stride;
+  const uint32_t *start; /* [R] */
+  const uint8_t *codes;
+  int64_t row_bytes, pairs;
+  int width, place; /* of a code in a byte */
+  const uint32_t (*shifts)[LANES]; /* to be added to the place */
+  uint32_t *sums; /* [R][CHUNK] */
+  const uint8_t *ahead;
+  int64_t pace;
+} loop_t;
+
+/* Keys: sums of R rows and of the vectors of a chunk from `first` on. A row of fewer bytes than a chunk has `run` of
+ * them, or else 0 is said. */
+static inline __attribute__((always_inline)) void sum_keys(const int R, const int first, const int64_t run,
+                                                           const int is_shifted, const loop_t *loop) {
+  enum { N = MAX_VECTORS };
+  wu total[MAX_ROWS][PAIRS], codes[PAIRS], mask = mask_pairs(loop->width);
+  const uint32_t *numbers = loop->numbers;
+  const uint8_t *from = loop->codes, *ahead = loop->ahead;
+  int64_t stride = loop->stride, row_bytes = run ? run : loop->row_bytes, pace = loop->pace;
+#if WHOLE_BYTES == 16 /* it has but one shift for all lanes */
+  int shifts[2] = {loop->place + (int)loop->shifts[0][0], loop->place + (int)loop->shifts[1][0]};
+#else
+  wu shifts[2];
+  for (int i = 0; i < 2; i++) shifts[i] = *(const wu_any *)loop->shifts[i] + (uint32_t)loop->place;
+#endif
+  start_rows(R, N, total, loop->start);
+  for (const uint32_t *end = numbers + loop->pairs; numbers < end; numbers++) {
+    wu a = load_run(from, run ? run : CHUNK), b = load_run(from + row_bytes, run ? run : CHUNK);
+    from += 2 * row_bytes;
+    __builtin_prefetch(ahead);
+    ahead += pace;
+    UNROLLED for (int n = 0; n < N; n += 2) {
+      wu words = interleave(a, b, (first + n) / 2);
+      if (is_shifted) words >>= shifts[(first + n) / 2];
+      split_words(codes + n, words, mask);
+    }
+    add_rows(R, N, total, codes, numbers, stride);
+  }
+  store_rows(R, N, total, loop->sums + first * LANES);
+}
+
+/* Values: the same; every part of a row has numbers of its own. */
+static inline __attribute__((always_inline)) void sum_values(const int R, const int first, const int width,
+                                                             const loop_t *loop) {
+  enum { N = MAX_VECTORS };
+  wu total[MAX_ROWS][PAIRS], codes[PAIRS], mask = mask_pairs(width);
+  const uint32_t *numbers = loop->numbers;
+  const uint8_t *from = loop->codes, *ahead = loop->ahead;
+  int64_t stride = loop->stride, row_bytes = loop->row_bytes, pairs = loop->pairs, pace = loop->pace;
+  start_rows(R, N, total, loop->start);
+  for (const uint32_t *end = numbers + pairs; numbers < end; numbers++) {
+    wu a = *(const wu_any *)from, b = *(const wu_any *)(from + row_bytes), words[PAIRS / 2];
+    from += 2 * row_bytes;
+    __builtin_prefetch(ahead);
+    ahead += pace;
+    UNROLLED for (int n = 0; n < N; n += 2) words[n / 2] = interleave(a, b, (first + n) / 2);
+    UNROLLED for (int part = 0; part < 8 / width; part++) {
+      UNROLLED for (int n = 0; n < N; n += 2) split_words(codes + n, words[n / 2] >> (part * width), mask);
+      add_rows(R, N, total, codes, numbers + part * pairs, stride);
+    }
+  }
+  store_rows(R, N, total, loop->sums + first * LANES);
+}
+
+#define DEFINE_SUMS(R)                                                                                               \
+  static void sum_keys_##R(loop_t *loop, int64_t run, int is_shifted) {                                              \
+    UNROLLED for (int first = 0; first < PAIRS; first += MAX_VECTORS) {                                              \
+      if (run == 8) sum_keys(R, first, 8, 1, loop);                                                                  \
+      else if (run == 16 && CHUNK > 16) sum_keys(R, first, 16, 1, loop);                                             \
+      else if (run == 32 && CHUNK > 32) sum_keys(R, first, 32, 1, loop);                                             \
+      else if (is_shifted) sum_keys(R, first, 0, 1, loop);                                                           \
+      else sum_keys(R, first, 0, 0, loop);                                                                           \
+      loop->ahead += loop->pairs * loop->pace;                                                                       \
+    }                                                                                                                \
+  }                                                                                                                  \
+  static void sum_values_##R(loop_t *loop) {                                                                         \
+    UNROLLED for (int first = 0; first < PAIRS; first += MAX_VECTORS) {                                              \
+      if (loop->width == 8) sum_values(R, first, 8, loop);                                                           \
+      else if (loop->width == 4) sum_values(R, first, 4, loop);                                                      \
+      else if (loop->width == 2) sum_values(R, first, 2, loop);                                                      \
+      else sum_values(R, first, 1, loop);                                                                            \
+      loop->ahead += loop->pairs * loop->pace;                                                                       \
+    }                                                                                                                \
+  }
+DEFINE_SUMS(1)
+DEFINE_SUMS(2)
+DEFINE_SUMS(3)
+DEFINE_SUMS(4)
+
+/* Bring the sums of a chunk into the order of its columns. */
+static inline __attribute__((always_inline)) void order_sums(float *to, const uint32_t *sums) {
 #if WHOLE_BYTES == 32 && VL == 8
-  __m256 numbers[PAIRS], factor = _mm256_set1_ps(step);
+  __m256 numbers[PAIRS];
   for (int i = 0; i < PAIRS; i++) numbers[i] = _mm256_cvtepi32_ps(((const __m256i *)sums)[i]);
   for (int half = 0; half < 2; half++) {
     __m256 low = _mm256_unpacklo_ps(numbers[2 * half], numbers[2 * half + 1]);
     __m256 high = _mm256_unpackhi_ps(numbers[2 * half], numbers[2 * half + 1]);
-    vf first = (vf)(_mm256_permute2f128_ps(low, high, 0x20) * factor + rest);
-    vf second = (vf)(_mm256_permute2f128_ps(low, high, 0x31) * factor + rest);
-    store(to + 8 * half, layer ? first + load(to + 8 * half) : first);
-    store(to + 8 * half + 16, layer ? second + load(to + 8 * half + 16) : second);
+    store(to + 8 * half, (vf)_mm256_permute2f128_ps(low, high, 0x20));
+    store(to + 8 * half + 16, (vf)_mm256_permute2f128_ps(low, high, 0x31));
   }
   return;
 #endif
   for (int i = 0; i < LANES; i += 4, to += 16)
     for (int half = 0; half < 2; half++) {
-      const __m128i *even = (const __m128i *)(sums + 2 * half * LANES + i);
-      const __m128i *odd = (const __m128i *)(sums + (2 * half + 1) * LANES + i);
-      __m128 factor = _mm_set1_ps(step);
-      __m128 a = _mm_cvtepi32_ps(_mm_load_si128(even)) * factor + rest;
-      __m128 b = _mm_cvtepi32_ps(_mm_load_si128(odd)) * factor + rest;
-      __m128 low = _mm_unpacklo_ps(a, b), high = _mm_unpackhi_ps(a, b);
-      if (layer) low = _mm_add_ps(low, _mm_loadu_ps(to + 8 * half));
-      if (layer) high = _mm_add_ps(high, _mm_loadu_ps(to + 8 * half + 4));
-      _mm_storeu_ps(to + 8 * half, low);
-      _mm_storeu_ps(to + 8 * half + 4, high);
+      __m128 even = _mm_cvtepi32_ps(_mm_load_si128((const __m128i *)(sums + 2 * half * LANES + i)));
+      __m128 odd = _mm_cvtepi32_ps(_mm_load_si128((const __m128i *)(sums + (2 * half + 1) * LANES + i)));
+      _mm_storeu_ps(to + 8 * half, _mm_unpacklo_ps(even, odd));
+      _mm_storeu_ps(to + 8 * half + 4, _mm_unpackhi_ps(even, odd));
     }
 }
 
@@ -741,75 +826,79 @@ static inline vf first_numbers(vf x, int64_t count) {
 }
 
 /* Round a layer of one row of `count` numbers, and fill the last vector up with 0; return the sum of squares of the
- * whole numbers. */
-static inline __attribute__((always_inline)) float round_row(rounded_t *rounded, const int layer, int r,
-                                                             const float *from, int64_t count, int64_t half) {
+ * whole numbers of the first where it is wanted. */
+static inline __attribute__((always_inline)) float round_row(rounded_t *rounded, const int layer,
+                                                             const int wants_squares, int r, const float *from,
+                                                             int64_t count, int64_t half) {
   int16_t *to = rounded->numbers + (layer * MAX_ROWS + r) * rounded->stride;
-  vf squares = {0}, remainders = {0}, inverse = splat(rounded->inverse[r]);
+  vf squares = {0}, exact = {0}, inverse = splat(rounded->inverse[r]);
   vi sum = {0};
   for (int64_t i = 0; i < count; i += VL) {
     vf scaled = load(from + i) * inverse;
     if (i + VL > count) scaled = first_numbers(scaled, count - i);
     vi whole = to_whole(scaled);
-    vf remainder = scaled - __builtin_convertvector(whole, vf);
-    if (layer) whole = to_whole(remainder * REMAINDER_STEPS);
-    remainders += remainder;
-    squares += scaled * scaled;
+    if (layer) whole = to_whole((scaled - __builtin_convertvector(whole, vf)) * REMAINDER_STEPS);
+    else exact += scaled;
+    if (wants_squares) squares += scaled * scaled;
     *(vs_any *)(to + i) = narrow(whole);
     sum += whole;
   }
-  uint32_t total = 0;
-  for (int i = 0; i < VL; i++) total += (uint32_t)sum[i];
-  rounded->start[layer][r] = -total * (uint32_t)half;
+  rounded->start[layer][r] = -(uint32_t)sum_whole(sum) * (uint32_t)half;
+  /* Lane by lane, so that what is left of large sums is exact enough. */
+  vf remainders = exact - __builtin_convertvector(sum, vf);
   rounded->rest[r] = layer ? 0.0f : -0.5f * rounded->step[0][r] * sum_fast(remainders);
-  return sum_fast(squares);
+  return wants_squares ? sum_fast(squares) : 0.0f;
 }
 #else
-#define CHUNK (MAX_VECTORS * VL)
 #define MAX_SUMMED INT32_MAX
+
+typedef struct {
+  int64_t passes;
+} layout_t;
+
+static layout_t find_layout(const side_t *side, int is_key) {
+  return (layout_t){(is_key ? side->head_dim : side->block_length) * count_chunks(side, is_key)};
+}
 #endif
 
-/* Columns of a block that are multiplied one after another: all of them, or those of a group. */
-static inline int64_t count_columns(const side_t *side, int is_key) {
-  if (is_key) return side->block_length;
-  return side->per_channel ? side->head_dim : side->group_length;
-}
-
-static inline int64_t count_chunks(const side_t *side, int is_key) {
-  int64_t inner = is_key ? side->block_length : side->head_dim, columns = count_columns(side, is_key);
-  return divide_up(inner, columns) * divide_up(columns, CHUNK);
-}
-
-/* Widen scales or mids, which may be bytes. */
-static void widen_numbers(float *to, const uint8_t *from, int64_t type, int64_t count, const side_t *side) {
+/* Widen scales or mids, which may be bytes, and multiply them. */
+static void widen_numbers(float *to, const uint8_t *from, int64_t type, int64_t count, const side_t *side,
+                          float factor) {
   const int8_t *mids = (const int8_t *)from;
+  int64_t i = 0;
   if (type == U8)
-    for (int64_t i = 0; i < count; i++) to[i] = from[i] == ZERO_SCALE ? 0.0f : side->factors[from[i]];
+    for (; i < count; i++) to[i] = from[i] == ZERO_SCALE ? 0.0f : side->factors[from[i]] * factor;
   else if (type == I8)
-    for (int64_t i = 0; i < count; i++) to[i] = mids[i] == LOST_MID ? NAN : (float)mids[i];
-  else widen(to, from, type, count);
+    for (; i < count; i++) to[i] = mids[i] == LOST_MID ? NAN : (float)mids[i] * factor;
+  else if (type == F16) {
+    for (; i + VL <= count; i += VL) store(to + i, load_half((const uint16_t *)from + i) * factor);
+    for (; i < count; i++) to[i] = half_to_float(((const uint16_t *)from)[i]) * factor;
+  } else
+    for (; i < count; i++) to[i] = ((const float *)from)[i] * factor;
 }
 
 static void read_numbers(float *to, const uint8_t *from, int64_t type, const side_t *side, float factor) {
-  if (side->per_channel || side->groups == 1) {
-    int64_t count = side->per_channel ? side->head_dim : side->block_length;
-    widen_numbers(to, from, type, count, side);
-    if (factor != 1.0f)
-      for (int64_t i = 0; i < count; i++) to[i] *= factor;
+  int64_t L = side->block_length, groups = side->groups;
+  if (side->per_channel || groups == 1) {
+    widen_numbers(to, from, type, side->per_channel ? side->head_dim : L, side, factor);
     return;
   }
-  int64_t L = side->block_length, groups = side->groups;
   float *wide = to + L * groups + VL;
-  widen_numbers(wide, from, type, L * groups, side);
+  widen_numbers(wide, from, type, L * groups, side, factor);
   if (groups == 2) {
     for (int64_t t = 0; t < L; t++) {
-      to[t] = wide[2 * t] * factor;
-      to[L + t] = wide[2 * t + 1] * factor;
+      to[t] = wide[2 * t];
+      to[L + t] = wide[2 * t + 1];
     }
     return;
   }
   for (int64_t g = 0; g < groups; g++)
-    for (int64_t t = 0; t < L; t++) to[g * L + t] = wide[t * groups + g] * factor;
+    for (int64_t t = 0; t < L; t++) to[g * L + t] = wide[t * groups + g];
+}
+
+static void read_factors(float *to, const uint8_t *codes, int64_t count, const float *factors) {
+  for (int64_t i = 0; i < count; i += 8) /* blocks have a multiple of 8 tokens */
+    for (int64_t j = i; j < i + 8; j++) to[j] = factors[codes[j]];
 }
 
 /* Look up to CHUNK codes up in a codebook, of at least 16 numbers; up to 4 bits find them in registers. */
@@ -830,7 +919,8 @@ static inline void look_up(float *to, const uint8_t *codes, int64_t count, const
   }
 #endif
   (void)bits;
-  for (; i < count; i++) to[i] = levels[codes[i]];
+  /* A loop of few instructions takes half as long again where it happens to straddle two lines of code. */
+  _Pragma("GCC unroll 4") for (; i < count; i++) to[i] = levels[codes[i]];
 }
 
 /* Look the codes of a block up, chunk by chunk, as they are multiplied. */
@@ -848,23 +938,20 @@ static void look_up_block(const side_t *side, int is_key, block_t *block) {
 
 /* Read the block under the cursor, for a row of the batch and a head, and move on. */
 static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t row, int64_t head, int64_t heads,
-                       block_t *block) {
+                       const layout_t *layout, block_t *block) {
   const segment_t *segment = side->segments + cursor->segment;
   int64_t from = segment->rows ? segment->rows[row] : row;
   int64_t place = (from * heads + head) * segment->capacity + cursor->block;
   int64_t L = side->block_length, D = side->head_dim, numbers = side->per_channel ? D : L * side->groups;
   int shift = 0;
-#if defined(WHOLE_BYTES)
-  int is_direct = !side->levels && is_paired_directly(side, is_key);
-#endif
   for (int64_t p = 0; p < side->plane_count; p++) {
     int64_t width = side->widths[p];
     int64_t bytes = L * width / 8 * D;
     const uint8_t *packed = segment->planes[p] + place * bytes;
-    if (p == 0) block->ahead = packed + bytes, block->ahead_bytes = bytes;
+    if (p == 0) block->ahead = packed + bytes, block->pace = bytes / layout->passes;
 #if defined(WHOLE_BYTES)
-    if (is_direct) pair_plane(side, is_key, width, shift, packed, block->pairs);
-    else unpack_plane(side, is_key, width, shift, 0, packed, block->codes);
+    block->rows = layout->is_direct ? packed : (const uint8_t *)block->codes;
+    if (!layout->is_direct) unpack_bytes(side, is_key, width, shift, packed, block->codes);
 #else
     int is_last = p + 1 == side->plane_count;
     uint8_t half = is_last && !side->levels ? (uint8_t)(1 << (side->bits - 1)) : 0;
@@ -872,11 +959,9 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
 #endif
     shift += (int)width;
   }
-#if defined(WHOLE_BYTES)
-  if (!is_direct && !side->levels) pair_codes(side, is_key, (const uint8_t *)block->codes, block->pairs);
-#endif
   if (side->levels) look_up_block(side, is_key, block);
-  block->factor = segment->factor ? segment->factor + place * L : NULL;
+  block->has_factor = segment->factor != NULL;
+  if (segment->factor) read_factors(block->factor, segment->factor + place * L, L, side->factors);
   float scale_unit = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
   float mid_unit = side->shifts_mid ? scale_unit : 1.0f;
   if (segment->units) scale_unit = segment->units[2 * place], mid_unit = segment->units[2 * place + 1];
@@ -897,11 +982,12 @@ typedef struct {
   float *query, *rotated, *query_sums; /* [R][D], [R][D], [R][groups] */
   float *folded;                       /* [MAX_ROWS][fold_stride]; rows end with zeros */
   int64_t fold_stride;                 /* max(D, D_v, L) in whole vectors */
-  float *sums;                         /* [MAX_ROWS][CHUNK] */
+  float *sums;                         /* [MAX_ROWS][max(CHUNK, MAX_VECTORS * VL)] */
   float *scores;                       /* [R][score_stride] */
   float *stored_sum, *exact_sum;       /* [R][D_v] */
   float *largest, *total;              /* [R] */
   float *states;                       /* [EXACT_TILE][D_v] */
+  layout_t layouts[2]; /* of values, of keys */
   block_t block;
 #if defined(WHOLE_BYTES)
   rounded_t rounded;
@@ -915,53 +1001,62 @@ static inline float accepted_error(const request_t *q) {
   return q->query_type == F32 ? 6e-5f : q->query_type == F16 ? 1e-4f : 3e-4f;
 }
 
-/* Multiply what the rows have for each token of a block, scores or weights, by the token's factor. */
-static void apply_factors(work_t *w, const side_t *side, int64_t offset) {
-  if (!w->block.factor) return;
-  for (int64_t t = 0; t < side->block_length; t++) w->folded[t] = side->factors[w->block.factor[t]];
-  for (int64_t r = 0; r < w->rows; r++) {
-    float *numbers = w->scores + r * w->score_stride + offset;
-    for (int64_t t = 0; t < side->block_length; t++) numbers[t] *= w->folded[t];
-  }
-}
-
-/* Copy up to MAX_ROWS rows of `count` numbers, each times a factor where there are any, and end them with zeros. Put
- * into `constant` the sum of the numbers, each times a mid where there are any. */
-static inline __attribute__((always_inline)) void fold_rows(work_t *w, int rows, const float *from, int64_t stride,
+/* Copy R rows of `count` numbers, each times a factor where there are any, and end them with zeros. Put into `constant`
+ * the sum of the numbers, each times a mid where there are any, or else its factor. */
+static inline __attribute__((always_inline)) void fold_rows(work_t *w, const int R, const float *from, int64_t stride,
                                                             const float *factors, const float *mids, int64_t count,
                                                             float *constant) {
-  for (int r = 0; r < rows; r++) {
-    const float *row = from + r * stride;
-    float *folded = w->folded + r * w->fold_stride;
-    vf total = {0};
-    vi sizes = {0}; /* as the bits of floats, which are in the same order */
-    int64_t i = 0;
-    for (; i + VL <= count; i += VL) {
-      vf one = load(row + i), product = factors ? one * load(factors + i) : one;
-      store(folded + i, product);
-      total += mids ? one * load(mids + i) : one;
-      sizes = larger((vi)product & 0x7fffffff, sizes);
+  vf total[MAX_ROWS];
+  vi sizes[MAX_ROWS]; /* as the bits of floats, which are in the same order */
+  int64_t whole = count - count % VL, fold_stride = w->fold_stride;
+  float *products = w->folded;
+  UNROLLED for (int r = 0; r < R; r++) total[r] = (vf){0}, sizes[r] = (vi){0};
+  for (int64_t i = 0; i < whole; i += VL) {
+    vf factor = factors ? load(factors + i) : splat(1.0f), mid = mids ? load(mids + i) : splat(1.0f);
+    UNROLLED for (int r = 0; r < R; r++) {
+      vf one = load(from + r * stride + i), product = factors ? one * factor : one;
+      store(products + r * fold_stride + i, product);
+      total[r] += mids ? one * mid : product;
+      sizes[r] = larger((vi)product & 0x7fffffff, sizes[r]);
     }
-    constant[r] = sum_fast(total);
-    if (i < count) {
-      int64_t whole = i;
+  }
+  for (int r = 0; r < R; r++) {
+    const float *row = from + r * stride;
+    float *folded = products + r * fold_stride;
+    constant[r] = sum_fast(total[r]);
+    if (whole < count) {
+      int64_t i = whole;
       for (; i < count; i++) {
         folded[i] = factors ? row[i] * factors[i] : row[i];
-        constant[r] += mids ? row[i] * mids[i] : row[i];
+        constant[r] += mids ? row[i] * mids[i] : folded[i];
       }
       for (; i % VL; i++) folded[i] = 0;
-      sizes = larger((vi)load(folded + whole) & 0x7fffffff, sizes);
+      sizes[r] = larger((vi)load(folded + whole) & 0x7fffffff, sizes[r]);
     }
 #if defined(WHOLE_BYTES)
-    set_step(&w->rounded, r, sizes);
+    set_step(&w->rounded, r, sizes[r]);
 #endif
   }
 }
 
+#define DEFINE_FOLD(R)                                                                                               \
+  static void fold_##R(work_t *w, const float *from, int64_t stride, const float *factors, const float *mids,        \
+                       int64_t count, float *constant) {                                                             \
+    if (factors && mids) fold_rows(w, R, from, stride, factors, mids, count, constant);                              \
+    else if (factors) fold_rows(w, R, from, stride, factors, NULL, count, constant);                                 \
+    else fold_rows(w, R, from, stride, NULL, NULL, count, constant);                                                 \
+  }
+DEFINE_FOLD(1)
+DEFINE_FOLD(2)
+DEFINE_FOLD(3)
+DEFINE_FOLD(4)
+
 static void fold(work_t *w, int rows, const float *from, int64_t stride, const float *factors, const float *mids,
                  int64_t count, float *constant) {
-  if (factors && mids) fold_rows(w, rows, from, stride, factors, mids, count, constant);
-  else fold_rows(w, rows, from, stride, NULL, NULL, count, constant);
+  if (rows == 1) fold_1(w, from, stride, factors, mids, count, constant);
+  else if (rows == 2) fold_2(w, from, stride, factors, mids, count, constant);
+  else if (rows == 3) fold_3(w, from, stride, factors, mids, count, constant);
+  else fold_4(w, from, stride, factors, mids, count, constant);
 }
 
 /* Prepare the folded numbers from `start` on for `multiply`. `unit`: what a step of a code comes to in a score; 0 for
@@ -978,68 +1073,129 @@ static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, i
   const float *from = w->folded + start;
   rounded->layers = 1;
   for (int r = 0; r < rows; r++) {
-    float squares = round_row(rounded, 0, r, from + r * w->fold_stride, count, half), step = rounded->step[0][r];
+    const float *row = from + r * w->fold_stride;
+    float squares = unit != 0 ? round_row(rounded, 0, 0, r, row, count, half)
+                              : round_row(rounded, 0, 1, r, row, count, half);
+    float step = rounded->step[0][r];
     int is_coarse = unit != 0 ? error * step > accepted : error > squares * (accepted * accepted);
     if (is_coarse && step > 0) rounded->layers = LAYERS;
   }
   if (rounded->layers == LAYERS)
-    for (int r = 0; r < rows; r++) round_row(rounded, 1, r, from + r * w->fold_stride, count, half);
+    for (int r = 0; r < rows; r++) round_row(rounded, 1, 0, r, from + r * w->fold_stride, count, half);
 #else
   (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit;
 #endif
 }
 
-/* Where the pairs of a place of the outer dimension begin; without whole numbers, the place itself. */
-static inline int64_t first_pair(const side_t *side, int is_key, int64_t start) {
-#if defined(WHOLE_BYTES)
-  int64_t length = outer_length(side, is_key);
-  return start / length * divide_up(length, 2) + start % length / 2;
-#else
-  (void)side, (void)is_key;
-  return start;
-#endif
+/* Where the sums of a chunk go: `to += (sum + base) * scale + mid * share`, or `=` where nothing is there yet. */
+typedef struct {
+  float *to;                          /* rows are `stride` apart */
+  int64_t stride;
+  const float *base, *share;          /* [rows] */
+  const float *scale, *mid;           /* [columns]; NULL: 1, 0 */
+  int adds;
+} target_t;
+
+static inline __attribute__((always_inline)) void join(float *to, const float *sums, int64_t columns, float step,
+                                                       float base, const float *scale, const float *mid, float share,
+                                                       const int adds) {
+  int64_t i = 0;
+  for (; i + VL <= columns; i += VL) {
+    vf number = load(sums + i) * step + base;
+    if (scale) number *= load(scale + i);
+    if (mid) number += load(mid + i) * share;
+    if (adds) number += load(to + i);
+    store(to + i, number);
+  }
+  for (; i < columns; i++) {
+    float number = (sums[i] * step + base) * (scale ? scale[i] : 1.0f) + (mid ? mid[i] * share : 0.0f);
+    to[i] = adds ? to[i] + number : number;
+  }
+}
+
+/* The sums of one row, in steps; a second layer adds to what the first one left. */
+static inline __attribute__((always_inline)) void join_row(const target_t *target, int r, const float *sums,
+                                                           int64_t columns, float step, float rest, int layer) {
+  float *to = target->to + r * target->stride, base = layer ? 0.0f : rest + target->base[r];
+  const float *scale = target->scale;
+  int adds = target->adds || layer;
+  if (target->mid && !layer) join(to, sums, columns, step, base, scale, target->mid, target->share[r], 1);
+  else if (scale && adds) join(to, sums, columns, step, base, scale, NULL, 0, 1);
+  else if (scale) join(to, sums, columns, step, base, scale, NULL, 0, 0);
+  else if (adds) join(to, sums, columns, step, base, NULL, NULL, 0, 1);
+  else join(to, sums, columns, step, base, NULL, NULL, 0, 0);
 }
 
 /* As `multiply`, with numbers of a codebook, in fp32. */
-static void multiply_levels(work_t *w, const side_t *side, int is_key, int rows, int64_t start, int64_t count,
-                            int64_t chunk, int64_t columns, int64_t part, int64_t parts) {
-  int64_t outer = is_key ? side->head_dim : side->block_length, pace = w->block.ahead_bytes / (parts * count);
+static void multiply_levels(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column,
+                            int64_t columns, const target_t *target, const uint8_t **ahead) {
+  const side_t *side = is_key ? &w->q->key : &w->q->value;
+  int64_t outer = is_key ? side->head_dim : side->block_length, together = count_columns(side, is_key);
+  int64_t chunk = column / together * divide_up(together, CHUNK) + column % together / CHUNK, pace = w->block.pace;
   const float *levels = w->block.levels + (chunk * outer + start) * CHUNK;
-  const uint8_t *ahead = w->block.ahead + part * (w->block.ahead_bytes / parts);
   for (int64_t c = 0; c < columns; c += MAX_VECTORS * VL, pace = 0)
     multiply_states(rows, (int)divide_up(least(MAX_VECTORS * VL, columns - c), VL), w->folded + start, w->fold_stride,
-                    count, levels + c, CHUNK, w->sums + c, CHUNK, ahead, pace);
+                    count, levels + c, CHUNK, w->sums + c, CHUNK, *ahead, pace);
+  for (int r = 0; r < rows; r++) join_row(target, r, w->sums + r * CHUNK, columns, 1.0f, 0.0f, 0);
+  *ahead += count * w->block.pace;
 }
 
-/* The sums of one chunk over the rounded rows, [MAX_ROWS][CHUNK]. `place`: of the first pair; `part`: which call of how
- * many of this block it is. */
-static void multiply(work_t *w, const side_t *side, int is_key, int rows, int64_t start, int64_t count, int64_t chunk,
-                     int64_t column, int64_t columns, int64_t place, int64_t part, int64_t parts) {
-  if (side->levels) {
-    multiply_levels(w, side, is_key, rows, start, count, chunk, columns, part, parts);
+#if defined(WHOLE_BYTES)
+static void sum_chunk(loop_t *loop, int is_key, int rows, int64_t run, int is_shifted) {
+  if (is_key && rows == 1) sum_keys_1(loop, run, is_shifted);
+  else if (is_key && rows == 2) sum_keys_2(loop, run, is_shifted);
+  else if (is_key && rows == 3) sum_keys_3(loop, run, is_shifted);
+  else if (is_key) sum_keys_4(loop, run, is_shifted);
+  else if (rows == 1) sum_values_1(loop);
+  else if (rows == 2) sum_values_2(loop);
+  else if (rows == 3) sum_values_3(loop);
+  else sum_values_4(loop);
+}
+
+/* Multiply the rounded rows by a chunk of columns of the `count` rows of codes from `start` on. `ahead` moves on. */
+static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column, int64_t columns,
+                     const target_t *target, const uint8_t **ahead) {
+  if ((is_key ? &w->q->key : &w->q->value)->levels) {
+    multiply_levels(w, is_key, rows, start, count, column, columns, target, ahead);
     return;
   }
-#if defined(WHOLE_BYTES)
   rounded_t *rounded = &w->rounded;
-  int64_t pairs = divide_up(count, 2), pace = w->block.ahead_bytes / (parts * pairs * (PAIRS / MAX_VECTORS));
-  const uint32_t *from = w->block.pairs + (chunk * count_pairs(side, is_key) + place) * PAIRS * LANES;
+  const layout_t *layout = &w->layouts[is_key];
+  int is_repeated = layout->chunk_parts > 1;
+  int64_t part = !is_key ? 0 : is_repeated ? column / CHUNK * layout->chunk_parts : column / layout->row_bytes;
+  loop_t loop;
+  loop.stride = rounded->stride / 2, loop.row_bytes = layout->row_bytes, loop.shifts = layout->shifts;
+  loop.width = (int)layout->width, loop.place = (int)(part * layout->width);
+  loop.sums = w->totals, loop.ahead = *ahead;
+  loop.codes = w->block.rows + start * layout->row_bytes + (is_repeated ? 0 : column - part * layout->row_bytes);
+  loop.pairs = divide_up(is_key ? count : least(count, layout->rows), 2);
   for (int layer = 0; layer < rounded->layers; layer++) {
-    sum_chunk(rows, (const uint32_t *)(rounded->numbers + layer * MAX_ROWS * rounded->stride), rounded->stride / 2,
-              rounded->start[layer], from, pairs, w->totals, w->block.ahead + part * (w->block.ahead_bytes / parts),
-              layer ? 0 : pace);
-    for (int r = 0; r < rows; r++)
-      write_sums(w->sums + r * CHUNK, w->totals + r * CHUNK, rounded->step[layer][r],
-                 layer ? 0.0f : rounded->rest[r], layer);
+    loop.numbers = (const uint32_t *)(rounded->numbers + layer * MAX_ROWS * rounded->stride);
+    loop.start = rounded->start[layer], loop.pace = layer ? 0 : w->block.pace;
+    sum_chunk(&loop, is_key, rows, is_repeated ? layout->row_bytes : 0, loop.place || is_repeated);
+    for (int r = 0; r < rows; r++) {
+      float sums[CHUNK];
+      order_sums(sums, w->totals + r * CHUNK);
+      if (columns == CHUNK) join_row(target, r, sums, CHUNK, rounded->step[layer][r], rounded->rest[r], layer);
+      else join_row(target, r, sums, columns, rounded->step[layer][r], rounded->rest[r], layer);
+    }
   }
-  (void)start, (void)column, (void)columns;
-#else
-  int64_t inner = is_key ? side->block_length : side->head_dim, pace = w->block.ahead_bytes / (parts * count);
-  multiply_codes(rows, (int)divide_up(columns, VL), w->folded + start, w->fold_stride, count,
-                 w->block.codes + place * inner + column, inner, w->sums, CHUNK,
-                 w->block.ahead + part * (w->block.ahead_bytes / parts), pace);
-  (void)chunk;
-#endif
+  *ahead = loop.ahead;
 }
+#else
+static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column, int64_t columns,
+                     const target_t *target, const uint8_t **ahead) {
+  if ((is_key ? &w->q->key : &w->q->value)->levels) {
+    multiply_levels(w, is_key, rows, start, count, column, columns, target, ahead);
+    return;
+  }
+  int64_t inner = is_key ? w->q->key.block_length : w->q->value.head_dim;
+  multiply_codes(rows, (int)divide_up(columns, VL), w->folded + start, w->fold_stride, count,
+                 w->block.codes + start * inner + column, inner, w->sums, CHUNK, *ahead, w->block.pace);
+  for (int r = 0; r < rows; r++) join_row(target, r, w->sums + r * CHUNK, columns, 1.0f, 0.0f, 0);
+  *ahead += count * w->block.pace;
+}
+#endif
 
 static inline float highest_of(const float *x, int64_t count) {
   float highest = 0;
@@ -1047,41 +1203,36 @@ static inline float highest_of(const float *x, int64_t count) {
   return highest;
 }
 
+static const float NOTHING[MAX_ROWS];
+
 static void score_block(work_t *w, const float *query, int64_t offset) {
   const side_t *side = &w->q->key;
   const block_t *block = &w->block;
-  int64_t L = side->block_length, D = side->head_dim, length = outer_length(side, 1);
-  int64_t chunks = divide_up(L, CHUNK), parts = chunks * divide_up(D, least(length, MAX_SUMMED)), part = 0;
-  for (int64_t first = 0; first < w->rows; first += MAX_ROWS, part = 0) {
+  int64_t L = side->block_length, D = side->head_dim, length = side->per_channel ? D : side->group_length;
+  for (int64_t first = 0; first < w->rows; first += MAX_ROWS) {
     int rows = (int)least(MAX_ROWS, w->rows - first);
     const float *q = query + first * D;
-    float constant[MAX_ROWS];
+    const uint8_t *ahead = block->ahead;
+    float constant[MAX_ROWS], *scores = w->scores + first * w->score_stride + offset;
     fold(w, rows, q, D, side->per_channel ? block->scale : NULL, side->per_channel ? block->mid : NULL, D, constant);
-    for (int r = 0; r < rows; r++) {
-      float *scores = w->scores + (first + r) * w->score_stride + offset, base = side->per_channel ? constant[r] : 0;
-      for (int64_t t = 0; t < L; t++) scores[t] = base;
-      for (int64_t g = 0; g < side->groups && !side->per_channel; g++)
-        for (int64_t t = 0; t < L; t++)
-          scores[t] += block->mid[g * L + t] * w->query_sums[(first + r) * side->groups + g];
-    }
+    for (int r = 0; r < rows && !side->per_channel; r++)
+      for (int64_t g = 0; g < side->groups; g++) {
+        float *to = scores + r * w->score_stride, sum = w->query_sums[(first + r) * side->groups + g];
+        for (int64_t t = 0; t < L; t++) to[t] = (g ? to[t] : 0.0f) + block->mid[g * L + t] * sum;
+      }
     for (int64_t g = 0; g * length < D; g++) {
       const float *scale = side->per_channel ? NULL : block->scale + g * L;
       float unit = scale ? highest_of(scale, L) : 1.0f;
       int64_t end = least(D, (g + 1) * length);
+      if (!scale && block->has_factor) scale = block->factor;
       for (int64_t start = g * length; start < end; start += MAX_SUMMED) {
         int64_t count = least(MAX_SUMMED, end - start);
         round_rows(w, side, rows, start, count, unit);
-        for (int64_t c = 0; c < chunks; c++) {
-          int64_t t = c * CHUNK, tokens = least(CHUNK, L - t);
-          multiply(w, side, 1, rows, start, count, c, t, tokens, first_pair(side, 1, start), part++, parts);
-          for (int r = 0; r < rows; r++) {
-            float *scores = w->scores + (first + r) * w->score_stride + offset + t;
-            const float *sums = w->sums + r * CHUNK;
-            if (scale)
-              for (int64_t i = 0; i < tokens; i++) scores[i] += sums[i] * scale[t + i];
-            else
-              for (int64_t i = 0; i < tokens; i++) scores[i] += sums[i];
-          }
+        for (int64_t t = 0; t < L; t += CHUNK) {
+          target_t target = {.to = scores + t, .stride = w->score_stride, .scale = scale ? scale + t : NULL};
+          target.base = side->per_channel && start == 0 ? constant : NOTHING;
+          target.adds = !side->per_channel || start > 0;
+          multiply(w, 1, rows, start, count, t, least(CHUNK, L - t), &target, &ahead);
         }
       }
     }
@@ -1092,30 +1243,24 @@ static void mix_block(work_t *w, int64_t offset) {
   const side_t *side = &w->q->value;
   const block_t *block = &w->block;
   int64_t L = side->block_length, D = side->head_dim, G = side->per_channel ? D : side->group_length;
-  int64_t group_chunks = divide_up(G, CHUNK), pieces = divide_up(L, MAX_SUMMED);
-  int64_t parts = divide_up(D, G) * group_chunks * pieces, part = 0;
-  for (int64_t first = 0; first < w->rows; first += MAX_ROWS, part = 0) {
+  for (int64_t first = 0; first < w->rows; first += MAX_ROWS) {
     int rows = (int)least(MAX_ROWS, w->rows - first);
     const float *weights = w->scores + first * w->score_stride + offset;
+    const uint8_t *ahead = block->ahead;
     for (int64_t g = 0; g * G < D; g++) {
       const float *scale = side->per_channel ? NULL : block->scale + g * L;
+      const float *factors = scale ? scale : block->has_factor ? block->factor : NULL;
       float constant[MAX_ROWS];
-      fold(w, rows, weights, w->score_stride, scale, scale ? block->mid + g * L : NULL, L, constant);
+      fold(w, rows, weights, w->score_stride, factors, scale ? block->mid + g * L : NULL, L, constant);
       for (int64_t start = 0; start < L; start += MAX_SUMMED) {
         int64_t count = least(MAX_SUMMED, L - start), end = least(D, (g + 1) * G);
         round_rows(w, side, rows, start, count, 0);
-        for (int64_t d = g * G, c = g * group_chunks; d < end; d += CHUNK, c++) {
-          int64_t channels = least(CHUNK, end - d);
-          multiply(w, side, 0, rows, start, count, c, d, channels, first_pair(side, 0, start), part++, parts);
-          for (int r = 0; r < rows; r++) {
-            float *out = w->stored_sum + (first + r) * D + d, share = start ? 0.0f : constant[r];
-            const float *sums = w->sums + r * CHUNK;
-            if (scale)
-              for (int64_t i = 0; i < channels; i++) out[i] += sums[i] + share;
-            else
-              for (int64_t i = 0; i < channels; i++)
-                out[i] += sums[i] * block->scale[d + i] + block->mid[d + i] * share;
-          }
+        for (int64_t d = g * G; d < end; d += CHUNK) {
+          target_t target = {.to = w->stored_sum + first * D + d, .stride = D, .adds = 1};
+          const float *once = start ? NOTHING : constant;
+          target.base = scale ? once : NOTHING, target.share = once;
+          if (!scale) target.scale = block->scale + d, target.mid = block->mid + d;
+          multiply(w, 0, rows, start, count, d, least(CHUNK, end - d), &target, &ahead);
         }
       }
     }
@@ -1159,9 +1304,8 @@ static void weigh(work_t *w, int64_t position, int64_t count, int64_t hidden_sta
     vf highest = splat(w->largest[r]);
     for (int64_t i = 0; i < count; i += VL) highest = larger_float(highest, load(scores + i));
     float largest = largest_lane(highest);
-    float base = largest == -INFINITY ? 0.0f : largest;
     if (largest != w->largest[r]) {
-      float factor = expf(w->largest[r] - base);
+      float factor = expf(w->largest[r] - (largest == -INFINITY ? 0.0f : largest));
       w->total[r] *= factor;
       for (int64_t d = 0; d < Dv; d++) {
         w->stored_sum[r * Dv + d] *= factor;
@@ -1169,6 +1313,9 @@ static void weigh(work_t *w, int64_t position, int64_t count, int64_t hidden_sta
       }
       w->largest[r] = largest;
     }
+  }
+  for (int64_t r = 0; r < w->rows; r++) { /* apart, so that one row need not wait for another */
+    float *scores = w->scores + r * w->score_stride, base = w->largest[r] == -INFINITY ? 0.0f : w->largest[r];
     vf total = {0};
     for (int64_t i = 0; i < count; i += VL) {
       vf weight = exponential(load(scores + i) - base);
@@ -1179,13 +1326,16 @@ static void weigh(work_t *w, int64_t position, int64_t count, int64_t hidden_sta
   }
 }
 
-static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t position) {
+/* Tokens that are weighed together: whole blocks of both sides, of which `tile_length` is a common multiple. */
+static inline int64_t count_tile(const request_t *q) {
+  return q->tile_length * most(1, STORED_TILE / q->tile_length);
+}
+
+static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t position, int64_t count) {
   const request_t *q = w->q;
-  int64_t count = least(q->tile_length, q->stored - position);
   for (int64_t t = 0; t < count; t += q->key.block_length) {
-    read_block(&q->key, 1, keys, w->row, w->head, q->heads, &w->block);
+    read_block(&q->key, 1, keys, w->row, w->head, q->heads, &w->layouts[1], &w->block);
     score_block(w, w->rotated, t);
-    apply_factors(w, &q->key, t);
   }
   int64_t start = 0, end = 0;
   if (q->keys[0].data) {
@@ -1194,8 +1344,7 @@ static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t pos
   }
   weigh(w, position, count, start, end);
   for (int64_t t = 0; t < count; t += q->value.block_length) {
-    read_block(&q->value, 0, values, w->row, w->head, q->heads, &w->block);
-    apply_factors(w, &q->value, t);
+    read_block(&q->value, 0, values, w->row, w->head, q->heads, &w->layouts[0], &w->block);
     mix_block(w, t);
   }
 }
@@ -1337,7 +1486,9 @@ static void attend_split(work_t *w, int64_t split) {
   if (first < last) {
     cursor_t keys = seek(&q->key, first * q->tile_length / q->key.block_length);
     cursor_t values = seek(&q->value, first * q->tile_length / q->value.block_length);
-    for (int64_t tile = first; tile < last; tile++) attend_tile(w, &keys, &values, tile * q->tile_length);
+    int64_t end = least(q->stored, last * q->tile_length), step = count_tile(q);
+    for (int64_t start = first * q->tile_length; start < end; start += step)
+      attend_tile(w, &keys, &values, start, least(step, end - start));
   }
   if (split == q->splits - 1) {
     if (q->keys[0].data) attend_sinks(w);
@@ -1369,29 +1520,29 @@ static void serve(void *argument) {
   const request_t *q = queue->request;
   int64_t R = q->queries_per_head * q->queries, D = q->key.head_dim, Dv = q->value.head_dim;
   int64_t L = most(q->key.block_length, q->value.block_length), groups = most(q->key.groups, q->value.groups);
-  int64_t stride = most(q->tile_length, EXACT_TILE) + MAX_VECTORS * VL, numbers = most(most(D, Dv), 2 * L * groups);
+  int64_t stride = most(count_tile(q), EXACT_TILE) + MAX_VECTORS * VL, numbers = most(most(D, Dv), 2 * L * groups);
   int64_t widest = divide_up(most(most(D, Dv), L), 16) * 16;
   int64_t levels = CHUNK * most(q->key.levels ? count_chunks(&q->key, 1) * D : 0,
                                 q->value.levels ? count_chunks(&q->value, 0) * q->value.block_length : 0);
   int64_t floats[] = {R * D, R * D, R * groups, MAX_ROWS * widest, MAX_ROWS * most(CHUNK, MAX_VECTORS * VL), R * stride,
-                      R * Dv, R * Dv, R, R, EXACT_TILE * Dv, numbers, numbers, levels};
+                      R * Dv, R * Dv, R, R, EXACT_TILE * Dv, numbers, numbers, L,
+                      levels};
   int64_t total = 0, count = sizeof floats / sizeof *floats;
   for (int64_t i = 0; i < count; i++) total += (floats[i] = (floats[i] + MAX_VECTORS * VL + 15) / 16 * 16);
   int64_t bytes = 4 * total + (L + 1) * most(D, Dv) + most(L, most(D, Dv)) + CHUNK + 64;
 #if defined(WHOLE_BYTES)
-  int64_t pair_bytes = most(count_chunks(&q->key, 1) * count_pairs(&q->key, 1),
-                            count_chunks(&q->value, 0) * count_pairs(&q->value, 0)) * PAIRS * WHOLE_BYTES;
-  bytes += pair_bytes + 4 * MAX_ROWS * CHUNK + 2 * LAYERS * MAX_ROWS * widest;
+  bytes += 4 * MAX_ROWS * CHUNK + 2 * LAYERS * MAX_ROWS * widest;
 #endif
   void *memory;
   if (posix_memalign(&memory, 64, bytes)) return;
   work_t w = {.q = q, .rows = R, .score_stride = stride, .fold_stride = widest};
+  w.layouts[0] = find_layout(&q->value, 0), w.layouts[1] = find_layout(&q->key, 1);
   float **places[] = {&w.query, &w.rotated, &w.query_sums, &w.folded, &w.sums, &w.scores, &w.stored_sum, &w.exact_sum,
-                      &w.largest, &w.total, &w.states, &w.block.scale, &w.block.mid, &w.block.levels};
+                      &w.largest, &w.total, &w.states, &w.block.scale, &w.block.mid, &w.block.factor,
+                      &w.block.levels};
   float *next = memory;
   for (int64_t i = 0; i < count; i++) *places[i] = next, next += floats[i];
 #if defined(WHOLE_BYTES)
-  w.block.pairs = (uint32_t *)next, next += pair_bytes / 4;
   w.totals = (uint32_t *)next, next += MAX_ROWS * CHUNK;
   w.rounded.numbers = (int16_t *)next, next += LAYERS * MAX_ROWS * widest / 2;
   w.rounded.stride = widest;
