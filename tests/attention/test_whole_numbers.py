@@ -72,6 +72,17 @@ def test_sharp_scores_are_as_exact_as_in_fp32(kernel, make_request, reference, e
     assert error_of(kernel.attend(request), reference(request)) < 1e-5
 
 
+@pytest.mark.parametrize("sharing", [4, 6])
+def test_rows_of_one_head_that_need_one_layer_and_two(kernel, make_request, reference, error_of, sharing):
+    """Sharp rows, which have a second layer, stand between flat ones; the sharp ones are as exact as in fp32."""
+    request = make_request(head_dim=64, tokens=700, heads=1, sharing=sharing, **DEFAULT_STEPS)
+    sharp = torch.arange(sharing) % 2 == 1
+    request.query.mul_(torch.where(sharp, 10.0, 0.1)[:, None, None])
+    output, expected = kernel.attend(request), reference(request)
+    assert error_of(output[:, :, ~sharp], expected[:, :, ~sharp]) < ERROR
+    assert error_of(output[:, :, sharp], expected[:, :, sharp]) < 1e-5
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_errors_of_many_groups_of_a_token_are_counted_together(kernel, make_request, reference, error_of, bits):
     """32 groups of 8 channels: each alone may be rounded in one layer, and their errors come to 1.1e-4."""

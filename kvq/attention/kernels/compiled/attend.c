@@ -785,7 +785,7 @@ typedef struct {
   float inverse[MAX_ROWS], step[LAYERS][MAX_ROWS];
   float rest[MAX_ROWS]; /* what the remainders come to with an average code */
   uint32_t start[LAYERS][MAX_ROWS]; /* less the half of the codes, for all numbers of a row */
-  int layers;
+  int coarse_rows, coarse[MAX_ROWS]; /* those with a second layer, which holds them alone */
 } rounded_t;
 
 static inline vi to_whole(vf x) {
@@ -825,12 +825,12 @@ static inline vf first_numbers(vf x, int64_t count) {
   return choose(place < (int32_t)count, x, (vf){0});
 }
 
-/* Round a layer of one row of `count` numbers, and fill the last vector up with 0; return the sum of squares of the
+/* Round a layer of one row of `count` numbers to its place there, and fill the last vector up with 0; return the sum of squares of the
  * whole numbers of the first where it is wanted. */
 static inline __attribute__((always_inline)) float round_row(rounded_t *rounded, const int layer,
-                                                             const int wants_squares, int r, const float *from,
-                                                             int64_t count, int64_t half) {
-  int16_t *to = rounded->numbers + (layer * MAX_ROWS + r) * rounded->stride;
+                                                             const int wants_squares, int place, int r,
+                                                             const float *from, int64_t count, int64_t half) {
+  int16_t *to = rounded->numbers + (layer * MAX_ROWS + place) * rounded->stride;
   vf squares = {0}, exact = {0}, inverse = splat(rounded->inverse[r]);
   vi sum = {0};
   for (int64_t i = 0; i < count; i += VL) {
@@ -843,7 +843,7 @@ static inline __attribute__((always_inline)) float round_row(rounded_t *rounded,
     *(vs_any *)(to + i) = narrow(whole);
     sum += whole;
   }
-  rounded->start[layer][r] = -(uint32_t)sum_whole(sum) * (uint32_t)half;
+  rounded->start[layer][place] = -(uint32_t)sum_whole(sum) * (uint32_t)half;
   /* Lane by lane, so that what is left of large sums is exact enough. */
   vf remainders = exact - __builtin_convertvector(sum, vf);
   rounded->rest[r] = layer ? 0.0f : -0.5f * rounded->step[0][r] * sum_fast(remainders);
@@ -1071,17 +1071,19 @@ static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, i
    * errors of all groups, so all channels count. */
   float error = unit != 0 ? 0.167f * sqrtf((float)side->head_dim) * (float)half * unit : 0.084f * (float)count;
   const float *from = w->folded + start;
-  rounded->layers = 1;
+  rounded->coarse_rows = 0;
   for (int r = 0; r < rows; r++) {
     const float *row = from + r * w->fold_stride;
-    float squares = unit != 0 ? round_row(rounded, 0, 0, r, row, count, half)
-                              : round_row(rounded, 0, 1, r, row, count, half);
+    float squares = unit != 0 ? round_row(rounded, 0, 0, r, r, row, count, half)
+                              : round_row(rounded, 0, 1, r, r, row, count, half);
     float step = rounded->step[0][r];
     int is_coarse = unit != 0 ? error * step > accepted : error > squares * (accepted * accepted);
-    if (is_coarse && step > 0) rounded->layers = LAYERS;
+    if (is_coarse && step > 0) rounded->coarse[rounded->coarse_rows++] = r;
   }
-  if (rounded->layers == LAYERS)
-    for (int r = 0; r < rows; r++) round_row(rounded, 1, 0, r, from + r * w->fold_stride, count, half);
+  for (int i = 0; i < rounded->coarse_rows; i++) {
+    int r = rounded->coarse[i];
+    round_row(rounded, 1, 0, i, r, from + r * w->fold_stride, count, half);
+  }
 #else
   (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit;
 #endif
@@ -1169,15 +1171,17 @@ static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t cou
   loop.sums = w->totals, loop.ahead = *ahead;
   loop.codes = w->block.rows + start * layout->row_bytes + (is_repeated ? 0 : column - part * layout->row_bytes);
   loop.pairs = divide_up(is_key ? count : least(count, layout->rows), 2);
-  for (int layer = 0; layer < rounded->layers; layer++) {
+  for (int layer = 0; layer < (rounded->coarse_rows ? LAYERS : 1); layer++) {
+    int count_rows = layer ? rounded->coarse_rows : rows;
     loop.numbers = (const uint32_t *)(rounded->numbers + layer * MAX_ROWS * rounded->stride);
     loop.start = rounded->start[layer], loop.pace = layer ? 0 : w->block.pace;
-    sum_chunk(&loop, is_key, rows, is_repeated ? layout->row_bytes : 0, loop.place || is_repeated);
-    for (int r = 0; r < rows; r++) {
-      float sums[CHUNK];
-      order_sums(sums, w->totals + r * CHUNK);
-      if (columns == CHUNK) join_row(target, r, sums, CHUNK, rounded->step[layer][r], rounded->rest[r], layer);
-      else join_row(target, r, sums, columns, rounded->step[layer][r], rounded->rest[r], layer);
+    sum_chunk(&loop, is_key, count_rows, is_repeated ? layout->row_bytes : 0, loop.place || is_repeated);
+    for (int i = 0; i < count_rows; i++) {
+      int r = layer ? rounded->coarse[i] : i;
+      float sums[CHUNK], step = rounded->step[layer][r];
+      order_sums(sums, w->totals + i * CHUNK);
+      if (columns == CHUNK) join_row(target, r, sums, CHUNK, step, rounded->rest[r], layer);
+      else join_row(target, r, sums, columns, step, rounded->rest[r], layer);
     }
   }
   *ahead = loop.ahead;
