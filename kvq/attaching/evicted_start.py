@@ -43,8 +43,6 @@ def check_start(arguments: Mapping[str, Any], generation_config: Any) -> None:
 def _find_reason(arguments: Mapping[str, Any], generation_config: Any, came: int) -> str | None:
     if arguments.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)) is not None:
         return "prefill_chunk_size counts positions from its length"
-    if arguments.get("position_ids") is not None:
-        return None
     if arguments.get("inputs_embeds") is not None:
         return "it cuts inputs_embeds by its length"
     tokens, mask = arguments.get("inputs", arguments.get("input_ids")), arguments.get("attention_mask")
@@ -52,5 +50,7 @@ def _find_reason(arguments: Mapping[str, Any], generation_config: Any, came: int
         return None
     if not isinstance(mask, torch.Tensor) or mask.shape[-1] == tokens.shape[-1]:
         return "it cuts input_ids that have no longer attention_mask by its length"
+    if arguments.get("position_ids") is not None:
+        return None
     first = mask.shape[-1] - tokens.shape[-1]
     return None if first == came else f"by this attention_mask the new tokens begin at position {first}"

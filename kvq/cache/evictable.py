@@ -24,10 +24,10 @@ class Evictable(Cache):
         a time without a mask.
 
         The stored blocks before the first token that goes stay bit for bit, and tokens of the window stay exact.
-        Behind it, blocks of 64 tokens close up, and their tokens are quantized once more. Groups along a token
-        find nearly the codes that they had, however often; groups along a channel meet other neighbours, and each
-        eviction adds about as much error as quantizing once (docs/method.md has figures). So evict much and seldom, or
-        group per token.
+        Behind it, blocks of 64 tokens close up, and their tokens are quantized once more. Groups of affine backends
+        along a token find nearly the codes that they had, however often; groups along a channel meet other
+        neighbours, and each eviction adds about as much error as quantizing once (docs/method.md has figures). So evict
+        much and seldom, or group per token.
 
         Of layers that slide, tokens of the window are dropped. It counts those that stay from then on, and what came
         before it stays forgotten.

@@ -47,8 +47,8 @@ def calibrate(
         ModelError: the model is of another kind, or caches no keys and values.
     """
     model = _find_model(model)
-    _check_sequences(sequences, model.get_input_embeddings().num_embeddings)
-    if batch_size < 1:
+    _check_sequences(sequences, getattr(model.get_input_embeddings(), "num_embeddings", None))
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise CalibrationError(f"batch_size={batch_size!r} is not accepted; at least 1")
     seen, rows = SeenStates(), sequences.split(batch_size)
     own_watcher = watcher or Nobody()
@@ -74,7 +74,7 @@ def _find_model(given: object) -> PreTrainedModel:
     return model
 
 
-def _check_sequences(sequences: torch.Tensor, known: int) -> None:
+def _check_sequences(sequences: torch.Tensor, known: int | None) -> None:
     if not isinstance(sequences, torch.Tensor) or sequences.dtype not in (torch.int64, torch.int32):
         found = sequences.dtype if isinstance(sequences, torch.Tensor) else type(sequences).__name__
         raise CalibrationError(f"sequences are {found}; a tensor of whole numbers [sequences, tokens] is needed")
@@ -83,8 +83,9 @@ def _check_sequences(sequences: torch.Tensor, known: int) -> None:
             f"sequences are {list(sequences.shape)}; [sequences, tokens] is needed, each longer than {EXACT_TOKENS}"
         )
     least, most = (int(number) for number in sequences.aminmax())
-    if least < 0 or most >= known:
-        raise CalibrationError(f"sequences have tokens from {least} to {most}; the model knows 0 to {known - 1}")
+    if least < 0 or (known is not None and most >= known):
+        upper = "" if known is None else f" to {known - 1}"
+        raise CalibrationError(f"sequences have tokens from {least} to {most}; the model knows 0{upper}")
 
 
 def _read(model: PreTrainedModel, tokens: torch.Tensor, seen: SeenStates) -> None:

@@ -98,7 +98,10 @@ def count_equal_ends(states: torch.Tensor, others: torch.Tensor) -> tuple[int, i
     return count_common(states, others), count_common(*newest)
 
 
-def groups_tokens(quantizer: object) -> bool:
-    """Return whether tokens share what a quantizer stores, as far as is known: a group runs along a channel."""
+def gets_other_numbers(quantizer: object) -> bool:
+    """Return whether moved tokens get other numbers, as far as is known: all but lines along a token find their codes.
+
+    Those of a codebook need not: its scale may be a length, which rounding has changed.
+    """
     packed = find_packed_format(quantizer)
-    return packed is None or packed.granularity is Granularity.PER_CHANNEL
+    return packed is None or packed.has_codebook or packed.granularity is Granularity.PER_CHANNEL

@@ -13,7 +13,7 @@ from kvq.attention.handle import PackedPair
 from kvq.config import ResolvedLayer
 from kvq.errors import CacheStateError, StatesError
 from kvq.layers.carrying_layer import CarryingLayer
-from kvq.layers.eviction import check_padding_stays, count_equal_ends, find_kept, gather_tokens, groups_tokens
+from kvq.layers.eviction import check_padding_stays, count_equal_ends, find_kept, gather_tokens, gets_other_numbers
 from kvq.layers.flush_delay import choose_delay
 from kvq.layers.given_states import check_continuity, check_pair, check_states, goes_on
 from kvq.layers.quantizer_factory import build_codec
@@ -28,8 +28,9 @@ from kvq.user_warnings import warn_user_once
 
 REWRITTEN_OFTEN = (
     "tokens that are stored quantized were moved by evictions or assignments for a second time: groups along a channel "
-    "meet other neighbours each time, and are quantized once more with new error. Drop more tokens at once, or group "
-    "per token (axis_key='per_token', axis_value='per_token'), where codes are found again"
+    "meet other neighbours each time, and are quantized once more with new error, as the vectors of a codebook are. "
+    "Drop more tokens at once, or group an affine backend per token (axis_key='per_token', axis_value='per_token'), "
+    "where codes are found again"
 )
 DEFERRED_LENGTH = 256
 """Newest tokens that a crop may still take back without a trace, while the past is recorded: none of them lets older
@@ -444,7 +445,8 @@ class KVQLayer(CarryingLayer):
 
     def _seen_starts(self) -> tuple[int, ...]:
         """Return how many of the tokens that the next query sees are left padding, for each row."""
-        return tuple(max(0, start - self.hidden_length) for start in self._sides["key"].sinks.starts)
+        hidden, seen = self.hidden_length, self.held_length - self.hidden_length
+        return tuple(min(seen, max(0, start - hidden)) for start in self._sides["key"].sinks.starts)
 
     def _materialize_sides(self) -> Iterator[tuple[Side, torch.Tensor]]:
         yield from ((name, self._materialize(name)) for name in self._sides)
@@ -470,7 +472,7 @@ class KVQLayer(CarryingLayer):
     def _note_rewriting(self, has_rewritten: bool) -> None:
         """Count how often stored tokens were quantized once more, and warn where that adds error each time."""
         self._rewritten += has_rewritten
-        if self._rewritten > 1 and any(groups_tokens(side.codec) for side in self._sides.values()):
+        if self._rewritten > 1 and any(gets_other_numbers(side.codec) for side in self._sides.values()):
             warn_user_once(REWRITTEN_OFTEN)
 
     def check_whole(self) -> None:

@@ -214,9 +214,9 @@ class SlidingKVQLayer(KVQLayer):
         """Check that dropping tokens does not bring those of the last chunk back into the present one."""
         if self.is_chunked and self._has_slid:
             raise CacheStateError(
-                f"layer {self.layer_idx} attends in chunks of {self.window_length} tokens and has passed one: without "
-                "some tokens the last chunk would reach into the present one, so none can be dropped or replaced. "
-                "A KVQ that is made without `model=` holds all tokens"
+                f"layer {self.layer_idx} attends in chunks of {self.window_length} tokens and has passed one, or was "
+                "loaded without `model=`, which says whether it does: without some tokens the last chunk would reach "
+                "into the present one, so none can be dropped or replaced. A new KVQ made without `model=` holds all"
             )
 
     def _check_equal(self, *states: torch.Tensor) -> None:

@@ -24,7 +24,10 @@ CHANNEL_SOURCES = "channel_sources"
 """Name of the constant of a format with `states_dim`: int32 `[H, head_dim]`, the element that a channel adds to."""
 
 CODEBOOK = "codebook"
-"""Name of the constant of a format with `has_codebook`: float32 `[2 ** bits]`, what each code stands for."""
+"""Name of the constant of a format with `has_codebook`: float32 `[2 ** bits]`, what each code stands for.
+
+The largest of them is between 1/16 and 16,384 in size: kernels multiply in float16 too, and scales have the rest.
+"""
 
 FACTOR_STEPS = 32
 """Steps of the codes of factors, and of scales in bytes, from one power of two to the next."""

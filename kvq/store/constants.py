@@ -28,7 +28,8 @@ def restore_constants(
     if not constants:
         return
     for name, tensor in quantizer.constants().items():
-        tensor.copy_(constants[name])
+        if not _are_equal(tensor, constants[name]):  # quantizers may share what is the same for all of them
+            tensor.copy_(constants[name])
     # What the core's own codec learns is in the metadata of each block: there is nothing to learn again.
     if settled and not isinstance(quantizer, AffineCodec):
         shape = (1, like.shape[1], quantizer.block_length, like.shape[3])

@@ -21,6 +21,8 @@ from kvq.store.rotation import HadamardRotation
 
 TOLERANCE = 1e-3
 """Largest difference between both ways of reading, as a share of the largest number; rounding makes far less."""
+LEAST_LEVEL, MOST_LEVEL = 2.0**-4, 2.0**14
+"""Of the largest size of a number in a codebook: far from the ends of float16."""
 _FLOATS = (torch.float16, torch.float32)
 
 
@@ -114,8 +116,8 @@ def _find_rotation_faults(declared: PackedFormat, quantizer: Quantizer) -> Itera
     if declared.rotation_block != hadamard_block(declared.head_dim):
         yield f"rotation_block is {declared.rotation_block}, not {hadamard_block(declared.head_dim)}"
     signs = quantizer.constants().get(ROTATION_SIGNS)
-    if signs is None or signs.dtype is not torch.int8 or tuple(signs.shape) != (declared.head_dim,):
-        yield f"rotation_block asks for a constant {ROTATION_SIGNS!r}, int8 of head_dim elements"
+    if signs is None or not are_signs(signs, declared.head_dim):
+        yield f"rotation_block asks for a constant {ROTATION_SIGNS!r}, int8 of head_dim elements, contiguous"
 
 
 def _find_source_faults(declared: PackedFormat, spec: QuantSpec, quantizer: Quantizer) -> Iterator[str]:
@@ -135,8 +137,13 @@ def _find_codebook_faults(declared: PackedFormat, quantizer: Quantizer) -> Itera
     if not declared.has_codebook:
         return
     levels = quantizer.constants().get(CODEBOOK)
-    if levels is None or not is_codebook(levels, declared.bits) or not levels.isfinite().all():
-        yield f"has_codebook asks for a constant {CODEBOOK!r}, float32 [{2**declared.bits}], contiguous and finite"
+    if levels is None or not is_codebook(levels, declared.bits):
+        yield f"has_codebook asks for a constant {CODEBOOK!r}, float32 [{2**declared.bits}], contiguous"
+    elif not levels.is_meta and not LEAST_LEVEL <= levels.abs().amax() <= MOST_LEVEL:  # NaN is neither
+        yield (
+            f"the largest number of {CODEBOOK!r} is {float(levels.abs().amax()):g}; kernels multiply in float16 too: "
+            f"let it lie between {LEAST_LEVEL:g} and {MOST_LEVEL:g}, and give the rest to the scales"
+        )
 
 
 def is_codebook(levels: torch.Tensor, bits: int) -> bool:
@@ -156,6 +163,11 @@ def get_codebook(packed: PackedFormat, constants: Mapping[str, torch.Tensor]) ->
     return levels
 
 
+def are_signs(signs: torch.Tensor, head_dim: int) -> bool:
+    """Return whether a constant lies as kernels read signs; what a file has need not."""
+    return signs.dtype is torch.int8 and tuple(signs.shape) == (head_dim,) and signs.is_contiguous()
+
+
 def are_sources(sources: torch.Tensor, states_dim: int) -> bool:
     """Return whether all channels lead to elements that there are; what a file has need not."""
-    return bool(((sources >= 0) & (sources < states_dim)).all())
+    return sources.is_meta or bool(((sources >= 0) & (sources < states_dim)).all())

@@ -122,9 +122,10 @@ def test_what_is_no_model_is_refused(model, sequences):
         calibrate(model, sequences)
 
 
-def test_a_batch_of_none_is_refused(model, sequences):
-    with pytest.raises(CalibrationError, match="batch_size=0"):
-        calibrate(model, sequences, batch_size=0)
+@pytest.mark.parametrize("size", [0, 1.5, None, True])
+def test_a_batch_of_no_whole_number_is_refused(model, sequences, size):
+    with pytest.raises(CalibrationError, match=f"batch_size={size} "):
+        calibrate(model, sequences, batch_size=size)
 
 
 def test_states_that_are_not_finite_are_refused(model, sequences):

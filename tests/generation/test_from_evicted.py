@@ -133,6 +133,14 @@ OLD_AND_NEW = torch.cat([TOKENS, ASK], dim=1)
 WRONG = {
     "all tokens": (dict(inputs=OLD_AND_NEW, attention_mask=ALL_THAT_CAME), "cuts input_ids"),
     "all tokens without a mask": (dict(inputs=OLD_AND_NEW), "cuts input_ids"),
+    "all tokens and positions": (
+        dict(
+            inputs=OLD_AND_NEW,
+            attention_mask=ALL_THAT_CAME,
+            position_ids=(ALL_THAT_CAME.cumsum(-1) - 1).clamp_min(0),
+        ),
+        "cuts input_ids",
+    ),
     "the mask of those left": (dict(inputs=ASK, attention_mask=THOSE_LEFT), f"begin at position {HELD}"),
     "pieces": (dict(inputs=ASK, attention_mask=ALL_THAT_CAME, prefill_chunk_size=2), "prefill_chunk_size counts"),
 }
@@ -165,6 +173,8 @@ def test_the_refusal_reads_every_form_of_the_arguments(model):
             ((OLD_AND_NEW,), {}, "cuts input_ids"),
             ((), dict(input_ids=OLD_AND_NEW), "cuts input_ids"),
             ((), dict(inputs_embeds=embeds, attention_mask=ALL_THAT_CAME), "cuts inputs_embeds"),
+            ((), dict(inputs_embeds=embeds, position_ids=NEXT, attention_mask=THOSE_LEFT), "cuts inputs_embeds"),
+            ((ASK,), dict(position_ids=NEXT), "cuts input_ids"),
             ((ASK, config), dict(attention_mask=ALL_THAT_CAME), "prefill_chunk_size counts"),
             ((ASK,), dict(attention_mask=ALL_THAT_CAME, generation_config=config), "prefill_chunk_size counts"),
         ):

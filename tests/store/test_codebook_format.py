@@ -176,12 +176,56 @@ class NoConstant(Codebook):
         with_constant(lambda levels: levels[:-1]),
         with_constant(lambda levels: levels[None]),
         with_constant(lambda levels: levels.repeat_interleave(2)[::2]),
-        with_constant(lambda levels: levels / 0),
     ],
 )
 def test_a_constant_that_is_no_codebook_is_refused(build):
     with pytest.raises(QuantizerContractError, match=r"asks for a constant 'codebook', float32 \[16\], contiguous"):
         fill(build)
+
+
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf, 0, 1e-3, 1e5])
+def test_a_codebook_that_float16_does_not_hold_is_refused(factor):
+    with pytest.raises(QuantizerContractError, match="the largest number of 'codebook' is"):
+        fill(with_constant(lambda levels: levels * factor))
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.int, lambda signs: signs[:-1], lambda signs: signs.repeat_interleave(2)[::2]]
+)
+def test_signs_that_kernels_cannot_read_are_refused(change):
+    class Changed(Rotates):
+        def constants(self):
+            constants = super().constants()
+            return {**constants, "rotation_signs": change(constants["rotation_signs"])}
+
+    with pytest.raises(QuantizerContractError, match="asks for a constant 'rotation_signs', int8"):
+        fill(Changed, axis_key="per_token", axis_value="per_token")
+
+
+def test_compiled_code_reads_nothing_behind_signs(monkeypatch):
+    case = ContractCase(spec_of(Rotates), 4, Granularity.PER_TOKEN)
+    request, kernel = make_request(case, 1, is_padded=False, order=None), CompiledKernel()
+    own = Rotates.constants
+    monkeypatch.setattr(
+        Rotates, "constants", lambda self: {**own(self), "rotation_signs": self.signs.repeat_interleave(2)[::2]}
+    )
+    if kernel.why_unavailable() is None:
+        with pytest.raises(QuantizerContractError, match="'rotation_signs' is not int8"):
+            kernel.attend(request)
+
+
+def test_states_without_numbers_can_be_stored():
+    cache = KVQ(backend=spec_of(), nbits_k=4, nbits_v=4, residual_length=0, sink_length=0)
+    states = torch.empty(2, 3, 192, 64, device="meta")
+    cache.update(states, states, 0)
+    assert cache.layers[0].side("key").store.length == 192
+
+
+def test_moving_its_tokens_twice_warns(recwarn):
+    cache, _ = fill(axis_key="per_token", axis_value="per_token")
+    for length in (190, 188):
+        cache.evict(0, torch.arange(length) + 2)
+    assert [str(one.message).count("vectors of a codebook") for one in recwarn] == [1]
 
 
 def test_a_codebook_of_other_numbers_is_refused_with_the_first_block():

@@ -94,8 +94,29 @@ def test_a_saved_cache_comes_back(tmp_path):
     assert loaded.layers[0].side("key").codec.constants()["codebook"].shape == (16,)
 
 
-def test_layers_share_signs_and_codebook():
-    cache = fill(draw())
-    cache.update(draw(), draw(), 1)
+def test_each_side_has_its_signs_and_codebook():
     signs, levels = 128, 4 * 16
-    assert cache.memory().shared_bytes == signs + levels
+    assert fill(draw()).memory().constant_bytes == 2 * (signs + levels)
+
+
+def test_a_loaded_cache_changes_no_other(tmp_path):
+    with torch.inference_mode():
+        cache = fill(draw())
+    before = cache.materialize(0)[0]
+    codebook = cache.layers[0].side("key").codec.constants()["codebook"]
+    own = codebook.clone()
+    codebook += 0.1
+    cache.save(tmp_path / "cache.kvq")
+    codebook.copy_(own)
+    loaded = KVQ.load(tmp_path / "cache.kvq")
+    assert torch.equal(cache.materialize(0)[0], before)
+    assert not torch.equal(loaded.materialize(0)[0], before)
+    assert torch.equal(fill(draw()).materialize(0)[0], before)
+
+
+@pytest.mark.parametrize("rotation", ["auto", "random"])
+def test_made_in_inference_mode_it_does_not_stand_in_the_way_of_loading(tmp_path, rotation):
+    options = {"turboquant": {"rotation": rotation, "seed": 12}}
+    with torch.inference_mode():
+        fill(draw(), backend_options=options).save(tmp_path / "cache.kvq")
+    KVQ.load(tmp_path / "cache.kvq")

@@ -20,7 +20,7 @@ from kvq.errors import QuantizerContractError
 from kvq.plugin_api.packed_format import CHANNEL_SOURCES, ROTATION_SIGNS, PackedFormat, get_packed_format
 from kvq.store.balance import FACTORS
 from kvq.store.chunks import StoreView
-from kvq.store.declared_format import are_sources, get_codebook
+from kvq.store.declared_format import are_signs, are_sources, get_codebook
 from kvq.store.segments import Segment
 
 
@@ -103,11 +103,18 @@ def _fill_side(side: PackedSide, store: StoreView) -> Any:
 def _fill_constants(side: PackedSide, packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> None:
     side.factors = FACTORS.numbers.data_ptr()
     if packed.rotation_block:
-        side.signs, side.rotation_block = constants[ROTATION_SIGNS].data_ptr(), packed.rotation_block
+        side.signs, side.rotation_block = _get_signs(packed, constants).data_ptr(), packed.rotation_block
     if packed.has_codebook:
         side.levels = get_codebook(packed, constants).data_ptr()
     if packed.states_dim:
         side.sources = _get_sources(packed, constants).data_ptr()
+
+
+def _get_signs(packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    signs = constants[ROTATION_SIGNS]
+    if not are_signs(signs, packed.head_dim):
+        raise QuantizerContractError(f"{ROTATION_SIGNS!r} is not int8 [{packed.head_dim}] and contiguous")
+    return signs
 
 
 def _get_sources(packed: PackedFormat, constants: Mapping[str, torch.Tensor]) -> torch.Tensor:

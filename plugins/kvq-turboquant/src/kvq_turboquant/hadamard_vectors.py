@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
@@ -35,8 +34,10 @@ class HadamardVectors:
             vectors, mid_dtype=None, has_exponent=True, has_codebook=True, rotation_block=spec.head_dim
         )
         self.block_length = self.packed_format.block_length
-        self.signs = _random_signs(spec.head_dim, seed, str(spec.device))
-        self.levels = _codebook(spec.head_dim, self.packed_format.bits, str(spec.device))
+        with torch.inference_mode(mode=False):  # loading a cache writes into them
+            self.signs = _draw_signs(spec.head_dim, seed).to(spec.device)
+            levels = find_levels(spec.head_dim, self.packed_format.bits)
+            self.levels = torch.tensor(levels, dtype=torch.float32, device=spec.device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> HadamardVectors:
         """Return the quantizer itself: nothing in it ever changes."""
@@ -47,7 +48,7 @@ class HadamardVectors:
         return self.packed_format.layout()
 
     def constants(self) -> Mapping[str, torch.Tensor]:
-        """Return signs and codebook; quantizers for vectors of one length share them."""
+        """Return signs and codebook."""
         return {"codebook": self.levels, "rotation_signs": self.signs}
 
     def encode(self, states: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -80,14 +81,8 @@ def _round_to_half(lengths: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"scale": scale.half(), "exponent": exponent.to(torch.int8)}
 
 
-@lru_cache(maxsize=64)
-def _random_signs(dimension: int, seed: int, device: str) -> torch.Tensor:
+def _draw_signs(dimension: int, seed: int) -> torch.Tensor:
     """Return int8 `[D]` of 1 and -1."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + dimension)
-    return (torch.randint(0, 2, (dimension,), generator=generator) * 2 - 1).to(device, torch.int8)
-
-
-@lru_cache(maxsize=64)
-def _codebook(dimension: int, bits: int, device: str) -> torch.Tensor:
-    """Return the best levels for the coordinates of a random direction of length `sqrt(D)`, fp32 `[2 ** bits]`."""
-    return torch.tensor(find_levels(dimension, bits), dtype=torch.float32, device=device)
+    generator = torch.Generator("cpu").manual_seed(seed * 100_003 + dimension)
+    ones = torch.randint(0, 2, (dimension,), generator=generator, dtype=torch.int8, device="cpu")
+    return ones * 2 - 1
