@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from codebook_groups import Codebook, spec_of
+from exact_attention import attend
 
 from kvq import KVQ
 from kvq.attention.kernels.compiled.kernel import CompiledKernel
@@ -37,17 +38,6 @@ def fill(build=Codebook, nbits=4, **fields):
 
 def request_of(nbits, axis, queries=1, **fields):
     return make_request(ContractCase(spec_of(), nbits, axis), queries, is_padded=False, order=None, **fields)
-
-
-def attend(request):
-    """Attention on the decoded states, in double."""
-    keys, values = (
-        side.materialize().double().repeat_interleave(request.queries_per_head, dim=1)
-        for side in (request.pair.key, request.pair.value)
-    )
-    scores = request.query.double() @ keys.mT * request.scaling
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
 
 
 @pytest.mark.parametrize("nbits", [1, 2, 3, 4, 5, 8])

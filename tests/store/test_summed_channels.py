@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from exact_attention import attend
 from summed_channels import FINE, Residual, spec_of
 
 from kvq import KVQ
@@ -29,17 +30,6 @@ def fill(build, **fields):
     states = torch.randn(2, 3, 192, 64, generator=torch.Generator().manual_seed(0))
     cache.update(states, states, 0)
     return cache, states
-
-
-def attend(request):
-    """Attention on the decoded states, in double."""
-    keys, values = (
-        side.materialize().double().repeat_interleave(request.queries_per_head, dim=1)
-        for side in (request.pair.key, request.pair.value)
-    )
-    scores = request.query.double() @ keys.mT * request.scaling
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(1, 2)
 
 
 @pytest.mark.parametrize("nbits", [2, 3])
