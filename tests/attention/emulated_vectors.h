@@ -73,6 +73,33 @@ static inline float emulated_reduce_add_ps(emulated_m512 x) {
   for (int i = 1; i < 16; i++) x[0] += x[i];
   return x[0];
 }
+static inline int32_t emulated_reduce_add_epi32(emulated_m512i x) {
+  uint32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += (uint32_t)x[i];
+  return (int32_t)sum;
+}
+static inline emulated_m512 emulated_unpack_ps(emulated_m512 a, emulated_m512 b, int from) {
+  emulated_m512 result;
+  for (int lane = 0; lane < 16; lane += 4)
+    for (int i = 0; i < 2; i++) {
+      result[lane + 2 * i] = a[lane + from + i];
+      result[lane + 2 * i + 1] = b[lane + from + i];
+    }
+  return result;
+}
+static inline emulated_m512 emulated_shuffle_f32x4(emulated_m512 a, emulated_m512 b, int places) {
+  emulated_m512 result;
+  for (int i = 0; i < 16; i++) {
+    int place = places >> i / 4 * 2 & 3;
+    result[i] = i < 8 ? a[place * 4 + i % 4] : b[place * 4 + i % 4];
+  }
+  return result;
+}
+static inline emulated_m512 emulated_cvtepi32_ps(emulated_m512i x) {
+  emulated_m512 result;
+  for (int i = 0; i < 16; i++) result[i] = (float)x[i];
+  return result;
+}
 static inline emulated_m512i emulated_cvtps_epi32(emulated_m512 x) {
   emulated_m512i result;
   for (int i = 0; i < 16; i++) result[i] = _mm_cvtss_si32(_mm_set_ss(x[i]));
@@ -112,6 +139,11 @@ static inline emulated_m512 emulated_cvtph_ps(__m256i x) {
 #define _mm512_max_ps emulated_max_ps
 #define _mm512_reduce_max_ps emulated_reduce_max_ps
 #define _mm512_reduce_add_ps emulated_reduce_add_ps
+#define _mm512_reduce_add_epi32 emulated_reduce_add_epi32
+#define _mm512_unpacklo_ps(a, b) emulated_unpack_ps(a, b, 0)
+#define _mm512_unpackhi_ps(a, b) emulated_unpack_ps(a, b, 2)
+#define _mm512_shuffle_f32x4 emulated_shuffle_f32x4
+#define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm512_cvtph_ps emulated_cvtph_ps

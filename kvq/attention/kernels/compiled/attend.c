@@ -30,6 +30,7 @@
 #elif defined(__SSE2__)
 #define WHOLE_BYTES 16
 #endif
+#define LINE_BYTES 64 /* that memory is asked for together */
 #define MAX_ROWS 4 /* rows that a micro kernel keeps in registers */
 #if defined(__SSE2__) && !defined(__AVX512F__)
 #define MAX_VECTORS 2 /* vectors of the inner dimension that it keeps there too; there are 16 registers */
@@ -252,7 +253,9 @@ static inline float largest_lane(vf x) {
 }
 
 static inline int32_t sum_whole(vi x) {
-#if VL == 8 && defined(__AVX2__)
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#elif VL == 8 && defined(__AVX2__)
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
@@ -677,6 +680,12 @@ typedef struct {
   int64_t pace;
 } loop_t;
 
+/* A pass of a loop over the codes takes two vectors of bytes, up to two lines of memory. */
+static inline void fetch_pace(const uint8_t *ahead, int64_t pace) {
+  __builtin_prefetch(ahead);
+  if (pace > LINE_BYTES) __builtin_prefetch(ahead + LINE_BYTES);
+}
+
 /* Keys: sums of R rows and of the vectors of a chunk from `first` on. A row of fewer bytes than a chunk has `run` of
  * them, or else 0 is said. */
 static inline __attribute__((always_inline)) void sum_keys(const int R, const int first, const int64_t run,
@@ -696,7 +705,7 @@ static inline __attribute__((always_inline)) void sum_keys(const int R, const in
   for (const uint32_t *end = numbers + loop->pairs; numbers < end; numbers++) {
     wu a = load_run(from, run ? run : CHUNK), b = load_run(from + row_bytes, run ? run : CHUNK);
     from += 2 * row_bytes;
-    __builtin_prefetch(ahead);
+    fetch_pace(ahead, pace);
     ahead += pace;
     UNROLLED for (int n = 0; n < N; n += 2) {
       wu words = interleave(a, b, (first + n) / 2);
@@ -720,7 +729,7 @@ static inline __attribute__((always_inline)) void sum_values(const int R, const 
   for (const uint32_t *end = numbers + pairs; numbers < end; numbers++) {
     wu a = *(const wu_any *)from, b = *(const wu_any *)(from + row_bytes), words[PAIRS / 2];
     from += 2 * row_bytes;
-    __builtin_prefetch(ahead);
+    fetch_pace(ahead, pace);
     ahead += pace;
     UNROLLED for (int n = 0; n < N; n += 2) words[n / 2] = interleave(a, b, (first + n) / 2);
     UNROLLED for (int part = 0; part < 8 / width; part++) {
@@ -758,7 +767,23 @@ DEFINE_SUMS(4)
 
 /* Bring the sums of a chunk into the order of its columns. */
 static inline __attribute__((always_inline)) void order_sums(float *to, const uint32_t *sums) {
-#if WHOLE_BYTES == 32 && VL == 8
+#if WHOLE_BYTES == 64
+  __m512 fours[PAIRS]; /* columns 0 to 3 of every 16, then 4 to 7, and so on */
+  for (int half = 0; half < 2; half++) {
+    __m512 even = _mm512_cvtepi32_ps(((const __m512i *)sums)[2 * half]);
+    __m512 odd = _mm512_cvtepi32_ps(((const __m512i *)sums)[2 * half + 1]);
+    fours[2 * half] = _mm512_unpacklo_ps(even, odd);
+    fours[2 * half + 1] = _mm512_unpackhi_ps(even, odd);
+  }
+  /* The first two groups of 16 columns of each four, then the other two, and each group by itself. */
+  __m512 low[2] = {_mm512_shuffle_f32x4(fours[0], fours[1], 0x44), _mm512_shuffle_f32x4(fours[0], fours[1], 0xee)};
+  __m512 high[2] = {_mm512_shuffle_f32x4(fours[2], fours[3], 0x44), _mm512_shuffle_f32x4(fours[2], fours[3], 0xee)};
+  for (int half = 0; half < 2; half++) {
+    store(to + 32 * half, (vf)_mm512_shuffle_f32x4(low[half], high[half], 0x88));
+    store(to + 32 * half + 16, (vf)_mm512_shuffle_f32x4(low[half], high[half], 0xdd));
+  }
+  return;
+#elif WHOLE_BYTES == 32 && VL == 8
   __m256 numbers[PAIRS];
   for (int i = 0; i < PAIRS; i++) numbers[i] = _mm256_cvtepi32_ps(((const __m256i *)sums)[i]);
   for (int half = 0; half < 2; half++) {
@@ -936,7 +961,13 @@ static void look_up_block(const side_t *side, int is_key, block_t *block) {
         look_up(to, (const uint8_t *)block->codes + row * inner + c, least(CHUNK, end - c), levels, side->bits);
 }
 
-/* Read the block under the cursor, for a row of the batch and a head, and move on. */
+/* Ask for `bytes` bytes of memory at once: for what is little beside the widest plane of a block. */
+static inline void fetch(const uint8_t *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += LINE_BYTES) __builtin_prefetch(from + i);
+}
+
+/* Read the block under the cursor, for a row of the batch and a head, and move on. What else the next one has beside
+ * its widest plane is asked for here. */
 static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t row, int64_t head, int64_t heads,
                        const layout_t *layout, block_t *block) {
   const segment_t *segment = side->segments + cursor->segment;
@@ -949,6 +980,7 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
     int64_t bytes = L * width / 8 * D;
     const uint8_t *packed = segment->planes[p] + place * bytes;
     if (p == 0) block->ahead = packed + bytes, block->pace = bytes / layout->passes;
+    else fetch(packed + bytes, bytes);
 #if defined(WHOLE_BYTES)
     block->rows = layout->is_direct ? packed : (const uint8_t *)block->codes;
     if (!layout->is_direct) unpack_bytes(side, is_key, width, shift, packed, block->codes);
@@ -960,16 +992,21 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
     shift += (int)width;
   }
   if (side->levels) look_up_block(side, is_key, block);
-  block->has_factor = segment->factor != NULL;
-  if (segment->factor) read_factors(block->factor, segment->factor + place * L, L, side->factors);
+  int64_t scale_bytes = numbers * size_of(side->scale_type), mid_bytes = numbers * size_of(side->mid_type);
+  const uint8_t *scale = segment->scale + place * scale_bytes;
+  const uint8_t *mid = segment->mid ? segment->mid + place * mid_bytes : NULL;
+  const uint8_t *factor = segment->factor ? segment->factor + place * L : NULL;
+  fetch(scale + scale_bytes, scale_bytes);
+  if (mid) fetch(mid + mid_bytes, mid_bytes);
+  if (factor) fetch(factor + L, L);
+  block->has_factor = factor != NULL;
+  if (factor) read_factors(block->factor, factor, L, side->factors);
   float scale_unit = segment->exponent ? ldexpf(1.0f, segment->exponent[place]) : 1.0f;
   float mid_unit = side->shifts_mid ? scale_unit : 1.0f;
   if (segment->units) scale_unit = segment->units[2 * place], mid_unit = segment->units[2 * place + 1];
-  read_numbers(block->scale, segment->scale + place * numbers * size_of(side->scale_type), side->scale_type, side,
-               scale_unit);
-  if (!segment->mid) memset(block->mid, 0, 4 * numbers);
-  else
-    read_numbers(block->mid, segment->mid + place * numbers * size_of(side->mid_type), side->mid_type, side, mid_unit);
+  read_numbers(block->scale, scale, side->scale_type, side, scale_unit);
+  if (mid) read_numbers(block->mid, mid, side->mid_type, side, mid_unit);
+  else memset(block->mid, 0, 4 * numbers);
   if (++cursor->block == segment->used) cursor->segment++, cursor->block = 0;
 }
 
@@ -1201,9 +1238,13 @@ static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t cou
 }
 #endif
 
+/* The highest number, at least 0, without those that are NaN. */
 static inline float highest_of(const float *x, int64_t count) {
-  float highest = 0;
-  for (int64_t i = 0; i < count; i++) highest = x[i] > highest ? x[i] : highest;
+  vf numbers = {0};
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) numbers = larger_float(numbers, load(x + i));
+  float highest = largest_lane(numbers);
+  for (; i < count; i++) highest = x[i] > highest ? x[i] : highest;
   return highest;
 }
 
