@@ -1,6 +1,7 @@
-/* AVX-512 with VNNI, or AVX-VNNI, for a processor that has neither: what attend.c calls, lane by lane as Intel's
- * Intrinsics Guide defines it. Included before attend.c; EMULATE_AVX_VNNI chooses the second. What is called in
- * unrolled loops is not inlined: the compiler would take minutes. */
+/* AVX-512 with VNNI, or AVX-VNNI, or ARM's dot products, for an x86 processor without them: what attend.c calls, lane
+ * by lane as Intel's Intrinsics Guide and ARM's Neon Intrinsics Reference define it. Included before attend.c;
+ * EMULATE_AVX_VNNI chooses the second and EMULATE_ARM the third. What is called in unrolled loops is not inlined: the
+ * compiler would take minutes. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -11,7 +12,45 @@ static inline int32_t emulated_products(int32_t sum, const int16_t *a, const int
   return (int32_t)((uint32_t)sum + (uint32_t)(a[0] * b[0]) + (uint32_t)(a[1] * b[1]));
 }
 
-#if defined(EMULATE_AVX_VNNI)
+#if defined(EMULATE_ARM)
+#define __ARM_FEATURE_DOTPROD 1
+typedef int8_t int8x8_t __attribute__((vector_size(8)));
+typedef int8_t int8x16_t __attribute__((vector_size(16)));
+typedef uint8_t uint8x16_t __attribute__((vector_size(16)));
+typedef uint16_t uint16x8_t __attribute__((vector_size(16)));
+typedef int32_t int32x4_t __attribute__((vector_size(16)));
+typedef float float32x4_t __attribute__((vector_size(16)));
+
+static inline int8x8_t vld1_s8(const int8_t *from) {
+  int8x8_t result;
+  memcpy(&result, from, 8);
+  return result;
+}
+static __attribute__((noinline)) int32x4_t vdotq_lane_s32(int32x4_t sums, int8x16_t a, int8x8_t b, int lane) {
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) sums[i] = (int32_t)((uint32_t)sums[i] + (uint32_t)(a[4 * i + j] * b[4 * lane + j]));
+  return sums;
+}
+static inline uint8x16_t emulated_zip_u8(uint8x16_t a, uint8x16_t b, int from) {
+  uint8x16_t result;
+  for (int i = 0; i < 8; i++) result[2 * i] = a[from + i], result[2 * i + 1] = b[from + i];
+  return result;
+}
+static inline uint16x8_t emulated_zip_u16(uint16x8_t a, uint16x8_t b, int from) {
+  uint16x8_t result;
+  for (int i = 0; i < 4; i++) result[2 * i] = a[from + i], result[2 * i + 1] = b[from + i];
+  return result;
+}
+static inline int32x4_t vcvtnq_s32_f32(float32x4_t x) {
+  int32x4_t result;
+  for (int i = 0; i < 4; i++) result[i] = _mm_cvtss_si32(_mm_set_ss(x[i]));
+  return result;
+}
+#define vzip1q_u8(a, b) emulated_zip_u8(a, b, 0)
+#define vzip2q_u8(a, b) emulated_zip_u8(a, b, 8)
+#define vzip1q_u16(a, b) emulated_zip_u16(a, b, 0)
+#define vzip2q_u16(a, b) emulated_zip_u16(a, b, 4)
+#elif defined(EMULATE_AVX_VNNI)
 #define __AVXVNNI__ 1
 static __attribute__((noinline)) __m256i emulated_dpwssd_256(__m256i sum, __m256i a, __m256i b) {
   int32_t sums[8];

@@ -61,6 +61,7 @@ BOUNDS = {F32: 1e-4, F16: 1e-3, BF16: 8e-3}
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 EMULATED = str(Path(__file__).with_name("emulated_vectors.h"))
+ARM = "aarch64-linux-gnu-gcc"
 NATIVE = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")
 
 
@@ -80,8 +81,10 @@ TARGETS = {
         ["-march=x86-64-v3", "-DEMULATE_AVX_VNNI", "-include", EMULATED],
         [],
     ),
+    "ARM with dot products, emulated": (X86, NATIVE, ["-march=x86-64", "-DEMULATE_ARM", "-include", EMULATED], []),
     "widened codes": (True, NATIVE, ["-DKVQ_WIDEN_CODES"], []),
-    "aarch64": (True, "aarch64-linux-gnu-gcc", ["-static"], ["qemu-aarch64"]),
+    "aarch64": (True, ARM, ["-static"], ["qemu-aarch64"]),
+    "aarch64 with dot products": (True, ARM, ["-static", "-march=armv8.2-a+dotprod"], ["qemu-aarch64"]),
 }
 
 

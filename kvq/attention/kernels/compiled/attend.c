@@ -2,7 +2,8 @@
  * softmax. Compiled on the machine that it runs on; the vector types are those of GCC and Clang, so any processor gets
  * its own width, and intrinsics only stand where a faster instruction exists, beside portable code.
  *
- * On x86 codes stay whole numbers: see "Whole numbers". Elsewhere they are widened to fp32.
+ * On x86, and on ARM with dot products, codes stay whole numbers: see "Whole numbers". Elsewhere they are widened to
+ * fp32.
  *
  * Words: a row is one query vector, R rows share a key-value head. A tile is the tokens that are weighed together,
  * whole blocks of both sides. Codes of a block are unpacked [outer][inner] as they lie: keys [D][L], values [L][D].
@@ -14,6 +15,9 @@
 #if defined(__SSE2__) || defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(KVQ_EMULATED)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VL 16
@@ -22,13 +26,19 @@
 #else
 #define VL 4
 #endif
-#if defined(KVQ_WIDEN_CODES) /* for tests: as on processors other than x86 */
+#if defined(KVQ_WIDEN_CODES) /* for tests: as on other processors */
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define WHOLE_BYTES 16 /* of a vector of whole numbers */
+#define TOGETHER 4     /* rows of codes that an instruction multiplies and adds up */
 #elif defined(__AVX512BW__)
-#define WHOLE_BYTES 64 /* of a vector of whole numbers */
+#define WHOLE_BYTES 64
 #elif defined(__AVX2__)
 #define WHOLE_BYTES 32
 #elif defined(__SSE2__)
 #define WHOLE_BYTES 16
+#endif
+#if defined(WHOLE_BYTES) && !defined(TOGETHER)
+#define TOGETHER 2
 #endif
 #define LINE_BYTES 64 /* that memory is asked for together */
 #define MAX_ROWS 4 /* rows that a micro kernel keeps in registers */
@@ -489,16 +499,18 @@ static inline int64_t count_chunks(const side_t *side, int is_key) {
 #if defined(WHOLE_BYTES)
 /* ---- Whole numbers: products of codes with numbers that were rounded to 16 bits and a step.
  *
- * One instruction multiplies 16-bit numbers and adds two neighbours into 32 bits, so codes of two successive places of
- * the outer dimension are put beside each other: a "pair". They are taken from two rows of packed bytes while they are
- * multiplied, for all rows of numbers at once: rows are interleaved by words, of two columns each, then shifted and
- * masked. So WHOLE_BYTES columns, a "chunk", make four vectors of pairs, and of every 16 columns the first vector has
- * the even ones among the lower 8, the second the odd ones, and the others those of the upper 8. `order_sums` brings
- * them into order.
+ * On x86 one instruction multiplies 16-bit numbers and adds two neighbours into 32 bits, so codes of two successive
+ * places of the outer dimension are put beside each other. On ARM it multiplies bytes and adds four; a number is two
+ * bytes there, the higher and the lower ones have sums of their own, and codes of four places are put together.
+ *
+ * Codes are taken from rows of packed bytes while they are multiplied, for all rows of numbers at once: rows are
+ * interleaved, then shifted and masked. WHOLE_BYTES columns, a "chunk", make four vectors. On ARM these are in order.
+ * On x86 rows are interleaved by words, of two columns each: of every 16 columns the first vector has the even ones
+ * among the lower 8, the second the odd ones, and the others those of the upper 8. `order_sums` brings them into order.
  *
  * Numbers are at most 32767, codes less their half at most 128, and at most 512 products are summed: below 2 ** 31.
  * Codes are kept unsigned, and the sum starts with what the halves come to; on its way it may wrap around, as unsigned
- * numbers do, and the end undoes that.
+ * numbers do, and the end undoes that. Only 8 bits have their half taken off on ARM, whose bytes are signed.
  *
  * Rounding leaves remainders, random from number to number. Codes less their half are -0.5 on average, so the sum of
  * the remainders of a row is brought in by that: it would be an error that all columns share, and turning back a
@@ -506,18 +518,27 @@ static inline int64_t count_chunks(const side_t *side, int is_key) {
  * are rounded to 16 bits as well and multiplied too: a second "layer". */
 
 #define MAX_SUMMED 512
+#if TOGETHER == 4
+#define LARGEST 32639.0f /* 127 * 256 + 127 */
+#define SUMMED_VECTORS 2 /* vectors of a chunk that are summed at a time; each has two sums for a row */
+#else
 #define LARGEST 32767.0f
-#define PAIRS 4
+#define SUMMED_VECTORS MAX_VECTORS
+#endif
+#define VECTORS 4 /* of a chunk */
 #define LAYERS 2
 #define LANES (WHOLE_BYTES / 4)
-#define REMAINDER_STEPS 65000.0f /* of the first step; below 65534, so no remainder rounds past LARGEST */
+#define REMAINDER_STEPS 65000.0f /* of the first step; no remainder rounds past LARGEST */
 
 typedef uint32_t wu __attribute__((vector_size(WHOLE_BYTES), may_alias));
 typedef uint32_t wu_any __attribute__((vector_size(WHOLE_BYTES), aligned(1), may_alias));
 typedef int16_t vs __attribute__((vector_size(2 * VL)));
 typedef int16_t vs_any __attribute__((vector_size(2 * VL), aligned(2), may_alias));
+typedef uint32_t pair_any __attribute__((aligned(2), may_alias));
 
-#if WHOLE_BYTES == 64
+#if TOGETHER == 4
+typedef int64_t vl __attribute__((vector_size(WHOLE_BYTES)));
+#elif WHOLE_BYTES == 64
 #define WHOLE(NAME, A, B) (wu)_mm512_##NAME((__m512i)(A), (__m512i)(B))
 #elif WHOLE_BYTES == 32
 #define WHOLE(NAME, A, B) (wu)_mm256_##NAME((__m256i)(A), (__m256i)(B))
@@ -530,17 +551,45 @@ typedef int16_t vs_any __attribute__((vector_size(2 * VL), aligned(2), may_alias
 #define KEEP(VECTOR)
 #elif defined(__AVX512F__)
 #define KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
+#elif TOGETHER == 4
+#define KEEP(VECTOR) __asm__ volatile("" : "+w"(VECTOR) : : "memory") /* or it would load all numbers first */
 #else
 #define KEEP(VECTOR) __asm__("" : "+x"(VECTOR))
 #endif
 
-static inline wu add_products(wu sum, wu codes, wu numbers) {
-#if WHOLE_BYTES == 64 && defined(__AVX512VNNI__)
-  return (wu)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)codes, (__m512i)numbers);
-#elif WHOLE_BYTES == 32 && defined(__AVXVNNI__)
-  return (wu)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)numbers);
+/* A vector of sums; on ARM those of the higher bytes are apart. */
+typedef struct {
+  wu low;
+#if TOGETHER == 4
+  wu high;
+#endif
+} sums_t;
+
+/* TOGETHER numbers of a row. */
+#if TOGETHER == 4
+typedef int8x8_t numbers_t;
 #else
-  return sum + WHOLE(madd_epi16, codes, numbers);
+typedef wu numbers_t;
+#endif
+
+static inline __attribute__((always_inline)) numbers_t load_numbers(const int16_t *from) {
+#if TOGETHER == 4
+  return vld1_s8((const int8_t *)from);
+#else
+  return (wu){0} + *(const pair_any *)from;
+#endif
+}
+
+static inline __attribute__((always_inline)) void add_products(sums_t *sums, wu codes, numbers_t numbers) {
+#if TOGETHER == 4
+  sums->low = (wu)vdotq_lane_s32((int32x4_t)sums->low, (int8x16_t)codes, numbers, 0);
+  sums->high = (wu)vdotq_lane_s32((int32x4_t)sums->high, (int8x16_t)codes, numbers, 1);
+#elif WHOLE_BYTES == 64 && defined(__AVX512VNNI__)
+  sums->low = (wu)_mm512_dpwssd_epi32((__m512i)sums->low, (__m512i)codes, (__m512i)numbers);
+#elif WHOLE_BYTES == 32 && defined(__AVXVNNI__)
+  sums->low = (wu)_mm256_dpwssd_avx_epi32((__m256i)sums->low, (__m256i)codes, (__m256i)numbers);
+#else
+  sums->low += WHOLE(madd_epi16, codes, numbers);
 #endif
 }
 
@@ -558,6 +607,8 @@ static inline __attribute__((always_inline)) wu load_run(const uint8_t *from, co
 #elif WHOLE_BYTES == 32
   if (run == 8) return (wu)_mm256_set1_epi64x(eight);
   if (run == 16) return (wu)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
+#elif TOGETHER == 4
+  if (run == 8) return (wu)(vl){eight, eight};
 #else
   if (run == 8) return (wu)_mm_set1_epi64x(eight);
 #endif
@@ -593,6 +644,9 @@ static void unpack_bytes(const side_t *side, int is_key, int64_t width, int shif
   else unpack_plane(side, is_key, width, shift, 0, packed, codes);
 }
 
+/* Bytes have a sign on ARM, so codes of 8 bits lose their half there before they are multiplied. */
+static inline int loses_half(const side_t *side) { return TOGETHER == 4 && side->bits == 8; }
+
 /* How the codes of a block lie when they are multiplied: as one plane is packed, or a byte each where there are several
  * planes, or rows that end in the middle of a vector. Keys have a row for each channel; values have one for each token
  * of a part. */
@@ -610,14 +664,14 @@ static layout_t find_layout(const side_t *side, int is_key) {
   layout_t layout = {.width = 8, .row_bytes = is_key ? L : D, .rows = is_key ? D : L, .chunk_parts = 1};
   int fills_chunks = bytes % CHUNK == 0 || (bytes < CHUNK && (bytes == 8 || bytes == 16 || bytes == 32));
   int is_one = side->plane_count == 1 && !side->levels;
-  if (is_one && (is_key ? fills_chunks && D % 2 == 0 && group % 2 == 0
-                        : bytes % 2 == 0 && L <= MAX_SUMMED && D % CHUNK == 0 && group % CHUNK == 0)) {
+  if (is_one && (is_key ? fills_chunks && D % TOGETHER == 0 && group % TOGETHER == 0
+                        : bytes % TOGETHER == 0 && L <= MAX_SUMMED && D % CHUNK == 0 && group % CHUNK == 0)) {
     layout.is_direct = 1, layout.width = width;
     if (is_key) layout.row_bytes = bytes;
     else layout.rows = bytes;
     if (is_key && bytes < CHUNK) layout.chunk_parts = CHUNK / bytes;
   }
-  layout.passes = side->levels ? layout.rows : divide_up(layout.rows, 2) * (PAIRS / MAX_VECTORS);
+  layout.passes = side->levels ? layout.rows : divide_up(layout.rows, TOGETHER) * (VECTORS / SUMMED_VECTORS);
   layout.passes *= count_chunks(side, is_key);
   for (int i = 0; i < LANES && layout.chunk_parts > 1; i++) {
     layout.shifts[0][i] = (uint32_t)(i / 4 * 16 / bytes * width);
@@ -626,61 +680,84 @@ static layout_t find_layout(const side_t *side, int is_key) {
   return layout;
 }
 
-/* Multiply N vectors of codes by one pair of numbers of each of R rows. */
-static inline __attribute__((always_inline)) void add_rows(const int R, const int N, wu total[MAX_ROWS][PAIRS],
-                                                           const wu *codes, const uint32_t *numbers, int64_t stride) {
+/* Multiply N vectors of codes by the numbers of each of R rows that meet them. */
+static inline __attribute__((always_inline)) void add_rows(const int R, const int N, sums_t total[MAX_ROWS][VECTORS],
+                                                           const wu *codes, const int16_t *numbers, int64_t stride) {
   UNROLLED for (int r = 0; r < R; r++) {
-    wu number = (wu){0} + numbers[r * stride];
+    numbers_t row = load_numbers(numbers + r * stride);
     UNROLLED for (int n = 0; n < N; n++) {
-      total[r][n] = add_products(total[r][n], codes[n], number);
-      KEEP(total[r][n]);
+      add_products(&total[r][n], codes[n], row);
+      KEEP(total[r][n].low);
     }
   }
 }
 
-static inline __attribute__((always_inline)) void start_rows(const int R, const int N, wu total[MAX_ROWS][PAIRS],
-                                                             const uint32_t *start) {
+static inline __attribute__((always_inline)) void start_rows(const int R, const int N,
+                                                             sums_t total[MAX_ROWS][VECTORS], const uint32_t *start) {
   UNROLLED for (int r = 0; r < R; r++)
-    UNROLLED for (int n = 0; n < N; n++) total[r][n] = (wu){0} + start[r];
+    UNROLLED for (int n = 0; n < N; n++) total[r][n] = (sums_t){.low = (wu){0} + start[r]};
 }
 
-static inline __attribute__((always_inline)) void store_rows(const int R, const int N, wu total[MAX_ROWS][PAIRS],
-                                                             uint32_t *sums) {
+static inline __attribute__((always_inline)) void store_rows(const int R, const int N,
+                                                             sums_t total[MAX_ROWS][VECTORS], uint32_t *sums) {
   UNROLLED for (int r = 0; r < R; r++)
-    UNROLLED for (int n = 0; n < N; n++) ((wu *)sums)[r * PAIRS + n] = total[r][n];
+    UNROLLED for (int n = 0; n < N; n++) {
+#if TOGETHER == 4
+      total[r][n].low += total[r][n].high << 8;
+#endif
+      ((wu *)sums)[r * VECTORS + n] = total[r][n].low;
+    }
 }
 
-/* Words of two rows in turn, of the lower or the upper 8 of every 16 columns. */
-static inline __attribute__((always_inline)) wu interleave(wu a, wu b, int is_upper) {
-  return is_upper ? WHOLE(unpackhi_epi16, a, b) : WHOLE(unpacklo_epi16, a, b);
+/* Bytes of TOGETHER rows in turn, of the lower or the upper 8 of every 16 columns. */
+typedef struct {
+  wu part[TOGETHER / 2];
+} words_t;
+
+static inline __attribute__((always_inline)) words_t interleave(const wu *rows, int is_upper) {
+#if TOGETHER == 4
+  uint8x16_t a = (uint8x16_t)rows[0], b = (uint8x16_t)rows[1], c = (uint8x16_t)rows[2], d = (uint8x16_t)rows[3];
+  uint16x8_t ab = (uint16x8_t)(is_upper ? vzip2q_u8(a, b) : vzip1q_u8(a, b));
+  uint16x8_t cd = (uint16x8_t)(is_upper ? vzip2q_u8(c, d) : vzip1q_u8(c, d));
+  return (words_t){{(wu)vzip1q_u16(ab, cd), (wu)vzip2q_u16(ab, cd)}};
+#else
+  return (words_t){{is_upper ? WHOLE(unpackhi_epi16, rows[0], rows[1]) : WHOLE(unpacklo_epi16, rows[0], rows[1])}};
+#endif
 }
 
-static inline __attribute__((always_inline)) wu mask_pairs(int width) {
-  return (wu){0} + 0x00010001u * (uint32_t)((1 << width) - 1);
+/* What is left of words when they are shifted so that a code stands lowest. */
+static inline __attribute__((always_inline)) wu mask_codes(int width) {
+  return (wu){0} + (TOGETHER == 4 ? 0x01010101u : 0x00010001u) * (uint32_t)((1 << width) - 1);
 }
 
-/* The pairs of even columns, and those of odd ones. */
-static inline __attribute__((always_inline)) void split_words(wu *codes, wu words, wu mask) {
-  codes[0] = words & mask, codes[1] = words >> 8 & mask;
+/* Two vectors of codes; `half` is taken off by turning the highest bit over. */
+static inline __attribute__((always_inline)) void split_words(wu *codes, words_t words, wu mask, wu half) {
+#if TOGETHER == 4
+  for (int i = 0; i < 2; i++) codes[i] = (words.part[i] & mask) ^ half;
+#else
+  (void)half;
+  codes[0] = words.part[0] & mask, codes[1] = words.part[0] >> 8 & mask;
+#endif
   KEEP(codes[0]);
   KEEP(codes[1]);
 }
 
 /* What a loop over the codes of a chunk takes. */
 typedef struct {
-  const uint32_t *numbers; /* pairs of R rows, `stride` pairs apart */
+  const int16_t *numbers; /* of R rows, `stride` apart */
   int64_t stride;
   const uint32_t *start; /* [R] */
   const uint8_t *codes;
-  int64_t row_bytes, pairs;
+  int64_t row_bytes, passes;
   int width, place; /* of a code in a byte */
+  uint32_t half; /* that codes lose in a vector, see `split_words` */
   const uint32_t (*shifts)[LANES]; /* to be added to the place */
   uint32_t *sums; /* [R][CHUNK] */
   const uint8_t *ahead;
   int64_t pace;
 } loop_t;
 
-/* A pass of a loop over the codes takes two vectors of bytes, up to two lines of memory. */
+/* A pass of a loop over the codes takes TOGETHER vectors of bytes, at most two lines of memory. */
 static inline void fetch_pace(const uint8_t *ahead, int64_t pace) {
   __builtin_prefetch(ahead);
   if (pace > LINE_BYTES) __builtin_prefetch(ahead + LINE_BYTES);
@@ -690,27 +767,29 @@ static inline void fetch_pace(const uint8_t *ahead, int64_t pace) {
  * them, or else 0 is said. */
 static inline __attribute__((always_inline)) void sum_keys(const int R, const int first, const int64_t run,
                                                            const int is_shifted, const loop_t *loop) {
-  enum { N = MAX_VECTORS };
-  wu total[MAX_ROWS][PAIRS], codes[PAIRS], mask = mask_pairs(loop->width);
-  const uint32_t *numbers = loop->numbers;
+  enum { N = SUMMED_VECTORS };
+  sums_t total[MAX_ROWS][VECTORS];
+  wu codes[VECTORS], mask = mask_codes(loop->width), half = (wu){0} + (is_shifted ? 0 : loop->half);
+  const int16_t *numbers = loop->numbers;
   const uint8_t *from = loop->codes, *ahead = loop->ahead;
   int64_t stride = loop->stride, row_bytes = run ? run : loop->row_bytes, pace = loop->pace;
-#if WHOLE_BYTES == 16 /* it has but one shift for all lanes */
+#if WHOLE_BYTES == 16 /* one shift does for all lanes */
   int shifts[2] = {loop->place + (int)loop->shifts[0][0], loop->place + (int)loop->shifts[1][0]};
 #else
   wu shifts[2];
   for (int i = 0; i < 2; i++) shifts[i] = *(const wu_any *)loop->shifts[i] + (uint32_t)loop->place;
 #endif
   start_rows(R, N, total, loop->start);
-  for (const uint32_t *end = numbers + loop->pairs; numbers < end; numbers++) {
-    wu a = load_run(from, run ? run : CHUNK), b = load_run(from + row_bytes, run ? run : CHUNK);
-    from += 2 * row_bytes;
+  for (const int16_t *end = numbers + loop->passes * TOGETHER; numbers < end; numbers += TOGETHER) {
+    wu rows[TOGETHER];
+    UNROLLED for (int i = 0; i < TOGETHER; i++) rows[i] = load_run(from + i * row_bytes, run ? run : CHUNK);
+    from += TOGETHER * row_bytes;
     fetch_pace(ahead, pace);
     ahead += pace;
     UNROLLED for (int n = 0; n < N; n += 2) {
-      wu words = interleave(a, b, (first + n) / 2);
-      if (is_shifted) words >>= shifts[(first + n) / 2];
-      split_words(codes + n, words, mask);
+      words_t words = interleave(rows, (first + n) / 2);
+      UNROLLED for (int i = 0; i < TOGETHER / 2 && is_shifted; i++) words.part[i] >>= shifts[(first + n) / 2];
+      split_words(codes + n, words, mask, half);
     }
     add_rows(R, N, total, codes, numbers, stride);
   }
@@ -720,21 +799,27 @@ static inline __attribute__((always_inline)) void sum_keys(const int R, const in
 /* Values: the same; every part of a row has numbers of its own. */
 static inline __attribute__((always_inline)) void sum_values(const int R, const int first, const int width,
                                                              const loop_t *loop) {
-  enum { N = MAX_VECTORS };
-  wu total[MAX_ROWS][PAIRS], codes[PAIRS], mask = mask_pairs(width);
-  const uint32_t *numbers = loop->numbers;
+  enum { N = SUMMED_VECTORS };
+  sums_t total[MAX_ROWS][VECTORS];
+  wu codes[VECTORS], mask = mask_codes(width), half = (wu){0} + (width < 8 ? 0 : loop->half);
+  const int16_t *numbers = loop->numbers;
   const uint8_t *from = loop->codes, *ahead = loop->ahead;
-  int64_t stride = loop->stride, row_bytes = loop->row_bytes, pairs = loop->pairs, pace = loop->pace;
+  int64_t stride = loop->stride, row_bytes = loop->row_bytes, part_rows = loop->passes * TOGETHER, pace = loop->pace;
   start_rows(R, N, total, loop->start);
-  for (const uint32_t *end = numbers + pairs; numbers < end; numbers++) {
-    wu a = *(const wu_any *)from, b = *(const wu_any *)(from + row_bytes), words[PAIRS / 2];
-    from += 2 * row_bytes;
+  for (const int16_t *end = numbers + part_rows; numbers < end; numbers += TOGETHER) {
+    wu rows[TOGETHER];
+    words_t words[VECTORS / 2];
+    UNROLLED for (int i = 0; i < TOGETHER; i++) rows[i] = *(const wu_any *)(from + i * row_bytes);
+    from += TOGETHER * row_bytes;
     fetch_pace(ahead, pace);
     ahead += pace;
-    UNROLLED for (int n = 0; n < N; n += 2) words[n / 2] = interleave(a, b, (first + n) / 2);
+    UNROLLED for (int n = 0; n < N; n += 2) words[n / 2] = interleave(rows, (first + n) / 2);
     UNROLLED for (int part = 0; part < 8 / width; part++) {
-      UNROLLED for (int n = 0; n < N; n += 2) split_words(codes + n, words[n / 2] >> (part * width), mask);
-      add_rows(R, N, total, codes, numbers + part * pairs, stride);
+      UNROLLED for (int n = 0; n < N; n += 2) {
+        split_words(codes + n, words[n / 2], mask, half);
+        UNROLLED for (int i = 0; i < TOGETHER / 2; i++) words[n / 2].part[i] >>= width;
+      }
+      add_rows(R, N, total, codes, numbers + part * part_rows, stride);
     }
   }
   store_rows(R, N, total, loop->sums + first * LANES);
@@ -742,22 +827,22 @@ static inline __attribute__((always_inline)) void sum_values(const int R, const 
 
 #define DEFINE_SUMS(R)                                                                                               \
   static void sum_keys_##R(loop_t *loop, int64_t run, int is_shifted) {                                              \
-    UNROLLED for (int first = 0; first < PAIRS; first += MAX_VECTORS) {                                              \
+    UNROLLED for (int first = 0; first < VECTORS; first += SUMMED_VECTORS) {                                         \
       if (run == 8) sum_keys(R, first, 8, 1, loop);                                                                  \
       else if (run == 16 && CHUNK > 16) sum_keys(R, first, 16, 1, loop);                                             \
       else if (run == 32 && CHUNK > 32) sum_keys(R, first, 32, 1, loop);                                             \
       else if (is_shifted) sum_keys(R, first, 0, 1, loop);                                                           \
       else sum_keys(R, first, 0, 0, loop);                                                                           \
-      loop->ahead += loop->pairs * loop->pace;                                                                       \
+      loop->ahead += loop->passes * loop->pace;                                                                      \
     }                                                                                                                \
   }                                                                                                                  \
   static void sum_values_##R(loop_t *loop) {                                                                         \
-    UNROLLED for (int first = 0; first < PAIRS; first += MAX_VECTORS) {                                              \
+    UNROLLED for (int first = 0; first < VECTORS; first += SUMMED_VECTORS) {                                         \
       if (loop->width == 8) sum_values(R, first, 8, loop);                                                           \
       else if (loop->width == 4) sum_values(R, first, 4, loop);                                                      \
       else if (loop->width == 2) sum_values(R, first, 2, loop);                                                      \
       else sum_values(R, first, 1, loop);                                                                            \
-      loop->ahead += loop->pairs * loop->pace;                                                                       \
+      loop->ahead += loop->passes * loop->pace;                                                                      \
     }                                                                                                                \
   }
 DEFINE_SUMS(1)
@@ -768,7 +853,7 @@ DEFINE_SUMS(4)
 /* Bring the sums of a chunk into the order of its columns. */
 static inline __attribute__((always_inline)) void order_sums(float *to, const uint32_t *sums) {
 #if WHOLE_BYTES == 64
-  __m512 fours[PAIRS]; /* columns 0 to 3 of every 16, then 4 to 7, and so on */
+  __m512 fours[VECTORS]; /* columns 0 to 3 of every 16, then 4 to 7, and so on */
   for (int half = 0; half < 2; half++) {
     __m512 even = _mm512_cvtepi32_ps(((const __m512i *)sums)[2 * half]);
     __m512 odd = _mm512_cvtepi32_ps(((const __m512i *)sums)[2 * half + 1]);
@@ -782,18 +867,18 @@ static inline __attribute__((always_inline)) void order_sums(float *to, const ui
     store(to + 32 * half, (vf)_mm512_shuffle_f32x4(low[half], high[half], 0x88));
     store(to + 32 * half + 16, (vf)_mm512_shuffle_f32x4(low[half], high[half], 0xdd));
   }
-  return;
 #elif WHOLE_BYTES == 32 && VL == 8
-  __m256 numbers[PAIRS];
-  for (int i = 0; i < PAIRS; i++) numbers[i] = _mm256_cvtepi32_ps(((const __m256i *)sums)[i]);
+  __m256 numbers[VECTORS];
+  for (int i = 0; i < VECTORS; i++) numbers[i] = _mm256_cvtepi32_ps(((const __m256i *)sums)[i]);
   for (int half = 0; half < 2; half++) {
     __m256 low = _mm256_unpacklo_ps(numbers[2 * half], numbers[2 * half + 1]);
     __m256 high = _mm256_unpackhi_ps(numbers[2 * half], numbers[2 * half + 1]);
     store(to + 8 * half, (vf)_mm256_permute2f128_ps(low, high, 0x20));
     store(to + 8 * half + 16, (vf)_mm256_permute2f128_ps(low, high, 0x31));
   }
-  return;
-#endif
+#elif TOGETHER == 4
+  for (int i = 0; i < VECTORS; i++) store(to + VL * i, __builtin_convertvector(((const vi *)sums)[i], vf));
+#else
   for (int i = 0; i < LANES; i += 4, to += 16)
     for (int half = 0; half < 2; half++) {
       __m128 even = _mm_cvtepi32_ps(_mm_load_si128((const __m128i *)(sums + 2 * half * LANES + i)));
@@ -801,6 +886,7 @@ static inline __attribute__((always_inline)) void order_sums(float *to, const ui
       _mm_storeu_ps(to + 8 * half, _mm_unpacklo_ps(even, odd));
       _mm_storeu_ps(to + 8 * half + 4, _mm_unpackhi_ps(even, odd));
     }
+#endif
 }
 
 /* Numbers of up to MAX_ROWS rows in whole steps. */
@@ -818,18 +904,25 @@ static inline vi to_whole(vf x) {
   return (vi)_mm512_cvtps_epi32((__m512)x);
 #elif VL == 8
   return (vi)_mm256_cvtps_epi32((__m256)x);
+#elif TOGETHER == 4
+  return (vi)vcvtnq_s32_f32((float32x4_t)x);
 #else
   return (vi)_mm_cvtps_epi32((__m128)x);
 #endif
 }
 
-static inline vs narrow(vi x) {
-#if VL == 16
-  return (vs)_mm512_cvtepi32_epi16((__m512i)x);
+/* Store whole numbers as `add_products` takes them. */
+static inline void store_whole(int16_t *to, vi x) {
+#if TOGETHER == 4
+  vi high = (x + 128) >> 8; /* so that what is left has a sign too */
+  *(vb_any *)to = __builtin_convertvector(x - (high << 8), vb);
+  *(vb_any *)(to + 2) = __builtin_convertvector(high, vb);
+#elif VL == 16
+  *(vs_any *)to = (vs)_mm512_cvtepi32_epi16((__m512i)x);
 #elif VL == 8 && defined(__AVX2__)
-  return (vs)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  *(vs_any *)to = (vs)_mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
 #else
-  return __builtin_convertvector(x, vs);
+  *(vs_any *)to = __builtin_convertvector(x, vs);
 #endif
 }
 
@@ -850,8 +943,8 @@ static inline vf first_numbers(vf x, int64_t count) {
   return choose(place < (int32_t)count, x, (vf){0});
 }
 
-/* Round a layer of one row of `count` numbers to its place there, and fill the last vector up with 0; return the sum of squares of the
- * whole numbers of the first where it is wanted. */
+/* Round a layer of one row of `count` numbers to its place there, and fill the last vector up with 0; return the sum of
+ * squares of the whole numbers of the first where it is wanted. */
 static inline __attribute__((always_inline)) float round_row(rounded_t *rounded, const int layer,
                                                              const int wants_squares, int place, int r,
                                                              const float *from, int64_t count, int64_t half) {
@@ -865,7 +958,7 @@ static inline __attribute__((always_inline)) float round_row(rounded_t *rounded,
     if (layer) whole = to_whole((scaled - __builtin_convertvector(whole, vf)) * REMAINDER_STEPS);
     else exact += scaled;
     if (wants_squares) squares += scaled * scaled;
-    *(vs_any *)(to + i) = narrow(whole);
+    store_whole(to + i, whole);
     sum += whole;
   }
   rounded->start[layer][place] = -(uint32_t)sum_whole(sum) * (uint32_t)half;
@@ -1102,7 +1195,7 @@ static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, i
 #if defined(WHOLE_BYTES)
   if (side->levels) return;
   rounded_t *rounded = &w->rounded;
-  int64_t half = 1 << (side->bits - 1);
+  int64_t half = 1 << (side->bits - 1), kept_half = loses_half(side) ? 0 : half;
   float accepted = accepted_error(w->q);
   /* Remainders are even within a step, so their deviation is 0.29; that of codes is about 0.58 halves. A score has the
    * errors of all groups, so all channels count. */
@@ -1111,15 +1204,15 @@ static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, i
   rounded->coarse_rows = 0;
   for (int r = 0; r < rows; r++) {
     const float *row = from + r * w->fold_stride;
-    float squares = unit != 0 ? round_row(rounded, 0, 0, r, r, row, count, half)
-                              : round_row(rounded, 0, 1, r, r, row, count, half);
+    float squares = unit != 0 ? round_row(rounded, 0, 0, r, r, row, count, kept_half)
+                              : round_row(rounded, 0, 1, r, r, row, count, kept_half);
     float step = rounded->step[0][r];
     int is_coarse = unit != 0 ? error * step > accepted : error > squares * (accepted * accepted);
     if (is_coarse && step > 0) rounded->coarse[rounded->coarse_rows++] = r;
   }
   for (int i = 0; i < rounded->coarse_rows; i++) {
     int r = rounded->coarse[i];
-    round_row(rounded, 1, 0, i, r, from + r * w->fold_stride, count, half);
+    round_row(rounded, 1, 0, i, r, from + r * w->fold_stride, count, kept_half);
   }
 #else
   (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit;
@@ -1194,7 +1287,8 @@ static void sum_chunk(loop_t *loop, int is_key, int rows, int64_t run, int is_sh
 /* Multiply the rounded rows by a chunk of columns of the `count` rows of codes from `start` on. `ahead` moves on. */
 static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column, int64_t columns,
                      const target_t *target, const uint8_t **ahead) {
-  if ((is_key ? &w->q->key : &w->q->value)->levels) {
+  const side_t *side = is_key ? &w->q->key : &w->q->value;
+  if (side->levels) {
     multiply_levels(w, is_key, rows, start, count, column, columns, target, ahead);
     return;
   }
@@ -1203,14 +1297,14 @@ static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t cou
   int is_repeated = layout->chunk_parts > 1;
   int64_t part = !is_key ? 0 : is_repeated ? column / CHUNK * layout->chunk_parts : column / layout->row_bytes;
   loop_t loop;
-  loop.stride = rounded->stride / 2, loop.row_bytes = layout->row_bytes, loop.shifts = layout->shifts;
+  loop.stride = rounded->stride, loop.row_bytes = layout->row_bytes, loop.shifts = layout->shifts;
   loop.width = (int)layout->width, loop.place = (int)(part * layout->width);
-  loop.sums = w->totals, loop.ahead = *ahead;
+  loop.half = loses_half(side) ? 0x80808080u : 0, loop.sums = w->totals, loop.ahead = *ahead;
   loop.codes = w->block.rows + start * layout->row_bytes + (is_repeated ? 0 : column - part * layout->row_bytes);
-  loop.pairs = divide_up(is_key ? count : least(count, layout->rows), 2);
+  loop.passes = divide_up(is_key ? count : least(count, layout->rows), TOGETHER);
   for (int layer = 0; layer < (rounded->coarse_rows ? LAYERS : 1); layer++) {
     int count_rows = layer ? rounded->coarse_rows : rows;
-    loop.numbers = (const uint32_t *)(rounded->numbers + layer * MAX_ROWS * rounded->stride);
+    loop.numbers = rounded->numbers + layer * MAX_ROWS * rounded->stride;
     loop.start = rounded->start[layer], loop.pace = layer ? 0 : w->block.pace;
     sum_chunk(&loop, is_key, count_rows, is_repeated ? layout->row_bytes : 0, loop.place || is_repeated);
     for (int i = 0; i < count_rows; i++) {
@@ -1574,7 +1668,7 @@ static void serve(void *argument) {
                       levels};
   int64_t total = 0, count = sizeof floats / sizeof *floats;
   for (int64_t i = 0; i < count; i++) total += (floats[i] = (floats[i] + MAX_VECTORS * VL + 15) / 16 * 16);
-  int64_t bytes = 4 * total + (L + 1) * most(D, Dv) + most(L, most(D, Dv)) + CHUNK + 64;
+  int64_t bytes = 4 * total + L * most(D, Dv) + 4 * most(L, most(D, Dv)) + CHUNK + 64;
 #if defined(WHOLE_BYTES)
   bytes += 4 * MAX_ROWS * CHUNK + 2 * LAYERS * MAX_ROWS * widest;
 #endif
