@@ -10,7 +10,7 @@ from typing import Any
 from gpu_tables import load_gpu_runs, render_gpu_runs
 from markdown_table import table
 from target_table import COLUMNS as TARGET_COLUMNS
-from target_table import avx2_target_rows, has_model, target_rows
+from target_table import class_target_rows, has_model, target_rows, wide_target_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BUFFER = "buffer, packed queries"
@@ -37,15 +37,20 @@ def render_speed() -> str:
         runs = load_runs(device)
         parts.append(f"**Measured here, on {place}.**")
         parts += render_gpu_runs() if device == "cuda" else ()
-        plain = [run for run in runs if not has_model(run)]
+        plain = [run for run in runs if not has_model(run) and not compares_widths(run)]
         parts += [text for run in plain if not is_short(run) for text in render_speed_run(run)]
         parts += [text for run in plain if is_short(run) for text in render_short_run(run)]
+        parts += [text for run in runs if compares_widths(run) for text in render_width_run(run)]
         parts += [text for run in runs if has_model(run) for text in render_model_run(run)]
-    first = [run for run in load_runs("cpu") if "instructions" not in run["machine"]]
-    later = [run for run in load_runs("cpu") if "instructions" in run["machine"]]
-    parts += ["Targets, on the first of these CPUs:", table(TARGET_COLUMNS, target_rows(first, load_gpu_runs()))]
-    parts += ["Targets on AVX2, as shares of the time of full precision:"]
-    parts.append(table(TARGET_COLUMNS, avx2_target_rows(later, _load("first-call.json"))))
+    wide, narrow = (
+        [run for run in load_runs("cpu") if is_wide(run)],
+        [run for run in load_runs("cpu") if not is_wide(run)],
+    )
+    first_call = _load("first-call.json")
+    parts += ["Targets, with AVX-512:", table(TARGET_COLUMNS, target_rows(wide, load_gpu_runs()))]
+    parts += ["Targets as shares of the time of full precision, with AVX-512:"]
+    parts.append(table(TARGET_COLUMNS, [*wide_target_rows(wide), *class_target_rows(wide)]))
+    parts += ["The same, with AVX2:", table(TARGET_COLUMNS, class_target_rows(narrow, first_call))]
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
     return "\n\n".join(parts)
@@ -59,11 +64,16 @@ def render_speed_run(run: dict[str, Any]) -> Iterable[str]:
         if settings:
             yield f"{name}, batch 1, by tokens of history:"
             yield table(columns(settings), ratio_rows(settings), right=range(1, len(settings) + 1))
+    deep = list_settings(run, "deep", batch=1)
+    if deep:
+        yield f"A model of {deep[0]['shape']['layers']} layers that compute little, batch 1, by tokens of history:"
+        yield table(columns(deep), ratio_rows(deep), right=range(1, len(deep) + 1))
     layer = list_settings(run, "layer", batch=1)
     if layer:
         longest = max((facts for facts in layer if facts["dtype"] == "float32"), key=lambda facts: facts["length"])
         yield f"One layer at {longest['length']:,} tokens in float32: flush and memory ({run['memory_tool']})."
         yield table(FLUSH_COLUMNS, flush_rows(longest), right=range(1, len(FLUSH_COLUMNS)))
+    yield from render_prompts(run)
 
 
 def render_short_run(run: dict[str, Any]) -> Iterable[str]:
@@ -72,9 +82,14 @@ def render_short_run(run: dict[str, Any]) -> Iterable[str]:
     if len(settings) > 1:
         yield f"The whole model at short contexts; {describe_machine(run)}"
         yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
-    for facts in run.get("first_token", ()):
-        yield f"A prompt of {facts['length']:,} tokens, batch 1, {facts['dtype']}: time to its first tokens."
-        yield table(PROMPT_COLUMNS, prompt_rows(facts), right=range(1, len(PROMPT_COLUMNS)))
+    yield from render_prompts(run)
+
+
+def render_width_run(run: dict[str, Any]) -> Iterable[str]:
+    """Yield the table of a run that compares numbers of bits."""
+    settings = list_settings(run, "layer", batch=1)
+    yield f"One layer, batch 1, by width and tokens of history; {describe_machine(run)}"
+    yield table(columns(settings), ratio_rows(settings), right=range(1, len(settings) + 1))
 
 
 def render_model_run(run: dict[str, Any]) -> Iterable[str]:
@@ -82,8 +97,13 @@ def render_model_run(run: dict[str, Any]) -> Iterable[str]:
     settings = list_settings(run, "model", batch=1)
     yield f"{run['options']['model']} as a whole, {settings[0]['dtype']}; {describe_machine(run)}"
     yield table(short_columns(settings), short_rows(settings), right=range(1, len(settings) + 1))
+    yield from render_prompts(run)
+
+
+def render_prompts(run: dict[str, Any]) -> Iterable[str]:
+    """Yield a table for each length of prompt."""
     for facts in run.get("first_token", ()):
-        yield f"A prompt of {facts['length']:,} tokens there: time to its first tokens."
+        yield f"A prompt of {facts['length']:,} tokens there, batch 1, {facts['dtype']}: time to its first tokens."
         yield table(PROMPT_COLUMNS, prompt_rows(facts), right=range(1, len(PROMPT_COLUMNS)))
 
 
@@ -119,6 +139,17 @@ def list_settings(run: dict[str, Any], part: str, batch: int) -> list[dict[str, 
 def is_short(run: dict[str, Any]) -> bool:
     """Return whether a run is about contexts so short that quantizing has hardly begun."""
     return max(facts["length"] for facts in run["model"] or run["layer"]) <= SHORT_LENGTH
+
+
+def is_wide(run: dict[str, Any]) -> bool:
+    """Return whether a run is of a processor with AVX-512."""
+    return run["machine"].get("instructions", "").startswith("AVX512")
+
+
+def compares_widths(run: dict[str, Any]) -> bool:
+    """Return whether a run is of one backend at several numbers of bits."""
+    widths = {(config["backend"], config["nbits_k"]) for config in run["options"]["configs"].values()}
+    return len(widths) > len({backend for backend, _ in widths})
 
 
 def short_columns(settings: Sequence[dict[str, Any]]) -> tuple[str, ...]:

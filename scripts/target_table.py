@@ -18,6 +18,7 @@ LENGTHS = (8192, 32768)
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 HQQ = "kvq hqq 4, fused"
+TWO_BITS, FOUR_BITS = "kvq 2bit, fused", "kvq 4bit, fused"
 MODEL_LENGTHS = (256, 4096, 7680)
 """The longest that leaves room for the steps in a model of 8,192 tokens."""
 COLUMNS = ("on 2 threads", "required", "goal", "measured")
@@ -43,14 +44,15 @@ def target_rows(runs: Sequence[Facts], gpu_runs: Sequence[Facts] = ()) -> list[t
     ]
 
 
-def avx2_target_rows(runs: Sequence[Facts], first_call: Facts) -> list[tuple[str, str, str, str]]:
-    """Return a row for each target of processors without AVX-512: times as shares of full precision's.
+def class_target_rows(runs: Sequence[Facts], first_call: Facts | None = None) -> list[tuple[str, str, str, str]]:
+    """Return a row for each target that holds on every class of processor: times as shares of full precision's.
 
     Args:
-        runs: results of `kvq bench`.
-        first_call: result of `scripts/first_call.py`.
+        runs: results of `kvq bench` on one class.
+        first_call: result of `scripts/first_call.py`, or None where it was not run.
     """
     layers, models = [run for run in runs if not has_model(run)], [run for run in runs if has_model(run)]
+    first = LEFT_OUT if first_call is None else f"{first_call['median_ms']['first step']:.0f} ms"
     return [
         ("one layer at 8,192 tokens, of the buffer's time: bf16, fp32", "0.40, 0.28", "0.28, 0.18",
          _join(_shares(_settings(layers, "layer", LENGTHS[:1]), "to_buffer"))),
@@ -60,7 +62,19 @@ def avx2_target_rows(runs: Sequence[Facts], first_call: Facts) -> list[tuple[str
          _join([*_tails(layers, ""), *_tails(models, " (SmolLM2)")])),
         ("a step with a flush over one without, native, one layer at 8,192", "2", "1.5",
          _join(_flushes(_settings(layers, "layer", LENGTHS[:1])))),
-        ("first step of a process, code on disk", "50 ms", "20 ms", f"{first_call['median_ms']['first step']:.0f} ms"),
+        ("a prompt, of DynamicCache's time", "1.05", "", _join(_all_prompts(runs))),
+        ("first step of a process, code on disk", "50 ms", "20 ms", first),
+    ]  # fmt: skip
+
+
+def wide_target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
+    """Return a row for each target of processors with AVX-512 alone."""
+    layers = [run for run in runs if not has_model(run)]
+    return [
+        ("one layer at 32,768 tokens, of the buffer's time: bf16, fp32", "0.22, 0.15", "0.15, 0.10",
+         _join(_shares(_settings(layers, "layer", LENGTHS[1:]), "to_buffer"))),
+        ("2 bits at 32,768 tokens, of the time of 4 bits", "0.75", "0.6",
+         _join(_two_bits(_settings(layers, "layer", LENGTHS[1:])))),
     ]  # fmt: skip
 
 
@@ -74,6 +88,22 @@ def _shares(settings: Iterable[Facts], name: str) -> Iterable[str]:
         one = _find(facts, FUSED)
         if one and one[name]:
             yield f"{one[name]['median']:.2f} ({DTYPES[facts['dtype']]} at {facts['length']:,})"
+
+
+def _two_bits(settings: Iterable[Facts]) -> Iterable[str]:
+    for facts in settings:
+        two, four = _find(facts, TWO_BITS), _find(facts, FOUR_BITS)
+        if two and four:
+            yield f"{two['step_ms']['median'] / four['step_ms']['median']:.2f} ({DTYPES[facts['dtype']]})"
+
+
+def _all_prompts(runs: Sequence[Facts]) -> Iterable[str]:
+    for run in runs:
+        for facts in run.get("first_token", ()):
+            one = _find(facts, FUSED)
+            if one and one["first_to_dynamic"]:
+                model = "SmolLM2, " if has_model(run) else ""
+                yield f"{one['first_to_dynamic']['median']:.2f} ({model}{DTYPES[facts['dtype']]}, {facts['length']:,})"
 
 
 def _flushes(settings: Iterable[Facts]) -> Iterable[str]:

@@ -22,6 +22,7 @@ import torch
 from configuration_tables import render_backends, render_fields, render_layer_fields, render_options
 from demo_tables import render_demo, write_demo
 from gpu_estimate_tables import render_gpu_estimates
+from kernel_build_tables import render_kernel_builds
 from markdown_table import table
 from method_tables import render_method
 from preset_tables import render_front, render_long, render_measured, render_presets, render_real_model
@@ -131,7 +132,12 @@ BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
         "toys": render_toys,
     },
     "docs/tuning.md": {"tuned": render_tuned},
-    "docs/speed.md": {"steps": render_steps, "gpu": render_gpu_estimates, "speed": render_speed},
+    "docs/speed.md": {
+        "steps": render_steps,
+        "builds": render_kernel_builds,
+        "gpu": render_gpu_estimates,
+        "speed": render_speed,
+    },
 }
 """The generated blocks of each page, and what renders them."""
 

@@ -13,7 +13,7 @@ static inline int32_t emulated_products(int32_t sum, const int16_t *a, const int
 }
 
 #if defined(EMULATE_ARM)
-#define __ARM_FEATURE_DOTPROD 1
+#define DOT_PRODUCTS
 typedef int8_t int8x8_t __attribute__((vector_size(8)));
 typedef int8_t int8x16_t __attribute__((vector_size(16)));
 typedef uint8_t uint8x16_t __attribute__((vector_size(16)));

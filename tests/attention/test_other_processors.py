@@ -1,4 +1,4 @@
-"""The C file on other processors than the one at hand: plain x86-64, AVX2, AVX-512 lane by lane, ARM under an emulator.
+"""The C file on other processors than the one at hand: plain x86-64, AVX2; AVX-512, AVX-VNNI and ARM lane by lane.
 
 The same requests are answered by a program without Python, built by another compiler or with other flags, and compared
 with attention in fp64.
@@ -49,6 +49,13 @@ REQUESTS = {
     "tiny": dict(magnitude=1e-20),
     "float32 metadata": dict(metadata_dtype="float32"),
     "metadata in bytes": dict(metadata_dtype="int8"),
+    **{
+        f"{bits} bit in groups of {group} tokens": dict(
+            nbits_k=bits, nbits_v=bits, head_dim=64, q_group_size=group, axis_value="per_channel"
+        )
+        for bits in (8, 4)
+        for group in (8, 16, 24)
+    },
     **{
         f"codebook of {2**bits}": dict(
             backend=codebook_of(), nbits_k=bits, nbits_v=3, axis_key="per_token", head_dim=dim

@@ -83,6 +83,31 @@ def test_rows_of_one_head_that_need_one_layer_and_two(kernel, make_request, refe
     assert error_of(output[:, :, sharp], expected[:, :, sharp]) < 1e-5
 
 
+def with_outliers(rise=0.0):
+    """Return what gives keys a channel that is equal but for one token in 32, and one that rises from block to block.
+
+    The first makes the step large that all numbers of a row are rounded to, without making scores differ.
+    """
+
+    def change(keys, values):
+        keys[..., 0] = 0.0
+        keys[:, :, 7::32, 0] = -100.0
+        keys[..., 1] = rise * (torch.arange(keys.shape[2]) // 32)
+
+    return change
+
+
+@pytest.mark.parametrize("rise", [0.0, 2.0])
+def test_errors_of_many_blocks_are_counted_together(kernel, make_request, reference, error_of, rise):
+    """Each block may be rounded in one layer beside all that came before, but not all of them."""
+    request = make_request(
+        batch=1, tokens=6400, head_dim=64, residual_length=0, axis_value="per_channel", offset=0.0,
+        change=with_outliers(rise),
+    )  # fmt: skip
+    request.query[..., :2] = torch.tensor([1.5, 10.0])
+    assert error_of(kernel.attend(request), reference(request)) < ERROR
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_errors_of_many_groups_of_a_token_are_counted_together(kernel, make_request, reference, error_of, bits):
     """32 groups of 8 channels: each alone may be rounded in one layer, and their errors come to 1.1e-4."""

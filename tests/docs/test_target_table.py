@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 import gpu_tables
-from target_table import LEFT_OUT, avx2_target_rows, target_rows
+from target_table import LEFT_OUT, class_target_rows, target_rows, wide_target_rows
 
 from kvq.attention.kernels.triton.plan import LIGHT_WAY
 
@@ -55,7 +55,7 @@ def test_targets_are_filled_from_the_runs():
     assert {row[-1] for row in target_rows([])} == {LEFT_OUT}
 
 
-def test_targets_without_avx512_are_shares_of_full_precision():
+def test_targets_of_a_class_are_shares_of_full_precision():
     fused = measured("kvq native 4, fused", 2.0, flush_ms={"median": 3.0}, to_buffer={"median": 0.45})
     whole = measured("kvq native 4, fused", 5.0, to_dynamic={"median": 0.8})
     runs = [
@@ -71,15 +71,27 @@ def test_targets_without_avx512_are_shares_of_full_precision():
             "steps": [setting_facts(256, measured("kvq hqq 4, fused", p99_to_median=1.2), dtype="float32")],
         },
     ]
+    prompt = measured("kvq native 4, fused", first_to_dynamic={"median": 1.03})
+    runs[1]["first_token"] = [setting_facts(2048, prompt, dtype="float32")]
     first_call = {"median_ms": {"first step": 31.6}}
-    assert [row[-1] for row in avx2_target_rows(runs, first_call)] == [
+    assert [row[-1] for row in class_target_rows(runs, first_call)] == [
         "0.45 (bf16 at 8,192)",
         "0.80 (bf16 at 4,096)",
         "2.17, 1.20 (SmolLM2)",
         "1.50 (bf16)",
+        "1.03 (SmolLM2, fp32, 2,048)",
         "32 ms",
     ]
-    assert {row[-1] for row in avx2_target_rows([], first_call)} == {LEFT_OUT, "32 ms"}
+    assert {row[-1] for row in class_target_rows([], first_call)} == {LEFT_OUT, "32 ms"}
+    assert {row[-1] for row in class_target_rows([])} == {LEFT_OUT}
+
+
+def test_two_bits_are_held_against_four_of_the_same_setting():
+    two, four = measured("kvq 2bit, fused", 1.5), measured("kvq 4bit, fused", 2.0)
+    long = measured("kvq native 4, fused", 2.0, to_buffer={"median": 0.12})
+    runs = [{"options": {"model": None}, "layer": [setting_facts(32768, two, four), setting_facts(32768, long)]}]
+    assert [row[-1] for row in wide_target_rows(runs)] == ["0.12 (bf16 at 32,768)", "0.75 (bf16)"]
+    assert {row[-1] for row in wide_target_rows([])} == {LEFT_OUT}
 
 
 def test_every_run_on_a_gpu_links_its_own_file(tmp_path, monkeypatch):

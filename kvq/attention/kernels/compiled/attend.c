@@ -15,8 +15,9 @@
 #if defined(__SSE2__) || defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
-#if defined(__ARM_FEATURE_DOTPROD) && !defined(KVQ_EMULATED)
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
+#define DOT_PRODUCTS
 #endif
 
 #if defined(__AVX512F__)
@@ -27,7 +28,7 @@
 #define VL 4
 #endif
 #if defined(KVQ_WIDEN_CODES) /* for tests: as on other processors */
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(DOT_PRODUCTS)
 #define WHOLE_BYTES 16 /* of a vector of whole numbers */
 #define TOGETHER 4     /* rows of codes that an instruction multiplies and adds up */
 #elif defined(__AVX512BW__)
@@ -532,12 +533,15 @@ static inline int64_t count_chunks(const side_t *side, int is_key) {
 
 typedef uint32_t wu __attribute__((vector_size(WHOLE_BYTES), may_alias));
 typedef uint32_t wu_any __attribute__((vector_size(WHOLE_BYTES), aligned(1), may_alias));
+
+#if TOGETHER == 2
+typedef uint32_t two_numbers __attribute__((aligned(2), may_alias));
 typedef int16_t vs __attribute__((vector_size(2 * VL)));
 typedef int16_t vs_any __attribute__((vector_size(2 * VL), aligned(2), may_alias));
-typedef uint32_t pair_any __attribute__((aligned(2), may_alias));
+#endif
 
 #if TOGETHER == 4
-typedef int64_t vl __attribute__((vector_size(WHOLE_BYTES)));
+typedef int64_t two_words __attribute__((vector_size(WHOLE_BYTES)));
 #elif WHOLE_BYTES == 64
 #define WHOLE(NAME, A, B) (wu)_mm512_##NAME((__m512i)(A), (__m512i)(B))
 #elif WHOLE_BYTES == 32
@@ -576,7 +580,7 @@ static inline __attribute__((always_inline)) numbers_t load_numbers(const int16_
 #if TOGETHER == 4
   return vld1_s8((const int8_t *)from);
 #else
-  return (wu){0} + *(const pair_any *)from;
+  return (wu){0} + *(const two_numbers *)from;
 #endif
 }
 
@@ -608,7 +612,7 @@ static inline __attribute__((always_inline)) wu load_run(const uint8_t *from, co
   if (run == 8) return (wu)_mm256_set1_epi64x(eight);
   if (run == 16) return (wu)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)from));
 #elif TOGETHER == 4
-  if (run == 8) return (wu)(vl){eight, eight};
+  if (run == 8) return (wu)(two_words){eight, eight};
 #else
   if (run == 8) return (wu)_mm_set1_epi64x(eight);
 #endif
@@ -646,6 +650,7 @@ static void unpack_bytes(const side_t *side, int is_key, int64_t width, int shif
 
 /* Bytes have a sign on ARM, so codes of 8 bits lose their half there before they are multiplied. */
 static inline int loses_half(const side_t *side) { return TOGETHER == 4 && side->bits == 8; }
+static inline int64_t kept_half(const side_t *side) { return loses_half(side) ? 0 : 1 << (side->bits - 1); }
 
 /* How the codes of a block lie when they are multiplied: as one plane is packed, or a byte each where there are several
  * planes, or rows that end in the middle of a vector. Keys have a row for each channel; values have one for each token
@@ -760,7 +765,7 @@ typedef struct {
 /* A pass of a loop over the codes takes TOGETHER vectors of bytes, at most two lines of memory. */
 static inline void fetch_pace(const uint8_t *ahead, int64_t pace) {
   __builtin_prefetch(ahead);
-  if (pace > LINE_BYTES) __builtin_prefetch(ahead + LINE_BYTES);
+  if (WHOLE_BYTES == LINE_BYTES && pace > LINE_BYTES) __builtin_prefetch(ahead + LINE_BYTES);
 }
 
 /* Keys: sums of R rows and of the vectors of a chunk from `first` on. A row of fewer bytes than a chunk has `run` of
@@ -769,7 +774,7 @@ static inline __attribute__((always_inline)) void sum_keys(const int R, const in
                                                            const int is_shifted, const loop_t *loop) {
   enum { N = SUMMED_VECTORS };
   sums_t total[MAX_ROWS][VECTORS];
-  wu codes[VECTORS], mask = mask_codes(loop->width), half = (wu){0} + (is_shifted ? 0 : loop->half);
+  wu codes[VECTORS], mask = mask_codes(loop->width), half = (wu){0} + (is_shifted && !run ? 0 : loop->half);
   const int16_t *numbers = loop->numbers;
   const uint8_t *from = loop->codes, *ahead = loop->ahead;
   int64_t stride = loop->stride, row_bytes = run ? run : loop->row_bytes, pace = loop->pace;
@@ -850,7 +855,7 @@ DEFINE_SUMS(2)
 DEFINE_SUMS(3)
 DEFINE_SUMS(4)
 
-/* Bring the sums of a chunk into the order of its columns. */
+/* Bring the sums of a chunk into the order of its columns; on ARM they are in it. */
 static inline __attribute__((always_inline)) void order_sums(float *to, const uint32_t *sums) {
 #if WHOLE_BYTES == 64
   __m512 fours[VECTORS]; /* columns 0 to 3 of every 16, then 4 to 7, and so on */
@@ -896,6 +901,7 @@ typedef struct {
   float inverse[MAX_ROWS], step[LAYERS][MAX_ROWS];
   float rest[MAX_ROWS]; /* what the remainders come to with an average code */
   uint32_t start[LAYERS][MAX_ROWS]; /* less the half of the codes, for all numbers of a row */
+  float error[MAX_ROWS]; /* of a score, by its deviation */
   int coarse_rows, coarse[MAX_ROWS]; /* those with a second layer, which holds them alone */
 } rounded_t;
 
@@ -914,7 +920,7 @@ static inline vi to_whole(vf x) {
 /* Store whole numbers as `add_products` takes them. */
 static inline void store_whole(int16_t *to, vi x) {
 #if TOGETHER == 4
-  vi high = (x + 128) >> 8; /* so that what is left has a sign too */
+  vi high = (x + 128) >> 8; /* rounded, so the lower byte lies within -128 and 127 */
   *(vb_any *)to = __builtin_convertvector(x - (high << 8), vb);
   *(vb_any *)(to + 2) = __builtin_convertvector(high, vb);
 #elif VL == 16
@@ -1054,13 +1060,14 @@ static void look_up_block(const side_t *side, int is_key, block_t *block) {
         look_up(to, (const uint8_t *)block->codes + row * inner + c, least(CHUNK, end - c), levels, side->bits);
 }
 
-/* Ask for `bytes` bytes of memory at once: for what is little beside the widest plane of a block. */
+/* Ask for some bytes of memory at once. */
 static inline void fetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += LINE_BYTES) __builtin_prefetch(from + i);
+  __builtin_prefetch(from + bytes - 1);
 }
 
-/* Read the block under the cursor, for a row of the batch and a head, and move on. What else the next one has beside
- * its widest plane is asked for here. */
+/* Read the block under the cursor, for a row of the batch and a head, and move on. Scales, mids, factors and all planes
+ * but the widest of the next one are asked for here. */
 static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t row, int64_t head, int64_t heads,
                        const layout_t *layout, block_t *block) {
   const segment_t *segment = side->segments + cursor->segment;
@@ -1105,6 +1112,16 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
 
 /* ---- One key-value head of one row of the batch */
 
+/* What was summed for a row so far, and what rounding may have cost of it, both as squares: in a random sum, squares add
+ * up. They are relative to the weight of the highest score so far. */
+typedef struct {
+  float sum, cost;
+} squares_t;
+
+static inline void scale_squares(squares_t *squares, float factor) {
+  squares->sum *= factor * factor, squares->cost *= factor * factor;
+}
+
 typedef struct {
   const request_t *q;
   int64_t row, head, rows; /* rows: R */
@@ -1116,7 +1133,10 @@ typedef struct {
   float *scores;                       /* [R][score_stride] */
   float *stored_sum, *exact_sum;       /* [R][D_v] */
   float *largest, *total;              /* [R] */
+  squares_t *mixed, *weights;          /* [R], of weights as they meet values, and as scores foretell them */
+  float *highest;                      /* [R], of these scores */
   float *states;                       /* [EXACT_TILE][D_v] */
+  int can_wait; /* scores are refined once it is known where that matters */
   layout_t layouts[2]; /* of values, of keys */
   block_t block;
 #if defined(WHOLE_BYTES)
@@ -1189,13 +1209,33 @@ static void fold(work_t *w, int rows, const float *from, int64_t stride, const f
   else fold_4(w, from, stride, factors, mids, count, constant);
 }
 
+#if defined(WHOLE_BYTES)
+/* Whether rounding without a second layer would cost too much beside all that was summed so far. Half of the error that
+ * is accepted may be used up: scores have one, and weights. */
+static inline int costs_too_much(squares_t *squares, float cost, float accepted) {
+  if (!(squares->cost + cost < 0.5f * accepted * accepted * squares->sum)) return 1;
+  squares->cost += cost;
+  return 0;
+}
+
+/* Round the row `r` in a second layer too. */
+static void refine(work_t *w, const side_t *side, int r, int64_t start, int64_t count) {
+  rounded_t *rounded = &w->rounded;
+  int place = rounded->coarse_rows++;
+  rounded->coarse[place] = r;
+  round_row(rounded, 1, 0, place, r, w->folded + start + r * w->fold_stride, count, kept_half(side));
+}
+#endif
+
 /* Prepare the folded numbers from `start` on for `multiply`. `unit`: what a step of a code comes to in a score; 0 for
- * weights, whose error is measured against all of the block. */
-static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, int64_t count, float unit) {
+ * weights, whose error is measured against all that was mixed so far, or against all of the block where there is no
+ * `mixed`. `can_wait`: scores are refined later, where that matters. */
+static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, int64_t count, float unit,
+                       squares_t *mixed, int can_wait) {
 #if defined(WHOLE_BYTES)
   if (side->levels) return;
   rounded_t *rounded = &w->rounded;
-  int64_t half = 1 << (side->bits - 1), kept_half = loses_half(side) ? 0 : half;
+  int64_t half = 1 << (side->bits - 1), taken = kept_half(side);
   float accepted = accepted_error(w->q);
   /* Remainders are even within a step, so their deviation is 0.29; that of codes is about 0.58 halves. A score has the
    * errors of all groups, so all channels count. */
@@ -1204,18 +1244,20 @@ static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, i
   rounded->coarse_rows = 0;
   for (int r = 0; r < rows; r++) {
     const float *row = from + r * w->fold_stride;
-    float squares = unit != 0 ? round_row(rounded, 0, 0, r, r, row, count, kept_half)
-                              : round_row(rounded, 0, 1, r, r, row, count, kept_half);
+    float sum = unit != 0 ? round_row(rounded, 0, 0, r, r, row, count, taken)
+                          : round_row(rounded, 0, 1, r, r, row, count, taken);
     float step = rounded->step[0][r];
-    int is_coarse = unit != 0 ? error * step > accepted : error > squares * (accepted * accepted);
-    if (is_coarse && step > 0) rounded->coarse[rounded->coarse_rows++] = r;
-  }
-  for (int i = 0; i < rounded->coarse_rows; i++) {
-    int r = rounded->coarse[i];
-    round_row(rounded, 1, 0, i, r, from + r * w->fold_stride, count, kept_half);
+    int is_coarse;
+    rounded->error[r] = error * step;
+    if (unit != 0) is_coarse = !can_wait && rounded->error[r] > accepted;
+    else if (mixed) {
+      mixed[r].sum += sum * step * step;
+      is_coarse = costs_too_much(mixed + r, error * step * step, accepted);
+    } else is_coarse = error > sum * (accepted * accepted);
+    if (is_coarse && step > 0) refine(w, side, r, start, count);
   }
 #else
-  (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit;
+  (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit, (void)mixed, (void)can_wait;
 #endif
 }
 
@@ -1248,7 +1290,7 @@ static inline __attribute__((always_inline)) void join(float *to, const float *s
 /* The sums of one row, in steps; a second layer adds to what the first one left. */
 static inline __attribute__((always_inline)) void join_row(const target_t *target, int r, const float *sums,
                                                            int64_t columns, float step, float rest, int layer) {
-  float *to = target->to + r * target->stride, base = layer ? 0.0f : rest + target->base[r];
+  float *to = target->to + r * target->stride, base = rest + target->base[r];
   const float *scale = target->scale;
   int adds = target->adds || layer;
   if (target->mid && !layer) join(to, sums, columns, step, base, scale, target->mid, target->share[r], 1);
@@ -1257,6 +1299,18 @@ static inline __attribute__((always_inline)) void join_row(const target_t *targe
   else if (adds) join(to, sums, columns, step, base, NULL, NULL, 0, 1);
   else join(to, sums, columns, step, base, NULL, NULL, 0, 0);
 }
+
+/* The highest number, at least `highest`, without those that are NaN. */
+static inline float highest_of(const float *x, int64_t count, float highest) {
+  vf numbers = splat(highest);
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) numbers = larger_float(numbers, load(x + i));
+  highest = largest_lane(numbers);
+  for (; i < count; i++) highest = x[i] > highest ? x[i] : highest;
+  return highest;
+}
+
+static const float NOTHING[MAX_ROWS];
 
 /* As `multiply`, with numbers of a codebook, in fp32. */
 static void multiply_levels(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column,
@@ -1284,14 +1338,10 @@ static void sum_chunk(loop_t *loop, int is_key, int rows, int64_t run, int is_sh
   else sum_values_4(loop);
 }
 
-/* Multiply the rounded rows by a chunk of columns of the `count` rows of codes from `start` on. `ahead` moves on. */
-static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column, int64_t columns,
-                     const target_t *target, const uint8_t **ahead) {
+/* As `multiply`, a layer of the rounded rows. */
+static void multiply_layer(work_t *w, int is_key, int layer, int rows, int64_t start, int64_t count, int64_t column,
+                           int64_t columns, const target_t *target, const uint8_t **ahead) {
   const side_t *side = is_key ? &w->q->key : &w->q->value;
-  if (side->levels) {
-    multiply_levels(w, is_key, rows, start, count, column, columns, target, ahead);
-    return;
-  }
   rounded_t *rounded = &w->rounded;
   const layout_t *layout = &w->layouts[is_key];
   int is_repeated = layout->chunk_parts > 1;
@@ -1299,23 +1349,73 @@ static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t cou
   loop_t loop;
   loop.stride = rounded->stride, loop.row_bytes = layout->row_bytes, loop.shifts = layout->shifts;
   loop.width = (int)layout->width, loop.place = (int)(part * layout->width);
-  loop.half = loses_half(side) ? 0x80808080u : 0, loop.sums = w->totals, loop.ahead = *ahead;
+  loop.half = loses_half(side) ? 0x80808080u : 0, loop.sums = w->totals;
   loop.codes = w->block.rows + start * layout->row_bytes + (is_repeated ? 0 : column - part * layout->row_bytes);
   loop.passes = divide_up(is_key ? count : least(count, layout->rows), TOGETHER);
-  for (int layer = 0; layer < (rounded->coarse_rows ? LAYERS : 1); layer++) {
-    int count_rows = layer ? rounded->coarse_rows : rows;
-    loop.numbers = rounded->numbers + layer * MAX_ROWS * rounded->stride;
-    loop.start = rounded->start[layer], loop.pace = layer ? 0 : w->block.pace;
-    sum_chunk(&loop, is_key, count_rows, is_repeated ? layout->row_bytes : 0, loop.place || is_repeated);
-    for (int i = 0; i < count_rows; i++) {
-      int r = layer ? rounded->coarse[i] : i;
-      float sums[CHUNK], step = rounded->step[layer][r];
-      order_sums(sums, w->totals + i * CHUNK);
-      if (columns == CHUNK) join_row(target, r, sums, CHUNK, step, rounded->rest[r], layer);
-      else join_row(target, r, sums, columns, step, rounded->rest[r], layer);
-    }
+  loop.numbers = rounded->numbers + layer * MAX_ROWS * rounded->stride;
+  loop.start = rounded->start[layer], loop.ahead = *ahead, loop.pace = layer ? 0 : w->block.pace;
+  sum_chunk(&loop, is_key, rows, is_repeated ? layout->row_bytes : 0, loop.place || is_repeated);
+  for (int i = 0; i < rows; i++) {
+    int r = layer ? rounded->coarse[i] : i;
+    float sums[CHUNK], step = rounded->step[layer][r];
+    order_sums(sums, w->totals + i * CHUNK);
+    if (columns == CHUNK) join_row(target, r, sums, CHUNK, step, rounded->rest[r], layer);
+    else join_row(target, r, sums, columns, step, rounded->rest[r], layer);
   }
   *ahead = loop.ahead;
+}
+
+/* Multiply the rounded rows by a chunk of columns of the `count` rows of codes from `start` on. `ahead` moves on. */
+static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column, int64_t columns,
+                     const target_t *target, const uint8_t **ahead) {
+  if ((is_key ? &w->q->key : &w->q->value)->levels) {
+    multiply_levels(w, is_key, rows, start, count, column, columns, target, ahead);
+    return;
+  }
+  multiply_layer(w, is_key, 0, rows, start, count, column, columns, target, ahead);
+  int coarse_rows = w->rounded.coarse_rows;
+  target_t rest = *target;
+  rest.base = NOTHING;
+  if (coarse_rows) multiply_layer(w, is_key, 1, coarse_rows, start, count, column, columns, &rest, ahead);
+}
+
+/* The sum of squared weights of scores, relative to the weight of a higher one. */
+static float sum_squares(const float *scores, int64_t count, float highest) {
+  vf total = {0};
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) {
+    vf weight = exponential(load(scores + i) - highest);
+    total += weight * weight;
+  }
+  float sum = sum_fast(total);
+  for (; i < count; i++) sum += expf(2 * (scores[i] - highest));
+  return sum;
+}
+
+/* Refine the scores of a block where its tokens may weigh enough for their errors to count beside those before. */
+static void refine_scores(work_t *w, int64_t first, int rows, float *scores) {
+  const side_t *side = &w->q->key;
+  int64_t L = side->block_length, D = side->head_dim;
+  float accepted = accepted_error(w->q), taken_back[MAX_ROWS];
+  const uint8_t *ahead = w->block.ahead;
+  for (int r = 0; r < rows; r++) {
+    taken_back[r] = -w->rounded.rest[r];
+    const float *row = scores + r * w->score_stride;
+    float error = w->rounded.error[r], *highest = w->highest + first + r, earlier = *highest;
+    if (!(error > accepted)) continue;
+    *highest = highest_of(row, L, earlier);
+    if (*highest == -INFINITY) continue;
+    squares_t *weights = w->weights + first + r;
+    scale_squares(weights, expf(earlier - *highest));
+    float sum = sum_squares(row, L, *highest);
+    weights->sum += sum;
+    if (costs_too_much(weights, error * error * sum, accepted)) refine(w, side, r, 0, D);
+  }
+  for (int64_t t = 0; t < L && w->rounded.coarse_rows; t += CHUNK) {
+    target_t target = {.to = scores + t, .stride = w->score_stride, .base = taken_back, .adds = 1};
+    if (w->block.has_factor) target.scale = w->block.factor + t;
+    multiply_layer(w, 1, 1, w->rounded.coarse_rows, 0, D, t, least(CHUNK, L - t), &target, &ahead);
+  }
 }
 #else
 static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t count, int64_t column, int64_t columns,
@@ -1332,19 +1432,8 @@ static void multiply(work_t *w, int is_key, int rows, int64_t start, int64_t cou
 }
 #endif
 
-/* The highest number, at least 0, without those that are NaN. */
-static inline float highest_of(const float *x, int64_t count) {
-  vf numbers = {0};
-  int64_t i = 0;
-  for (; i + VL <= count; i += VL) numbers = larger_float(numbers, load(x + i));
-  float highest = largest_lane(numbers);
-  for (; i < count; i++) highest = x[i] > highest ? x[i] : highest;
-  return highest;
-}
-
-static const float NOTHING[MAX_ROWS];
-
-static void score_block(work_t *w, const float *query, int64_t offset) {
+/* `hidden_start` to `hidden_end`: tokens of the block that are not attended to. */
+static void score_block(work_t *w, const float *query, int64_t offset, int64_t hidden_start, int64_t hidden_end) {
   const side_t *side = &w->q->key;
   const block_t *block = &w->block;
   int64_t L = side->block_length, D = side->head_dim, length = side->per_channel ? D : side->group_length;
@@ -1361,12 +1450,12 @@ static void score_block(work_t *w, const float *query, int64_t offset) {
       }
     for (int64_t g = 0; g * length < D; g++) {
       const float *scale = side->per_channel ? NULL : block->scale + g * L;
-      float unit = scale ? highest_of(scale, L) : 1.0f;
+      float unit = scale ? highest_of(scale, L, 0) : 1.0f;
       int64_t end = least(D, (g + 1) * length);
       if (!scale && block->has_factor) scale = block->factor;
       for (int64_t start = g * length; start < end; start += MAX_SUMMED) {
         int64_t count = least(MAX_SUMMED, end - start);
-        round_rows(w, side, rows, start, count, unit);
+        round_rows(w, side, rows, start, count, unit, NULL, w->can_wait);
         for (int64_t t = 0; t < L; t += CHUNK) {
           target_t target = {.to = scores + t, .stride = w->score_stride, .scale = scale ? scale + t : NULL};
           target.base = side->per_channel && start == 0 ? constant : NOTHING;
@@ -1375,6 +1464,11 @@ static void score_block(work_t *w, const float *query, int64_t offset) {
         }
       }
     }
+    for (int r = 0; r < rows; r++)
+      for (int64_t i = most(0, hidden_start); i < least(L, hidden_end); i++) scores[r * w->score_stride + i] = -INFINITY;
+#if defined(WHOLE_BYTES)
+    if (w->can_wait) refine_scores(w, first, rows, scores);
+#endif
   }
 }
 
@@ -1393,7 +1487,7 @@ static void mix_block(work_t *w, int64_t offset) {
       fold(w, rows, weights, w->score_stride, factors, scale ? block->mid + g * L : NULL, L, constant);
       for (int64_t start = 0; start < L; start += MAX_SUMMED) {
         int64_t count = least(MAX_SUMMED, L - start), end = least(D, (g + 1) * G);
-        round_rows(w, side, rows, start, count, 0);
+        round_rows(w, side, rows, start, count, 0, scale ? NULL : w->mixed + first, 0);
         for (int64_t d = g * G; d < end; d += CHUNK) {
           target_t target = {.to = w->stored_sum + first * D + d, .stride = D, .adds = 1};
           const float *once = start ? NOTHING : constant;
@@ -1446,6 +1540,7 @@ static void weigh(work_t *w, int64_t position, int64_t count, int64_t hidden_sta
     if (largest != w->largest[r]) {
       float factor = expf(w->largest[r] - (largest == -INFINITY ? 0.0f : largest));
       w->total[r] *= factor;
+      scale_squares(w->mixed + r, factor);
       for (int64_t d = 0; d < Dv; d++) {
         w->stored_sum[r * Dv + d] *= factor;
         w->exact_sum[r * Dv + d] *= factor;
@@ -1472,14 +1567,14 @@ static inline int64_t count_tile(const request_t *q) {
 
 static void attend_tile(work_t *w, cursor_t *keys, cursor_t *values, int64_t position, int64_t count) {
   const request_t *q = w->q;
-  for (int64_t t = 0; t < count; t += q->key.block_length) {
-    read_block(&q->key, 1, keys, w->row, w->head, q->heads, &w->layouts[1], &w->block);
-    score_block(w, w->rotated, t);
-  }
   int64_t start = 0, end = 0;
   if (q->keys[0].data) {
     start = least(count, most(0, q->sink_starts[w->row] - position));
     end = least(count, most(0, q->sink_starts[w->row] + q->keys[0].length - position));
+  }
+  for (int64_t t = 0; t < count; t += q->key.block_length) {
+    read_block(&q->key, 1, keys, w->row, w->head, q->heads, &w->layouts[1], &w->block);
+    score_block(w, w->rotated, t, start - t, end - t);
   }
   weigh(w, position, count, start, end);
   for (int64_t t = 0; t < count; t += q->value.block_length) {
@@ -1564,6 +1659,8 @@ static void start_head(work_t *w, int is_first) {
     int has_logit = is_first && q->sink_logits;
     w->largest[r] = has_logit ? q->sink_logits[query_head] : -INFINITY;
     w->total[r] = has_logit ? 1.0f : 0.0f;
+    w->mixed[r] = w->weights[r] = (squares_t){0};
+    w->highest[r] = -INFINITY;
   }
   memset(w->stored_sum, 0, 4 * w->rows * Dv);
   memset(w->exact_sum, 0, 4 * w->rows * Dv);
@@ -1664,7 +1761,7 @@ static void serve(void *argument) {
   int64_t levels = CHUNK * most(q->key.levels ? count_chunks(&q->key, 1) * D : 0,
                                 q->value.levels ? count_chunks(&q->value, 0) * q->value.block_length : 0);
   int64_t floats[] = {R * D, R * D, R * groups, MAX_ROWS * widest, MAX_ROWS * most(CHUNK, MAX_VECTORS * VL), R * stride,
-                      R * Dv, R * Dv, R, R, EXACT_TILE * Dv, numbers, numbers, L,
+                      R * Dv, R * Dv, R, R, 2 * R, 2 * R, R, EXACT_TILE * Dv, numbers, numbers, L,
                       levels};
   int64_t total = 0, count = sizeof floats / sizeof *floats;
   for (int64_t i = 0; i < count; i++) total += (floats[i] = (floats[i] + MAX_VECTORS * VL + 15) / 16 * 16);
@@ -1676,9 +1773,12 @@ static void serve(void *argument) {
   if (posix_memalign(&memory, 64, bytes)) return;
   work_t w = {.q = q, .rows = R, .score_stride = stride, .fold_stride = widest};
   w.layouts[0] = find_layout(&q->value, 0), w.layouts[1] = find_layout(&q->key, 1);
+  /* Every stored token is attended to, with its score as it is multiplied. */
+  w.can_wait = q->key.per_channel && !q->key.levels && D <= MAX_SUMMED && q->softcap == 0 && !q->mask &&
+               (!q->is_causal || q->queries <= q->keys[1].length + q->keys[2].length);
   float **places[] = {&w.query, &w.rotated, &w.query_sums, &w.folded, &w.sums, &w.scores, &w.stored_sum, &w.exact_sum,
-                      &w.largest, &w.total, &w.states, &w.block.scale, &w.block.mid, &w.block.factor,
-                      &w.block.levels};
+                      &w.largest, &w.total, (float **)&w.mixed, (float **)&w.weights, &w.highest, &w.states,
+                      &w.block.scale, &w.block.mid, &w.block.factor, &w.block.levels};
   float *next = memory;
   for (int64_t i = 0; i < count; i++) *places[i] = next, next += floats[i];
 #if defined(WHOLE_BYTES)
