@@ -37,20 +37,19 @@ def render_speed() -> str:
         runs = load_runs(device)
         parts.append(f"**Measured here, on {place}.**")
         parts += render_gpu_runs() if device == "cuda" else ()
-        plain = [run for run in runs if not has_model(run) and not compares_widths(run)]
+        widths = [run for run in runs if not has_model(run) and compares_widths(run)]
+        plain = [run for run in runs if not has_model(run) and run not in widths]
         parts += [text for run in plain if not is_short(run) for text in render_speed_run(run)]
         parts += [text for run in plain if is_short(run) for text in render_short_run(run)]
-        parts += [text for run in runs if compares_widths(run) for text in render_width_run(run)]
+        parts += [text for run in widths for text in render_width_run(run)]
         parts += [text for run in runs if has_model(run) for text in render_model_run(run)]
-    wide, narrow = (
-        [run for run in load_runs("cpu") if is_wide(run)],
-        [run for run in load_runs("cpu") if not is_wide(run)],
-    )
-    first_call = _load("first-call.json")
-    parts += ["Targets, with AVX-512:", table(TARGET_COLUMNS, target_rows(wide, load_gpu_runs()))]
+    runs = load_runs("cpu")
+    wide, narrow = [run for run in runs if is_wide(run)], [run for run in runs if not is_wide(run)]
+    random_models = [run for run in wide if not has_model(run)]
+    parts += ["Targets, with AVX-512:", table(TARGET_COLUMNS, target_rows(random_models, load_gpu_runs()))]
     parts += ["Targets as shares of the time of full precision, with AVX-512:"]
     parts.append(table(TARGET_COLUMNS, [*wide_target_rows(wide), *class_target_rows(wide)]))
-    parts += ["The same, with AVX2:", table(TARGET_COLUMNS, class_target_rows(narrow, first_call))]
+    parts += ["The same, with AVX2:", table(TARGET_COLUMNS, class_target_rows(narrow, _load("first-call.json")))]
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
     return "\n\n".join(parts)
@@ -103,7 +102,7 @@ def render_model_run(run: dict[str, Any]) -> Iterable[str]:
 def render_prompts(run: dict[str, Any]) -> Iterable[str]:
     """Yield a table for each length of prompt."""
     for facts in run.get("first_token", ()):
-        yield f"A prompt of {facts['length']:,} tokens there, batch 1, {facts['dtype']}: time to its first tokens."
+        yield f"A prompt of {facts['length']:,} tokens, batch 1, {facts['dtype']}: time to its first tokens."
         yield table(PROMPT_COLUMNS, prompt_rows(facts), right=range(1, len(PROMPT_COLUMNS)))
 
 

@@ -68,7 +68,7 @@ def class_target_rows(runs: Sequence[Facts], first_call: Facts | None = None) ->
 
 
 def wide_target_rows(runs: Sequence[Facts]) -> list[tuple[str, str, str, str]]:
-    """Return a row for each target of processors with AVX-512 alone."""
+    """Return a row for each target that is for AVX-512 only."""
     layers = [run for run in runs if not has_model(run)]
     return [
         ("one layer at 32,768 tokens, of the buffer's time: bf16, fp32", "0.22, 0.15", "0.15, 0.10",
@@ -93,7 +93,7 @@ def _shares(settings: Iterable[Facts], name: str) -> Iterable[str]:
 def _two_bits(settings: Iterable[Facts]) -> Iterable[str]:
     for facts in settings:
         two, four = _find(facts, TWO_BITS), _find(facts, FOUR_BITS)
-        if two and four:
+        if two and four and two["step_ms"] and four["step_ms"]:
             yield f"{two['step_ms']['median'] / four['step_ms']['median']:.2f} ({DTYPES[facts['dtype']]})"
 
 

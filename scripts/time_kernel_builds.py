@@ -94,19 +94,19 @@ def measure(libraries: dict[str, Library], head_dim: int, bits: int, dtype: str,
     query = torch.randn(1, QUERY_HEADS, 1, head_dim).to(states.dtype)
     request = AttentionRequest(query, handle.pair, None, head_dim**-0.5)
     packed_query = query.reshape(1, HEADS, -1, head_dim)
-    actions: dict[str, Callable[[], object]] = {
-        name: lambda library=library: attend(request, library) for name, library in libraries.items()
-    }
+    kernel = calls.CompiledKernel()
+    actions: dict[str, Callable[[], object]] = dict.fromkeys(libraries, lambda: kernel.attend(request))
     actions[FULL] = lambda: functional.scaled_dot_product_attention(packed_query, *states)
     filler = torch.empty(CACHE_FLOATS)
     taken: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(rounds + 1):
         for name, action in actions.items():
-            action()
-            filler.fill_(number)
-            start = time.thread_time()
-            action()
-            taken[name].append(1e3 * (time.thread_time() - start))
+            with mock.patch.object(calls, "get_library", return_value=libraries.get(name)):
+                action()
+                filler.fill_(number)
+                start = time.thread_time()
+                action()
+                taken[name].append(1e3 * (time.thread_time() - start))
     timed = {name: times[1:] for name, times in taken.items()}
     ratios = {name: [a / b for a, b in zip(times, timed[FULL], strict=True)] for name, times in timed.items()}
     return {
@@ -116,12 +116,6 @@ def measure(libraries: dict[str, Library], head_dim: int, bits: int, dtype: str,
         "median_ms": {name: statistics.median(times) for name, times in timed.items()},
         "to_full_precision": {name: statistics.median(one) for name, one in ratios.items() if name != FULL},
     }
-
-
-def attend(request: AttentionRequest, library: Library) -> torch.Tensor:
-    """Return the output by a build of the kernel."""
-    with mock.patch.object(calls, "get_library", lambda: library):
-        return calls.CompiledKernel().attend(request)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The C file on other processors than the one at hand: plain x86-64, AVX2; AVX-512, AVX-VNNI and ARM lane by lane.
+"""The C file on other processors: plain x86-64, AVX, AVX2; AVX-512, AVX-VNNI and ARM lane by lane; ARM under qemu.
 
 The same requests are answered by a program without Python, built by another compiler or with other flags, and compared
 with attention in fp64.

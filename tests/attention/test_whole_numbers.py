@@ -104,8 +104,8 @@ def test_errors_of_many_blocks_are_counted_together(kernel, make_request, refere
         batch=1, tokens=6400, head_dim=64, residual_length=0, axis_value="per_channel", offset=0.0,
         change=with_outliers(rise),
     )  # fmt: skip
-    request.query[..., :2] = torch.tensor([1.5, 10.0])
-    assert error_of(kernel.attend(request), reference(request)) < ERROR
+    request.query[..., :2] = torch.tensor([0.7, 10.0])
+    assert error_of(kernel.attend(request), reference(request)) < 7e-5
 
 
 @pytest.mark.parametrize("bits", [2, 4])

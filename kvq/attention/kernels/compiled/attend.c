@@ -528,6 +528,7 @@ static inline int64_t count_chunks(const side_t *side, int is_key) {
 #endif
 #define VECTORS 4 /* of a chunk */
 #define LAYERS 2
+#define LARGEST_COARSE 3.0f /* error of a score, in accepted ones, beyond which it is refined in any case */
 #define LANES (WHOLE_BYTES / 4)
 #define REMAINDER_STEPS 65000.0f /* of the first step; no remainder rounds past LARGEST */
 
@@ -901,7 +902,7 @@ typedef struct {
   float inverse[MAX_ROWS], step[LAYERS][MAX_ROWS];
   float rest[MAX_ROWS]; /* what the remainders come to with an average code */
   uint32_t start[LAYERS][MAX_ROWS]; /* less the half of the codes, for all numbers of a row */
-  float error[MAX_ROWS]; /* of a score, by its deviation */
+  float error[MAX_ROWS]; /* standard deviation of the error of a score */
   int coarse_rows, coarse[MAX_ROWS]; /* those with a second layer, which holds them alone */
 } rounded_t;
 
@@ -1112,15 +1113,11 @@ static void read_block(const side_t *side, int is_key, cursor_t *cursor, int64_t
 
 /* ---- One key-value head of one row of the batch */
 
-/* What was summed for a row so far, and what rounding may have cost of it, both as squares: in a random sum, squares add
- * up. They are relative to the weight of the highest score so far. */
+/* The squares of the weights of a row so far, and what coarse scores may have cost, squared too: in a random sum,
+ * squares add up. */
 typedef struct {
   float sum, cost;
 } squares_t;
-
-static inline void scale_squares(squares_t *squares, float factor) {
-  squares->sum *= factor * factor, squares->cost *= factor * factor;
-}
 
 typedef struct {
   const request_t *q;
@@ -1133,8 +1130,8 @@ typedef struct {
   float *scores;                       /* [R][score_stride] */
   float *stored_sum, *exact_sum;       /* [R][D_v] */
   float *largest, *total;              /* [R] */
-  squares_t *mixed, *weights;          /* [R], of weights as they meet values, and as scores foretell them */
-  float *highest;                      /* [R], of these scores */
+  squares_t *weights;                  /* [R], of stored tokens, relative to the weight of `highest` */
+  float *highest;                      /* [R] */
   float *states;                       /* [EXACT_TILE][D_v] */
   int can_wait; /* scores are refined once it is known where that matters */
   layout_t layouts[2]; /* of values, of keys */
@@ -1210,14 +1207,6 @@ static void fold(work_t *w, int rows, const float *from, int64_t stride, const f
 }
 
 #if defined(WHOLE_BYTES)
-/* Whether rounding without a second layer would cost too much beside all that was summed so far. Half of the error that
- * is accepted may be used up: scores have one, and weights. */
-static inline int costs_too_much(squares_t *squares, float cost, float accepted) {
-  if (!(squares->cost + cost < 0.5f * accepted * accepted * squares->sum)) return 1;
-  squares->cost += cost;
-  return 0;
-}
-
 /* Round the row `r` in a second layer too. */
 static void refine(work_t *w, const side_t *side, int r, int64_t start, int64_t count) {
   rounded_t *rounded = &w->rounded;
@@ -1228,10 +1217,9 @@ static void refine(work_t *w, const side_t *side, int r, int64_t start, int64_t 
 #endif
 
 /* Prepare the folded numbers from `start` on for `multiply`. `unit`: what a step of a code comes to in a score; 0 for
- * weights, whose error is measured against all that was mixed so far, or against all of the block where there is no
- * `mixed`. `can_wait`: scores are refined later, where that matters. */
+ * weights, whose error is measured against all of the block. `can_wait`: scores are refined later, where it matters. */
 static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, int64_t count, float unit,
-                       squares_t *mixed, int can_wait) {
+                       int can_wait) {
 #if defined(WHOLE_BYTES)
   if (side->levels) return;
   rounded_t *rounded = &w->rounded;
@@ -1244,20 +1232,17 @@ static void round_rows(work_t *w, const side_t *side, int rows, int64_t start, i
   rounded->coarse_rows = 0;
   for (int r = 0; r < rows; r++) {
     const float *row = from + r * w->fold_stride;
-    float sum = unit != 0 ? round_row(rounded, 0, 0, r, r, row, count, taken)
-                          : round_row(rounded, 0, 1, r, r, row, count, taken);
+    float squares = unit != 0 ? round_row(rounded, 0, 0, r, r, row, count, taken)
+                              : round_row(rounded, 0, 1, r, r, row, count, taken);
     float step = rounded->step[0][r];
     int is_coarse;
     rounded->error[r] = error * step;
     if (unit != 0) is_coarse = !can_wait && rounded->error[r] > accepted;
-    else if (mixed) {
-      mixed[r].sum += sum * step * step;
-      is_coarse = costs_too_much(mixed + r, error * step * step, accepted);
-    } else is_coarse = error > sum * (accepted * accepted);
+    else is_coarse = error > squares * (accepted * accepted);
     if (is_coarse && step > 0) refine(w, side, r, start, count);
   }
 #else
-  (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit, (void)mixed, (void)can_wait;
+  (void)w, (void)side, (void)rows, (void)start, (void)count, (void)unit, (void)can_wait;
 #endif
 }
 
@@ -1392,24 +1377,28 @@ static float sum_squares(const float *scores, int64_t count, float highest) {
   return sum;
 }
 
-/* Refine the scores of a block where its tokens may weigh enough for their errors to count beside those before. */
+/* Refine the scores of a block where its tokens may weigh enough for their errors to show beside those before. Half of
+ * the error's square is for that, the rest for other roundings. */
 static void refine_scores(work_t *w, int64_t first, int rows, float *scores) {
   const side_t *side = &w->q->key;
   int64_t L = side->block_length, D = side->head_dim;
   float accepted = accepted_error(w->q), taken_back[MAX_ROWS];
   const uint8_t *ahead = w->block.ahead;
   for (int r = 0; r < rows; r++) {
-    taken_back[r] = -w->rounded.rest[r];
+    taken_back[r] = -w->rounded.rest[r]; /* an estimate of what the second layer brings */
     const float *row = scores + r * w->score_stride;
     float error = w->rounded.error[r], *highest = w->highest + first + r, earlier = *highest;
     if (!(error > accepted)) continue;
     *highest = highest_of(row, L, earlier);
     if (*highest == -INFINITY) continue;
     squares_t *weights = w->weights + first + r;
-    scale_squares(weights, expf(earlier - *highest));
-    float sum = sum_squares(row, L, *highest);
+    float factor = expf(2 * (earlier - *highest));
+    weights->sum *= factor, weights->cost *= factor;
+    float sum = sum_squares(row, L, *highest), cost = error * error * sum;
     weights->sum += sum;
-    if (costs_too_much(weights, error * error * sum, accepted)) refine(w, side, r, 0, D);
+    if (error < LARGEST_COARSE * accepted && weights->cost + cost < 0.5f * accepted * accepted * weights->sum)
+      weights->cost += cost;
+    else refine(w, side, r, 0, D);
   }
   for (int64_t t = 0; t < L && w->rounded.coarse_rows; t += CHUNK) {
     target_t target = {.to = scores + t, .stride = w->score_stride, .base = taken_back, .adds = 1};
@@ -1455,7 +1444,7 @@ static void score_block(work_t *w, const float *query, int64_t offset, int64_t h
       if (!scale && block->has_factor) scale = block->factor;
       for (int64_t start = g * length; start < end; start += MAX_SUMMED) {
         int64_t count = least(MAX_SUMMED, end - start);
-        round_rows(w, side, rows, start, count, unit, NULL, w->can_wait);
+        round_rows(w, side, rows, start, count, unit, w->can_wait);
         for (int64_t t = 0; t < L; t += CHUNK) {
           target_t target = {.to = scores + t, .stride = w->score_stride, .scale = scale ? scale + t : NULL};
           target.base = side->per_channel && start == 0 ? constant : NOTHING;
@@ -1465,7 +1454,8 @@ static void score_block(work_t *w, const float *query, int64_t offset, int64_t h
       }
     }
     for (int r = 0; r < rows; r++)
-      for (int64_t i = most(0, hidden_start); i < least(L, hidden_end); i++) scores[r * w->score_stride + i] = -INFINITY;
+      for (int64_t i = most(0, hidden_start); i < least(L, hidden_end); i++)
+        scores[r * w->score_stride + i] = -INFINITY;
 #if defined(WHOLE_BYTES)
     if (w->can_wait) refine_scores(w, first, rows, scores);
 #endif
@@ -1487,7 +1477,7 @@ static void mix_block(work_t *w, int64_t offset) {
       fold(w, rows, weights, w->score_stride, factors, scale ? block->mid + g * L : NULL, L, constant);
       for (int64_t start = 0; start < L; start += MAX_SUMMED) {
         int64_t count = least(MAX_SUMMED, L - start), end = least(D, (g + 1) * G);
-        round_rows(w, side, rows, start, count, 0, scale ? NULL : w->mixed + first, 0);
+        round_rows(w, side, rows, start, count, 0, 0);
         for (int64_t d = g * G; d < end; d += CHUNK) {
           target_t target = {.to = w->stored_sum + first * D + d, .stride = D, .adds = 1};
           const float *once = start ? NOTHING : constant;
@@ -1540,7 +1530,6 @@ static void weigh(work_t *w, int64_t position, int64_t count, int64_t hidden_sta
     if (largest != w->largest[r]) {
       float factor = expf(w->largest[r] - (largest == -INFINITY ? 0.0f : largest));
       w->total[r] *= factor;
-      scale_squares(w->mixed + r, factor);
       for (int64_t d = 0; d < Dv; d++) {
         w->stored_sum[r * Dv + d] *= factor;
         w->exact_sum[r * Dv + d] *= factor;
@@ -1659,7 +1648,7 @@ static void start_head(work_t *w, int is_first) {
     int has_logit = is_first && q->sink_logits;
     w->largest[r] = has_logit ? q->sink_logits[query_head] : -INFINITY;
     w->total[r] = has_logit ? 1.0f : 0.0f;
-    w->mixed[r] = w->weights[r] = (squares_t){0};
+    w->weights[r] = (squares_t){0};
     w->highest[r] = -INFINITY;
   }
   memset(w->stored_sum, 0, 4 * w->rows * Dv);
@@ -1761,11 +1750,12 @@ static void serve(void *argument) {
   int64_t levels = CHUNK * most(q->key.levels ? count_chunks(&q->key, 1) * D : 0,
                                 q->value.levels ? count_chunks(&q->value, 0) * q->value.block_length : 0);
   int64_t floats[] = {R * D, R * D, R * groups, MAX_ROWS * widest, MAX_ROWS * most(CHUNK, MAX_VECTORS * VL), R * stride,
-                      R * Dv, R * Dv, R, R, 2 * R, 2 * R, R, EXACT_TILE * Dv, numbers, numbers, L,
+                      R * Dv, R * Dv, R, R, R, EXACT_TILE * Dv, numbers, numbers, L,
                       levels};
   int64_t total = 0, count = sizeof floats / sizeof *floats;
   for (int64_t i = 0; i < count; i++) total += (floats[i] = (floats[i] + MAX_VECTORS * VL + 15) / 16 * 16);
-  int64_t bytes = 4 * total + L * most(D, Dv) + 4 * most(L, most(D, Dv)) + CHUNK + 64;
+  int64_t accounts = divide_up(2 * R, 16) * 16;
+  int64_t bytes = 4 * (total + accounts) + L * most(D, Dv) + 4 * most(L, most(D, Dv)) + CHUNK + 64;
 #if defined(WHOLE_BYTES)
   bytes += 4 * MAX_ROWS * CHUNK + 2 * LAYERS * MAX_ROWS * widest;
 #endif
@@ -1773,12 +1763,12 @@ static void serve(void *argument) {
   if (posix_memalign(&memory, 64, bytes)) return;
   work_t w = {.q = q, .rows = R, .score_stride = stride, .fold_stride = widest};
   w.layouts[0] = find_layout(&q->value, 0), w.layouts[1] = find_layout(&q->key, 1);
-  /* Every stored token is attended to, with its score as it is multiplied. */
+  /* No mask, cap or later query changes a score that was multiplied. */
   w.can_wait = q->key.per_channel && !q->key.levels && D <= MAX_SUMMED && q->softcap == 0 && !q->mask &&
                (!q->is_causal || q->queries <= q->keys[1].length + q->keys[2].length);
   float **places[] = {&w.query, &w.rotated, &w.query_sums, &w.folded, &w.sums, &w.scores, &w.stored_sum, &w.exact_sum,
-                      &w.largest, &w.total, (float **)&w.mixed, (float **)&w.weights, &w.highest, &w.states,
-                      &w.block.scale, &w.block.mid, &w.block.factor, &w.block.levels};
+                      &w.largest, &w.total, &w.highest, &w.states, &w.block.scale, &w.block.mid, &w.block.factor,
+                      &w.block.levels};
   float *next = memory;
   for (int64_t i = 0; i < count; i++) *places[i] = next, next += floats[i];
 #if defined(WHOLE_BYTES)
@@ -1786,6 +1776,7 @@ static void serve(void *argument) {
   w.rounded.numbers = (int16_t *)next, next += LAYERS * MAX_ROWS * widest / 2;
   w.rounded.stride = widest;
 #endif
+  w.weights = (squares_t *)next, next += accounts;
   w.block.codes = (int8_t *)next;
   for (;;) {
     int64_t item = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
