@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from preset_tables import FRONT_RESULT, load_result
 from speed_tables import BUFFER, DYNAMIC, list_settings, load_runs
@@ -65,8 +66,8 @@ def collect_quality() -> Points:
 
 
 def collect_steps() -> Points:
-    """Return (tokens, milliseconds) of one layer at batch 1, by cache."""
-    run = max(load_runs("cpu"), key=lambda run: len(run["layer"]))
+    """Return (tokens, milliseconds) of one layer at batch 1, by cache, of the first run that has all of them."""
+    run = next(run for run in load_runs("cpu") if STEP_CURVES.keys() <= _labels(run))
     settings = [facts for facts in list_settings(run, "layer", batch=1) if facts["dtype"] == STEP_DTYPE]
     points: dict[str, list[tuple[float, float]]] = {label: [] for label in STEP_CURVES}
     for facts in settings:
@@ -74,6 +75,10 @@ def collect_steps() -> Points:
             if one["label"] in points and one["step_ms"]:
                 points[one["label"]].append((facts["length"], one["step_ms"]["median"]))
     return points
+
+
+def _labels(run: Mapping[str, Any]) -> set[str]:
+    return {one["label"] for facts in run["layer"] for one in facts["contenders"]}
 
 
 def draw_quality(axes, points: Points) -> None:  # noqa: ANN001  # matplotlib is optional

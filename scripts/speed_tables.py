@@ -107,9 +107,13 @@ def render_prompts(run: dict[str, Any]) -> Iterable[str]:
 
 
 def load_runs(device: str) -> list[dict[str, Any]]:
-    """Return the runs that were made on a type of device, in the order of their files."""
+    """Return the runs that were made on a type of device, those with AVX-512 first, in the order of their files.
+
+    Runs with many layers leave out single layers, which another run has beside more caches.
+    """
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("speed-*.json"))]
-    return [run for run in runs if run["machine"]["device"] == device]
+    found = [{**run, "layer": []} if run.get("deep") else run for run in runs if run["machine"]["device"] == device]
+    return sorted(found, key=lambda run: not is_wide(run))
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def list_settings(run: dict[str, Any], part: str, batch: int) -> list[dict[str, 
 
 def is_short(run: dict[str, Any]) -> bool:
     """Return whether a run is about contexts so short that quantizing has hardly begun."""
-    return max(facts["length"] for facts in run["model"] or run["layer"]) <= SHORT_LENGTH
+    return max(facts["length"] for facts in run.get("model") or run["layer"]) <= SHORT_LENGTH
 
 
 def is_wide(run: dict[str, Any]) -> bool:

@@ -20,16 +20,14 @@ def setting_facts(length, *contenders, batch=1, dtype="bfloat16", **facts):
 
 def test_targets_are_filled_from_the_runs():
     fused, buffer = measured("kvq native 4, fused", 2.0), measured("buffer, packed queries", 5.0)
-    peer, eager = measured("transformers quanto 4", 50.0), measured("kvq native 4, eager", 10.0)
+    peer, eager = measured("transformers quanto 4", 50.0), measured("kvq hqq 4, eager", 10.0)
     short = measured("kvq quanto 4, fused", 1.0, to_dynamic={"median": 0.7})
-    prompt = measured("kvq native 4, fused", first_to_dynamic={"median": 1.03})
     draft = measured("kvq native 4, fused", to_dynamic={"median": 0.9})
     steps = measured("kvq native 4, fused", p99_to_median=1.6)
     runs = [
         {
             "layer": [setting_facts(32768, fused, buffer, peer, eager), setting_facts(2048, fused, buffer)],
             "model": [setting_facts(8192, fused, measured("DynamicCache, packed queries", 3.0))],
-            "first_token": [setting_facts(8192, prompt)],
             "forwards": [setting_facts(32768, draft, rejected=3)],
             "steps": [setting_facts(2048, steps)],
         },
@@ -45,11 +43,10 @@ def test_targets_are_filled_from_the_runs():
         "bf16 5x at 32,768",
         "bf16 0.50 MiB",
         "bf16 1.5x at 8,192",
-        "native 1.03x",
         "native 1.60 to 1.60",
         "quanto 0.70x to 0.70x",
         LEFT_OUT,
-        "native 0.90x",
+        "native 0.90x at 32,768",
         "0.75x to 2.00x (Some GPU)",
     ]
     assert {row[-1] for row in target_rows([])} == {LEFT_OUT}
