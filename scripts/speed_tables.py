@@ -48,7 +48,8 @@ def render_speed() -> str:
     random_models = [run for run in wide if not has_model(run)]
     parts += ["Targets, with AVX-512:", table(TARGET_COLUMNS, target_rows(random_models, load_gpu_runs()))]
     parts += ["Targets as shares of the time of full precision, with AVX-512:"]
-    parts.append(table(TARGET_COLUMNS, [*wide_target_rows(wide), *class_target_rows(wide)]))
+    with_steps = [*wide, _load("steps-smollm2.json")]
+    parts.append(table(TARGET_COLUMNS, [*wide_target_rows(wide), *class_target_rows(with_steps)]))
     parts += ["The same, with AVX2:", table(TARGET_COLUMNS, class_target_rows(narrow, _load("first-call.json")))]
     parts.append("**Published by others**, not measured here:")
     parts.append(table(("method", "its authors' words on speed"), PUBLISHED))
