@@ -44,7 +44,7 @@ def render_speed() -> str:
         parts += [text for run in widths for text in render_width_run(run)]
         parts += [text for run in runs if has_model(run) for text in render_model_run(run)]
     runs = load_runs("cpu")
-    wide, narrow = [run for run in runs if is_wide(run)], [run for run in runs if not is_wide(run)]
+    wide, narrow = [run for run in runs if is_wide(run)], [run for run in runs if has_avx2_alone(run)]
     random_models = [run for run in wide if not has_model(run)]
     parts += ["Targets, with AVX-512:", table(TARGET_COLUMNS, target_rows(random_models, load_gpu_runs()))]
     parts += ["Targets as shares of the time of full precision, with AVX-512:"]
@@ -148,6 +148,11 @@ def is_short(run: dict[str, Any]) -> bool:
 def is_wide(run: dict[str, Any]) -> bool:
     """Return whether a run is of a processor with AVX-512."""
     return run["machine"].get("instructions", "").startswith("AVX512")
+
+
+def has_avx2_alone(run: dict[str, Any]) -> bool:
+    """Return whether a run is of a processor with AVX2 and no AVX-512."""
+    return bool(run["machine"].get("instructions") == "AVX2")
 
 
 def compares_widths(run: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Time builds of the compiled kernel for several kinds of processor on this one, beside full precision.
+"""Time builds of the compiled kernel for the kinds of processor that this one can be, beside full precision.
 
     python scripts/time_kernel_builds.py
 
@@ -32,13 +32,13 @@ from kvq.layers.quantized_layer import KVQLayer
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "kernel-builds.json"
 BUILDS = {
-    "codes widened to float32": ("-march=native", "-DKVQ_WIDEN_CODES"),
-    "AVX2": ("-march=x86-64-v3", "-mtune=native"),
-    "AVX2 and AVX-VNNI": ("-march=x86-64-v3", "-mtune=native", "-mavxvnni"),
-    "AVX-512": ("-march=x86-64-v4", "-mtune=native"),
-    "AVX-512 and VNNI": ("-march=x86-64-v4", "-mtune=native", "-mavx512vnni"),
+    "codes widened to float32": ("", ("-march=native", "-DKVQ_WIDEN_CODES")),
+    "AVX2": ("avx2", ("-march=x86-64-v3", "-mtune=native")),
+    "AVX2 and AVX-VNNI": ("avx_vnni", ("-march=x86-64-v3", "-mtune=native", "-mavxvnni")),
+    "AVX-512": ("avx512vl", ("-march=x86-64-v4", "-mtune=native")),
+    "AVX-512 and VNNI": ("avx512_vnni", ("-march=x86-64-v4", "-mtune=native", "-mavx512vnni")),
 }
-"""Flags of the compiler for each."""
+"""The newest instructions of each, by their name in /proc/cpuinfo, and flags of the compiler."""
 FULL = "full precision"
 CASES = (
     (128, 4, "bfloat16"),
@@ -62,7 +62,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        libraries = {name: build(Path(folder) / f"{place}.so", *BUILDS[name]) for place, name in enumerate(BUILDS)}
+        libraries = {
+            name: build(Path(folder) / f"{place}.so", *flags)
+            for place, (name, (needed, flags)) in enumerate(BUILDS.items())
+            if not needed or needed in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        }
         cases = [measure(libraries, *case, rounds) for case in CASES]
     record = {
         "tokens": TOKENS,

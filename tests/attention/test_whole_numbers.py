@@ -66,10 +66,12 @@ def test_groups_of_a_token_that_fill_no_vector(kernel, make_request, reference, 
     assert error_of(kernel.attend(request), reference(request)) < ERROR
 
 
-def test_sharp_scores_are_as_exact_as_in_fp32(kernel, make_request, reference, error_of):
-    """Where rounding to 16 bits would show, the remainders are multiplied too."""
-    request = replace(make_request(head_dim=64, tokens=700, **DEFAULT_STEPS), scaling=1.0)
-    assert error_of(kernel.attend(request), reference(request)) < 1e-5
+@pytest.mark.parametrize(("octaves", "scaling", "bound"), [(1.0, 1.0, 1e-5), (6.0, 2.0, 3e-6)])
+def test_sharp_scores_are_as_exact_as_in_fp32(kernel, make_request, reference, error_of, octaves, scaling, bound):
+    """Where rounding to 16 bits would show, the remainders are multiplied too, by the factors of tokens as well."""
+    request = make_request(head_dim=64, tokens=700, **{**DEFAULT_STEPS, "octaves": octaves})
+    request = replace(request, scaling=scaling)
+    assert error_of(kernel.attend(request), reference(request)) < bound
 
 
 @pytest.mark.parametrize("sharing", [4, 6])

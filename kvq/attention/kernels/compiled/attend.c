@@ -1453,7 +1453,7 @@ static void score_block(work_t *w, const float *query, int64_t offset, int64_t h
         }
       }
     }
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++) /* before they are accounted for; `weigh` hides them again, behind a cap */
       for (int64_t i = most(0, hidden_start); i < least(L, hidden_end); i++)
         scores[r * w->score_stride + i] = -INFINITY;
 #if defined(WHOLE_BYTES)
